@@ -1,0 +1,46 @@
+# Everything a contributor runs. `make demo` and `make test` need nothing but Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: help demo test check proto format soak bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml client/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ./client -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Start router, prefill and decode, send prompts, show tokens and a summary
+	$(BIN)/twinpool demo
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/pytest
+
+check: $(STAMP) ## Format, lint, types, import floors, generated code, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python proto/generate.py --check
+	$(BIN)/pytest tests/unit
+
+proto: $(STAMP) ## Generate the wire types from proto/
+	$(BIN)/python proto/generate.py
+
+format: $(STAMP) ## Format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+soak: $(STAMP) ## Long fault tests: kill processes at random points, many times
+	$(BIN)/pytest tests/soak --timeout 1800
+
+bench: $(STAMP) ## What disaggregation adds to a request
+	$(BIN)/python -m bench.overhead
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

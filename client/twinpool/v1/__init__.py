@@ -1,0 +1,1 @@
+"""Generated wire types. Do not edit: run `make proto`."""
