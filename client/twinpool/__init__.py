@@ -1,0 +1,63 @@
+"""Twinpool's client SDK: generate text on a Twinpool router over gRPC."""
+
+from twinpool.aio import AsyncClient, AsyncStream
+from twinpool.client import Client, Stream
+from twinpool.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Refused,
+    ServerError,
+    TwinpoolError,
+    Unauthenticated,
+    Unavailable,
+)
+from twinpool.types import (
+    BlockCounts,
+    Capacity,
+    Chunk,
+    Completion,
+    Description,
+    FinishReason,
+    GenerateOptions,
+    InstanceStatus,
+    Message,
+    ModelStatus,
+    PositionLogprobs,
+    Prompt,
+    RequestCounts,
+    RequestStats,
+    Status,
+    TokenLogprob,
+    Usage,
+)
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "BlockCounts",
+    "Capacity",
+    "Chunk",
+    "Client",
+    "Completion",
+    "DeadlineExceeded",
+    "Description",
+    "FinishReason",
+    "GenerateOptions",
+    "InstanceStatus",
+    "InvalidRequest",
+    "Message",
+    "ModelStatus",
+    "PositionLogprobs",
+    "Prompt",
+    "Refused",
+    "RequestCounts",
+    "RequestStats",
+    "ServerError",
+    "Status",
+    "Stream",
+    "TokenLogprob",
+    "TwinpoolError",
+    "Unauthenticated",
+    "Unavailable",
+    "Usage",
+]

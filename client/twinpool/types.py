@@ -1,0 +1,225 @@
+"""What calls take and give back, as plain types; knows nothing of the wire."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypedDict
+
+FinishReason: TypeAlias = Literal["stop", "length", "other"]
+"""stop: an end token, a stop id or a stop string. length: max_new_tokens. other: newer than us."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat; `role` is system, user, assistant or what the model's template knows."""
+
+    role: str
+    content: str
+
+
+Prompt: TypeAlias = str | Sequence[Message | Mapping[str, str]] | Sequence[int]
+"""Text as it is, messages for the model's chat template, or token ids as they are."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of a generation; what is left out or None has the server's default."""
+
+    max_new_tokens: int | None
+    """Tokens to generate at most."""
+    min_new_tokens: int | None
+    """No stop condition applies before this many tokens."""
+    temperature: float | None
+    """0 is greedy, which is the default."""
+    top_k: int | None
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float | None
+    """Keep the smallest set of tokens whose probability reaches this, in (0, 1]."""
+    min_p: float | None
+    """Drop tokens less likely than this share of the most likely one's probability."""
+    repetition_penalty: float | None
+    """Divides (or multiplies) the logits of tokens in prompt or output; 1 is none."""
+    presence_penalty: float | None
+    """Subtracted once from the logits of tokens in the output."""
+    frequency_penalty: float | None
+    """Subtracted for each occurrence of a token in the output."""
+    seed: int | None
+    """The same seed and request give the same answer."""
+    logprobs: int | None
+    """Report this many of the most likely tokens at each position, and the chosen one."""
+    stop: str | Sequence[str] | None
+    """Text that ends the answer, and is no part of it."""
+    stop_token_ids: Sequence[int] | None
+    """Tokens that end the answer, besides the model's own end tokens."""
+    ignore_eos: bool | None
+    """Go on past the model's own end tokens."""
+    priority: int | None
+    """Higher goes first while requests queue."""
+    model: str | None
+    """Name of the model; needed only where the server serves more than one."""
+    timeout_s: float | None
+    """Seconds from now to the end of the answer; none by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A token and the natural logarithm of its probability."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionLogprobs:
+    """The chosen token of one position, and the most likely ones."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """How many tokens a request had."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestStats:
+    """How a request went through the pools.
+
+    `handoff_s` runs from the end of prefill's compute to the moment decode held the whole KV
+    cache; `kv_transport` is what carried it, as "ucx/tcp".
+    """
+
+    queue_s: float
+    prefill_s: float
+    handoff_s: float
+    kv_bytes: int
+    kv_transport: str
+    prefill_instance: str
+    decode_instance: str
+    retries: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """The next part of an answer.
+
+    `text` may lag `token_ids`: a character can span tokens, and what may be the start of a stop
+    string is held back. `logprobs` has one entry for each token id where they were asked for.
+    `finish_reason`, `usage` and `stats` are set in the last chunk, and only there.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...]
+    finish_reason: FinishReason | None
+    usage: Usage | None
+    stats: RequestStats | None
+    request_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[PositionLogprobs, ...]
+    stats: RequestStats
+    request_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Which model is served and what a request may ask for.
+
+    `max_request_tokens` is the largest prompt and max_new_tokens together that any decode
+    instance can ever hold.
+    """
+
+    model: str
+    architecture: str
+    max_model_len: int
+    vocab_size: int
+    has_chat_template: bool
+    max_request_tokens: int
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStatus:
+    """The served model as its instances registered it."""
+
+    name: str
+    fingerprint: str
+    architecture: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What an instance can hold."""
+
+    blocks: int
+    block_size: int
+    max_sequences: int
+    max_sequence_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCounts:
+    """An instance's KV blocks by state."""
+
+    total: int
+    free: int
+    reserved: int
+    used: int
+    quarantined: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceStatus:
+    """One instance as the router sees it; `role` is prefill or decode."""
+
+    name: str
+    epoch: int
+    role: str
+    address: str
+    layout: str
+    capacity: Capacity
+    blocks: BlockCounts
+    running: int
+    waiting: int
+    draining: bool
+    heartbeat_age_s: float
+    ledger_reserved: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestCounts:
+    """Requests of a router: those it has now, and totals since its start."""
+
+    queued: int
+    running: int
+    finished: int
+    refused: int
+    aborted: int
+    failed: int
+    retried: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """A router and its pools; `model` is None until an instance has registered."""
+
+    router_id: str
+    version: str
+    uptime_s: float
+    model: ModelStatus | None
+    instances: tuple[InstanceStatus, ...]
+    requests: RequestCounts
