@@ -1,0 +1,51 @@
+"""Compute that differs between devices, and the tables that pick it.
+
+Owns the seams: attention takes a layer's queries and the batch's indices, a product its
+weight; neither knows of models.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.errors import UnsupportedError
+from engine.kernels import attention_cpu, linear_cpu
+
+
+class AttentionKernel(Protocol):
+    """Causal attention of a pass's new tokens over all tokens of their sequences."""
+
+    def __call__(self, qkv_TNH: Tensor, cache_runs: Tensor, batch: Batch, num_heads: int) -> Tensor:
+        """Return [T, num_heads * H].
+
+        `qkv_TNH` holds the query heads, scaled already, then the K and the V heads of the new
+        tokens, which are in `cache_runs` (one layer of `KVCache.runs`) already.
+        """
+        ...
+
+
+Product = Callable[[Tensor], Tensor]
+ProductKernel = Callable[[Tensor], Product]  # a constant weight [O, I] -> x [T, I] -> [T, O]
+
+_ATTENTION: Mapping[str, AttentionKernel] = {"cpu": attention_cpu.attend}
+_PRODUCT: Mapping[str, ProductKernel] = {"cpu": linear_cpu.product}
+
+
+def attention_kernel(device: torch.device) -> AttentionKernel:
+    """Return the attention of a device; raises UnsupportedError where there is none."""
+    return _ATTENTION[_supported(device)]
+
+
+def product_kernel(device: torch.device) -> ProductKernel:
+    """Return what makes products on a device; raises UnsupportedError where there is nothing."""
+    return _PRODUCT[_supported(device)]
+
+
+def _supported(device: torch.device) -> str:
+    if device.type not in _ATTENTION:
+        known = ", ".join(_ATTENTION)
+        raise UnsupportedError(f"no kernels for the device {device.type}; there are: {known}")
+    return device.type

@@ -1,0 +1,74 @@
+"""The memory that holds every sequence's keys and values. Owns one tensor; knows no sequences.
+
+Legend: L layers, B blocks, G KV heads of this rank, H head size, T tokens, X = 2G (the K
+heads, then the V heads).
+
+One block of one layer is head-major, [G, block_size, H], so that a range of heads of a block
+is contiguous for a transfer. For compute the same memory is seen as rows: `cells` has one row
+of H elements for each (K or V, block, head, place in the block), `runs` one row of
+block_size * H for each (K or V, block, head). Indices into either are made once for a batch
+and serve every layer.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.parallel import Layout
+
+
+class KVCache:
+    """Keys and values of `num_blocks` blocks of `block_size` tokens, of all layers."""
+
+    def __init__(
+        self,
+        *,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_blocks: int,
+        block_size: int,
+        layout: Layout,
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a cache of {num_blocks} blocks of {block_size} tokens is empty")
+        heads = layout.tensor_part(config.num_kv_heads)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_heads = heads.stop - heads.start
+        shape = (config.num_layers, 2, num_blocks, self.num_heads, block_size, config.head_size)
+        # Zeros, not empty: a stray NaN in a block's unwritten tail would pass through a mask.
+        self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self.cells = list(self.tensor.view(config.num_layers, -1, config.head_size))
+        self.runs = list(self.tensor.view(config.num_layers, -1, block_size * config.head_size))
+
+    def insert(self, layer: int, slot_mapping_TX: Tensor, kv_TXH: Tensor) -> None:
+        """Write new tokens' K and V heads into the cells that `slot_mapping` gave for them."""
+        self.cells[layer].index_put_((slot_mapping_TX,), kv_TXH)
+
+    def slot_mapping(self, blocks_T: NDArray[np.int64], places_T: NDArray[np.int64]) -> Tensor:
+        """Return each token's cells, [T, X], from its block and its place in the block."""
+        cells_T = blocks_T * (self.num_heads * self.block_size) + places_T
+        return torch.from_numpy(cells_T[:, None] + self._head_cells_X()).to(self.tensor.device)
+
+    def run_indices(self, block_tables_SB: NDArray[np.int64]) -> Tensor:
+        """Return the runs of S sequences' blocks, [2 * S * G * B], in the order K/V, S, G, B."""
+        heads_G = np.arange(self.num_heads)
+        runs_SGB = block_tables_SB[:, None, :] * self.num_heads + heads_G[:, None]
+        runs_2SGB = np.stack((runs_SGB, runs_SGB + self.num_blocks * self.num_heads))
+        return torch.from_numpy(runs_2SGB.reshape(-1)).to(self.tensor.device)
+
+    def _head_cells_X(self) -> NDArray[np.int64]:
+        keys_G = np.arange(self.num_heads) * self.block_size
+        return np.concatenate((keys_G, keys_G + self.num_blocks * self.num_heads * self.block_size))
+
+    @staticmethod
+    def block_bytes(
+        config: ModelConfig, dtype: torch.dtype, block_size: int, layout: Layout
+    ) -> int:
+        """Return the bytes that one block takes over all layers of this rank."""
+        heads = layout.tensor_part(config.num_kv_heads)
+        cells: int = config.num_layers * 2 * (heads.stop - heads.start) * block_size
+        return cells * config.head_size * dtype.itemsize

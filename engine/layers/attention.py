@@ -1,0 +1,98 @@
+"""Grouped-query attention with normalised queries and keys, over the paged cache.
+
+Legend: T tokens, D hidden size, N query heads and G KV heads of this rank, M = N + G, X = 2G,
+H head size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.config import ModelConfig
+from engine.kernels import attention_kernel
+from engine.kvcache import KVCache
+from engine.layers.layer import Placement
+from engine.layers.linear import ColumnLinear, RowLinear
+from engine.layers.rotary import Angles
+from engine.weights import WeightSlot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What the layers share in one forward pass. `on_layer(l)`: layer l's K and V are cached."""
+
+    batch: Batch
+    angles: Angles
+    cache: KVCache
+    on_layer: Callable[[int], None] | None
+
+
+class Attention:
+    """One layer's attention; `name` is its place in the checkpoint, "model.layers.0.self_attn"."""
+
+    def __init__(self, config: ModelConfig, layer: int, name: str, placement: Placement) -> None:
+        heads = placement.layout.tensor_part(config.num_heads)
+        kv_heads = placement.layout.tensor_part(config.num_kv_heads)
+        size = config.head_size
+        self._layer = layer
+        self._name = name
+        self._num_heads = heads.stop - heads.start
+        self._num_qk_heads = self._num_heads + kv_heads.stop - kv_heads.start
+        self._head_size = size
+        self._attend = attention_kernel(placement.device)
+        self._qkv = ColumnLinear(
+            [
+                (f"{name}.q_proj", config.num_heads * size),
+                (f"{name}.k_proj", config.num_kv_heads * size),
+                (f"{name}.v_proj", config.num_kv_heads * size),
+            ],
+            config.hidden_size,
+            placement,
+        )
+        self._out = RowLinear(
+            f"{name}.o_proj", config.num_heads * size, config.hidden_size, placement
+        )
+        # The two norms as one: each head's row is the weight that belongs to it.
+        self._norm_MH = torch.empty(self._num_qk_heads, size, device=placement.device)
+        self._floor = torch.tensor((size * config.rms_norm_eps) ** 0.5, device=placement.device)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        yield from self._qkv.slots()
+        yield from self._out.slots()
+        for norm, row in (("q_norm", 0), ("k_norm", self._num_heads)):
+            yield WeightSlot(
+                name=f"{self._name}.{norm}.weight",
+                shape=(self._head_size,),
+                part=(),
+                target=self._norm_MH[row],
+            )
+
+    def prepare(self) -> None:
+        self._qkv.prepare()
+        self._out.prepare()
+        self._norm_MH[: self._num_heads] = self._norm_MH[0].clone()
+        self._norm_MH[self._num_heads :] = self._norm_MH[self._num_heads].clone()
+        # See engine.layers.norm for the factor. Queries also get attention's scale, its inverse,
+        # here: in fp32, and for free.
+        self._norm_MH[self._num_heads :] *= self._head_size**0.5
+
+    def __call__(self, x_TD: Tensor, shared: Pass) -> Tensor:
+        qkv_TNH = self._qkv(x_TD).view(x_TD.shape[0], -1, self._head_size)
+        self._normalise_and_rotate(qkv_TNH[:, : self._num_qk_heads], shared.angles)
+        shared.cache.insert(
+            self._layer, shared.batch.slot_mapping_TX, qkv_TNH[:, self._num_heads :]
+        )
+        if shared.on_layer is not None:
+            shared.on_layer(self._layer)
+        runs = shared.cache.runs[self._layer]
+        return self._out(self._attend(qkv_TNH, runs, shared.batch, self._num_heads))
+
+    def _normalise_and_rotate(self, qk_TMH: Tensor, angles: Angles) -> None:
+        """Do both in place, in fp32 and with one rounding; see engine.layers.norm."""
+        x_TMH = qk_TMH.to(torch.float32, copy=True)
+        length_TM1 = torch.linalg.vector_norm(x_TMH, dim=-1, keepdim=True)
+        x_TMH.div_(length_TM1.hypot_(self._floor)).mul_(self._norm_MH)
+        qk_TMH.copy_(angles.rotate(x_TMH))

@@ -1,0 +1,36 @@
+"""What every layer is, and where its tensors live."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.parallel import Layout
+from engine.weights import WeightSlot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """The dtype and device of a model's tensors, and how the model is split over ranks."""
+
+    dtype: torch.dtype
+    device: torch.device
+    layout: Layout
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return an uninitialised weight."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+class Layer(Protocol):
+    """Something with weights. The order of use: slots are filled, then `prepare`, then calls."""
+
+    def slots(self) -> Iterator[WeightSlot]:
+        """Yield the checkpoint tensors that this rank's part of the layer is made of."""
+        ...
+
+    def prepare(self) -> None:
+        """Bring loaded weights into the form that is computed with."""
+        ...

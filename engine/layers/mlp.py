@@ -1,0 +1,42 @@
+"""The dense gated MLP. Source: Shazeer 2020, arXiv 2002.05202 (SwiGLU).
+
+Legend: T tokens, D hidden size, I inner size of this rank.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.layers.layer import Placement
+from engine.layers.linear import ColumnLinear, RowLinear
+from engine.weights import WeightSlot
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up of gate and up side by side in the last dimension."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+class DenseMLP:
+    """down(silu(gate(x)) * up(x)); `name` is its place in the checkpoint."""
+
+    def __init__(self, hidden_size: int, inner_size: int, name: str, placement: Placement) -> None:
+        self._gate_up = ColumnLinear(
+            [(f"{name}.gate_proj", inner_size), (f"{name}.up_proj", inner_size)],
+            hidden_size,
+            placement,
+        )
+        self._down = RowLinear(f"{name}.down_proj", inner_size, hidden_size, placement)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        yield from self._gate_up.slots()
+        yield from self._down.slots()
+
+    def prepare(self) -> None:
+        self._gate_up.prepare()
+        self._down.prepare()
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return self._down(gated(self._gate_up(x_TD)))

@@ -1,0 +1,78 @@
+"""Makes small checkpoints with random weights, as Hugging Face's own code writes them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+import transformers
+
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "rope_theta": 1e6,
+}
+_MOE_SHAPE: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+}
+
+
+def make_checkpoint(
+    folder: Path,
+    architecture: str = "Qwen3MoeForCausalLM",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **shape: Any,
+) -> Path:
+    """Write a checkpoint of random weights to `folder` and return it.
+
+    `shape` are fields of Hugging Face's config, over small defaults. Weights are drawn so that
+    every part of the model matters and logits are far from flat.
+    """
+    moe = architecture == "Qwen3MoeForCausalLM"
+    fields = _SHAPE | (_MOE_SHAPE if moe else {}) | shape
+    theta = fields.pop("rope_theta")
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    config_class = transformers.Qwen3MoeConfig if moe else transformers.Qwen3Config
+    model = getattr(transformers, architecture)(config_class(**fields))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.3 * noise)
+            else:
+                gain = 3.0 if name.endswith(("lm_head.weight", "embed_tokens.weight")) else 1.0
+                parameter.copy_(gain * noise * parameter.shape[-1] ** -0.5)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def hugging_face_logits(
+    folder: Path, token_ids: list[int], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Return the reference's logits after each of the tokens, [T, V], in fp32."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
+    return logits.float()

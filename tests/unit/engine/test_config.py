@@ -1,0 +1,154 @@
+"""Reading a model folder's configuration, and refusing what is not computed here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import ARCHITECTURES, MoeConfig, load_config
+from engine.errors import ConfigError
+from engine.models import MODELS
+
+DENSE: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 40960,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 151645,
+}
+MOE: dict[str, Any] = DENSE | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [3],
+}
+
+
+def write(folder: Path, config: dict[str, Any], **changes: Any) -> Path:
+    """Write config.json; a change to ... removes the field."""
+    fields = {name: value for name, value in (config | changes).items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def test_published_dense_config(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, DENSE))
+    assert config.architecture == "Qwen3ForCausalLM"
+    assert (config.num_layers, config.num_heads, config.num_kv_heads) == (28, 16, 8)
+    assert (config.head_size, config.rope_theta, config.dtype) == (128, 1e6, "bfloat16")
+    assert config.eos_token_ids == (151645,)
+    assert config.tie_word_embeddings
+    assert config.moe is None
+
+
+def test_published_moe_config(tmp_path: Path) -> None:
+    moe = load_config(write(tmp_path, MOE)).moe
+    assert moe == MoeConfig(
+        num_experts=128,
+        top_k=8,
+        intermediate_size=768,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+        mlp_only_layers=(3,),
+    )
+    assert [moe.is_sparse(layer) for layer in range(6)] == [False, True, False, False, False, True]
+
+
+def test_names_of_transformers_5_mean_the_same(tmp_path: Path) -> None:
+    old = load_config(write(tmp_path, MOE))
+    new = load_config(
+        write(
+            tmp_path,
+            MOE,
+            num_experts=...,
+            num_local_experts=128,
+            rope_theta=...,
+            rope_scaling=...,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+            torch_dtype=...,
+            dtype="bfloat16",
+        )
+    )
+    assert new == old
+
+
+def test_generation_config_names_the_end_tokens_where_it_does(tmp_path: Path) -> None:
+    write(tmp_path, DENSE)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    assert load_config(tmp_path).eos_token_ids == (7, 8)
+    (tmp_path / "generation_config.json").write_text('{"top_k": 20}')
+    assert load_config(tmp_path).eos_token_ids == (151645,)
+
+
+def test_missing_head_dim_follows_the_architecture(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, DENSE, head_dim=...)).head_size == 128
+    assert load_config(write(tmp_path, MOE, head_dim=...)).head_size == 1024 // 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures.*Llama.*Qwen3ForCausalLM, Qwen3M"),
+        ({"architectures": ...}, "architectures is missing"),
+        ({"hidden_size": ...}, "hidden_size is missing"),
+        ({"hidden_size": "1024"}, "hidden_size is '1024'"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_key_value_heads": 3}, "a divisor of num_attention_heads, which is 16"),
+        ({"head_dim": 33}, "head_dim is 33.*even"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
+        ({"rope_theta": ...}, "rope_theta is missing"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.*yarn.*default"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters.*yarn"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*bfloat16"),
+        ({"torch_dtype": "float8"}, "torch_dtype is 'float8'"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+        ({"num_experts": ...}, "num_experts is missing"),
+        ({"num_experts_per_tok": 200}, "at most num_experts, which is 128"),
+    ],
+)
+def test_bad_fields_are_refused_by_name(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write(tmp_path, MOE, **changes)
+    with pytest.raises(ConfigError, match=rf"config\.json: .*{message}"):
+        load_config(tmp_path)
+
+
+def test_missing_or_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere: no such model folder"):
+        load_config(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"config\.json: no such file"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read as JSON"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="holds a list"):
+        load_config(tmp_path)
+
+
+def test_every_architecture_that_is_read_has_a_model() -> None:
+    assert ARCHITECTURES.keys() == MODELS.keys()

@@ -1,0 +1,100 @@
+"""The models' logits against Hugging Face's, on random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.kernels import attention_cpu
+from engine.layers import moe
+from engine.runner import Chunk
+from tests.unit.engine.checkpoints import ARCHITECTURES, hugging_face_logits, make_checkpoint
+from tests.unit.engine.conftest import MakeRunner
+
+DENSE, MOE = ARCHITECTURES
+TOKENS = [(7 * i * i + 3 * i) % 100 for i in range(45)]
+
+SHAPES: list[tuple[str, dict[str, Any]]] = [
+    (DENSE, {"num_attention_heads": 4, "num_key_value_heads": 4}),
+    (DENSE, {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}),
+    (DENSE, {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16}),
+    (DENSE, {"head_dim": 64, "tie_word_embeddings": True}),
+    (DENSE, {"hidden_size": 40, "intermediate_size": 56, "vocab_size": 101, "rope_theta": 1e4}),
+    (DENSE, {"rms_norm_eps": 1e-2}),
+    (MOE, {"num_key_value_heads": 4, "norm_topk_prob": False}),
+    (MOE, {"num_attention_heads": 8, "num_key_value_heads": 1, "num_experts_per_tok": 4}),
+    (MOE, {"mlp_only_layers": [1], "tie_word_embeddings": True}),
+    (MOE, {"num_hidden_layers": 4, "decoder_sparse_step": 2}),
+    (MOE, {"num_experts": 20, "num_experts_per_tok": 1, "moe_intermediate_size": 24}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "shape"), SHAPES)
+def test_logits_equal_hugging_face_in_fp32(
+    architecture: str, shape: dict[str, Any], tmp_path: Path, make_runner: MakeRunner
+) -> None:
+    folder = make_checkpoint(tmp_path, architecture, **shape)
+    runner = make_runner(folder)
+    chunk = Chunk(token_ids=TOKENS, start=0, block_table=range(6))
+    (logits_TV,) = runner.forward_all([chunk])
+    expected_TV = hugging_face_logits(folder, TOKENS)
+    assert expected_TV.std() > 1  # flat logits would prove nothing
+    torch.testing.assert_close(logits_TV, expected_TV, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("slice_scores", [attention_cpu._SLICE_SCORES, 20_000, 1])
+def test_logits_equal_hugging_face_beyond_one_slice_of_queries(
+    checkpoint: Path,
+    make_runner: MakeRunner,
+    monkeypatch: pytest.MonkeyPatch,
+    slice_scores: int,
+) -> None:
+    monkeypatch.setattr(attention_cpu, "_SLICE_SCORES", slice_scores)
+    token_ids = (TOKENS * 8)[:300]
+    chunk = Chunk(token_ids=token_ids, start=0, block_table=range(40))
+    (logits_TV,) = make_runner(checkpoint).forward_all([chunk])
+    expected_TV = hugging_face_logits(checkpoint, token_ids)
+    torch.testing.assert_close(logits_TV, expected_TV, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("weights", [0, 1 << 30])
+@pytest.mark.parametrize("tokens", [1, 45])
+def test_experts_that_are_run_together_or_one_by_one_give_the_same(
+    tmp_path: Path,
+    make_runner: MakeRunner,
+    monkeypatch: pytest.MonkeyPatch,
+    weights: int,
+    tokens: int,
+) -> None:
+    monkeypatch.setattr(moe, "_ALL_EXPERTS_WEIGHTS", weights)
+    monkeypatch.setattr(moe, "_ALL_EXPERTS_PAIRS", 1 << 20)
+    folder = make_checkpoint(tmp_path, MOE)
+    chunk = Chunk(token_ids=TOKENS[:tokens], start=0, block_table=range(6))
+    (logits_TV,) = make_runner(folder).forward_all([chunk])
+    expected_TV = hugging_face_logits(folder, TOKENS[:tokens])
+    torch.testing.assert_close(logits_TV, expected_TV, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_to_fp32_as_hugging_face_is(
+    checkpoint: Path, make_runner: MakeRunner, dtype: torch.dtype
+) -> None:
+    exact_TV = hugging_face_logits(checkpoint, TOKENS)
+    theirs = (hugging_face_logits(checkpoint, TOKENS, dtype) - exact_TV).square().mean()
+    runner = make_runner(checkpoint, dtype=dtype)
+    (logits_TV,) = runner.forward_all([Chunk(token_ids=TOKENS, start=0, block_table=range(6))])
+    ours = (logits_TV - exact_TV).square().mean()
+    assert ours.sqrt() <= 2 * theirs.sqrt()
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "40KB"])
+def test_bfloat16_checkpoints_load_from_one_file_or_many(
+    shard_size: str, tmp_path: Path, make_runner: MakeRunner
+) -> None:
+    folder = make_checkpoint(tmp_path, MOE, dtype=torch.bfloat16, max_shard_size=shard_size)
+    assert (folder / "model.safetensors").exists() == (shard_size == "5GB")
+    (logits_TV,) = make_runner(folder).forward_all(
+        [Chunk(token_ids=TOKENS, start=0, block_table=range(6))]
+    )
+    torch.testing.assert_close(logits_TV, hugging_face_logits(folder, TOKENS), atol=1e-4, rtol=0)
