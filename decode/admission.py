@@ -1,0 +1,264 @@
+"""Who holds what on a decode instance: reservations from the promise to the last free block.
+
+Owns every sequence's state and the block pool. Reservations come from the server's thread, transfer
+events from the agent's, steps from the engine's: all go through one lock, held for microseconds.
+Knows nothing of gRPC or of tensors.
+
+A sequence has two independent conditions to run: its KV is complete, and its first token is known.
+Its blocks have two owners, the sequence and the transfer that may still write to them; they are
+free when both are done.
+"""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from engine.blocks import BlockCounts, BlockPool
+from engine.sampling import SamplingParams, SequenceState
+from engine.stopping import StopCriteria
+
+
+class State(Enum):
+    """Where a sequence stands."""
+
+    RESERVED = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reservation:
+    """What a router asks a decode instance to hold for one request.
+
+    Attributes:
+        prompt_ids: Empty unless sampling looks at the prompt.
+        ttl_s: Remaining time of the request.
+    """
+
+    request_id: int
+    router_id: str
+    prompt_tokens: int
+    prompt_ids: Sequence[int]
+    sampling: SamplingParams
+    stop: StopCriteria
+    ttl_s: float
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens the sequence may come to."""
+        return self.prompt_tokens + self.stop.max_new_tokens
+
+
+@dataclass(kw_only=True)
+class SequenceRecord:
+    """One sequence on this instance. `Admission` changes it, and `append` the step loop."""
+
+    reservation: Reservation
+    transfer_id: int
+    nonce: bytes
+    blocks: list[int]
+    deadline_s: float
+    sampling: SequenceState
+    state: State = State.RESERVED
+    kv_complete: bool = False
+    writer_open: bool = True
+    last_token_id: int | None = None
+
+    @property
+    def request_id(self) -> int:
+        """The router's handle."""
+        return self.reservation.request_id
+
+    def append(self, token_id: int) -> None:
+        """Note the sequence's next token."""
+        self.last_token_id = token_id
+        self.sampling.append(token_id)
+
+
+class NoRoom(Exception):
+    """The reservation does not fit now."""
+
+    def __init__(self, reason: str, *, needed: int, free: int) -> None:
+        super().__init__(f"{reason}: needs {needed}, {free} free")
+        self.reason = reason
+        self.needed = needed
+        self.free = free
+
+
+class Admission:
+    """The table of sequences, and the rules by which they come and go.
+
+    Args:
+        revoke: Tells the transfer agent to let no more data in for a transfer; its confirmation
+            comes back through `writer_closed`.
+        max_sequences: Sequences held at once, reserved or running.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool: BlockPool,
+        block_size: int,
+        max_sequences: int,
+        revoke: Callable[[int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._max_sequences = max_sequences
+        self._revoke = revoke
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._by_request: dict[int, SequenceRecord] = {}
+        self._by_transfer: dict[int, SequenceRecord] = {}
+
+    def reserve(self, reservation: Reservation) -> SequenceRecord:
+        """Hold blocks and a place for a request.
+
+        Raises:
+            NoRoom: Too few free blocks or places.
+            ValueError: The request is already here.
+        """
+        needed = -(-reservation.max_tokens // self._block_size)
+        with self._lock:
+            if reservation.request_id in self._by_request:
+                raise ValueError("the request is already reserved here")
+            places = self._max_sequences - len(self._by_request)
+            if places <= 0:
+                raise NoRoom("SEQUENCES_FULL", needed=1, free=0)
+            free = self._pool.counts().free
+            if needed > free:
+                raise NoRoom("KV_BLOCKS_FULL", needed=needed, free=free)
+            blocks = self._pool.reserve(needed)
+            self._pool.pin(blocks)
+            record = SequenceRecord(
+                reservation=reservation,
+                transfer_id=secrets.randbits(63),
+                nonce=secrets.token_bytes(16),
+                blocks=blocks,
+                deadline_s=self._clock() + reservation.ttl_s,
+                sampling=SequenceState(
+                    reservation.sampling,
+                    prompt_len=reservation.prompt_tokens,
+                    prompt_ids=reservation.prompt_ids,
+                    min_new_tokens=reservation.stop.min_new_tokens,
+                    suppressed_ids=reservation.stop.end_token_ids,
+                ),
+            )
+            self._by_request[reservation.request_id] = record
+            self._by_transfer[record.transfer_id] = record
+            return record
+
+    def activate(self, request_id: int, first_token_id: int) -> bool:
+        """The first token is known; True when the sequence may now run."""
+        with self._lock:
+            record = self._by_request.get(request_id)
+            if record is None or record.last_token_id is not None:
+                return False
+            record.append(first_token_id)
+            return self._start_if_ready(record)
+
+    def complete(self, transfer_id: int) -> SequenceRecord | None:
+        """Its KV is whole and checked; the sequence, when it may now run."""
+        with self._lock:
+            record = self._close_writer(transfer_id)
+            if record is None or record.state is not State.RESERVED:
+                return None
+            record.kv_complete = True
+            return record if self._start_if_ready(record) else None
+
+    def writer_closed(self, transfer_id: int) -> SequenceRecord | None:
+        """No write of this transfer can reach a block any more, and the KV is not whole.
+
+        Returns:
+            The sequence, where it still counted on the transfer: it has ended now.
+        """
+        with self._lock:
+            record = self._close_writer(transfer_id)
+            if record is None or record.state is State.ENDED:
+                return None
+            self._end(record)
+            return record
+
+    def end(self, request_id: int) -> SequenceRecord | None:
+        """Give back what a request holds. Must not be called while a step reads its blocks."""
+        with self._lock:
+            record = self._by_request.get(request_id)
+            if record is not None:
+                self._end(record)
+            return record
+
+    def end_unless_running(self, request_id: int) -> bool:
+        """As `end`, but False for a running sequence: the step loop has to end it."""
+        with self._lock:
+            record = self._by_request.get(request_id)
+            if record is not None and record.state is State.RUNNING:
+                return False
+            self.end(request_id)
+            return True
+
+    def running(self, request_id: int) -> SequenceRecord:
+        """A running request's sequence: it lives until the step loop ends it."""
+        with self._lock:
+            return self._by_request[request_id]
+
+    def holds(self, request_id: int) -> bool:
+        """Whether the request still has a sequence here."""
+        with self._lock:
+            return request_id in self._by_request
+
+    def of_router(self, router_id: str) -> list[int]:
+        """The requests that a router holds here."""
+        with self._lock:
+            records = list(self._by_request.values())
+        return [r.request_id for r in records if r.reservation.router_id == router_id]
+
+    def expired(self) -> list[SequenceRecord]:
+        """The sequences whose time is up."""
+        now = self._clock()
+        with self._lock:
+            return [r for r in self._by_request.values() if r.deadline_s <= now]
+
+    def counts(self) -> BlockCounts:
+        """Blocks by state."""
+        with self._lock:
+            return self._pool.counts()
+
+    @property
+    def held(self) -> int:
+        """Sequences here, reserved or running."""
+        return len(self._by_request)
+
+    def check_integrity(self) -> None:
+        """Raise where the table and the pool disagree."""
+        with self._lock:
+            self._pool.check_integrity()
+            held = sum(len(r.blocks) for r in self._by_request.values())
+            counts = self._pool.counts()
+            assert counts.reserved + counts.used == held, (counts, held)
+            writers = sum(len(r.blocks) for r in self._by_transfer.values())
+            assert counts.quarantined <= writers, (counts, writers)
+
+    def _start_if_ready(self, record: SequenceRecord) -> bool:
+        if not record.kv_complete or record.last_token_id is None:
+            return False
+        record.state = State.RUNNING
+        self._pool.mark_used(record.blocks)
+        return True
+
+    def _close_writer(self, transfer_id: int) -> SequenceRecord | None:
+        record = self._by_transfer.pop(transfer_id, None)
+        if record is not None:
+            record.writer_open = False
+            self._pool.unpin(record.blocks)
+        return record
+
+    def _end(self, record: SequenceRecord) -> None:
+        record.state = State.ENDED
+        del self._by_request[record.request_id]
+        self._pool.release(record.blocks)
+        if record.writer_open:
+            self._revoke(record.transfer_id)

@@ -1,0 +1,270 @@
+"""The decode instance as a gRPC server: reservations, the routers' token streams, aborts.
+
+Owns the routers' streams and the wiring of admission, transfer agent and step loop. Wire messages
+become dataclasses here and go no further in.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
+
+from decode.admission import Admission, NoRoom, Reservation, SequenceRecord
+from decode.worker import StepTokens, Token, Worker
+from engine.config import ModelConfig
+from kvtransfer import (
+    Closed,
+    Completed,
+    Failed,
+    ReceiveAgent,
+    ReceiveGrant,
+    Span,
+    TransferEvent,
+)
+from service.errors import Incompatible, InvalidRequest, Refused, Unavailable
+from service.wire import (
+    finish_to_wire,
+    layout_from_wire,
+    logprobs_to_wire,
+    sampling_from_wire,
+    span_to_wire,
+    stop_from_wire,
+)
+
+log = logging.getLogger(__name__)
+
+_SWEEP_S = 0.1
+# What a router should wait before it asks again for room that a running request will give back.
+_RETRY_AFTER_S = 0.05
+
+
+@dataclass(eq=False)
+class _RouterStream:
+    """One router's token stream: what waits to be sent on it, None at its end."""
+
+    router_id: str
+    queue: asyncio.Queue[worker_pb2.DecodeRunResponse | None] = field(default_factory=asyncio.Queue)
+
+
+class DecodeService(worker_pb2_grpc.DecodeServicer):
+    """Serves `twinpool.v1.Decode` for one instance."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        epoch: int,
+        config: ModelConfig,
+        max_sequence_tokens: int,
+        admission: Admission,
+        worker: Worker,
+        agent: ReceiveAgent,
+    ) -> None:
+        self._name = name
+        self._epoch = epoch
+        self._config = config
+        self._max_sequence_tokens = max_sequence_tokens
+        self._admission = admission
+        self._worker = worker
+        self._agent = agent
+        self._routers: dict[str, _RouterStream] = {}
+        self.draining = False
+        self._loop = asyncio.get_running_loop()
+
+    # ---- called by routers
+
+    async def Reserve(
+        self, request: worker_pb2.ReserveRequest, context: Any
+    ) -> worker_pb2.ReserveResponse:
+        """Hold room for a request and open the door for its KV."""
+        if self.draining:
+            raise Unavailable(f"decode instance {self._name} is draining", reason="DRAINING")
+        if request.router_id not in self._routers:
+            raise Incompatible(
+                "the router has no Run stream here: open it before reserving",
+                reason="NO_RUN_STREAM",
+            )
+        source = layout_from_wire(request.prefill_layout)
+        record = self._reserve(self._reservation(request))
+        tokens = Span(0, record.reservation.prompt_tokens)
+        self._agent.open(
+            ReceiveGrant(
+                transfer_id=record.transfer_id,
+                epoch=self._epoch,
+                nonce=record.nonce,
+                tokens=tokens,
+                total_tokens=tokens.end,
+                block_ids=tuple(record.blocks),
+                source_layout=source,
+                source_instance=request.prefill_instance,
+                ttl_s=record.reservation.ttl_s,
+            )
+        )
+        grant = kv_pb2.Grant(
+            transfer_id=record.transfer_id,
+            epoch=self._epoch,
+            nonce=record.nonce,
+            tokens=span_to_wire(tokens),
+            ttl_ms=request.ttl_ms,
+            instance=self._name,
+        )
+        return worker_pb2.ReserveResponse(grant=grant, blocks=len(record.blocks))
+
+    async def Run(
+        self, request_iterator: AsyncIterator[worker_pb2.DecodeRunRequest], context: Any
+    ) -> AsyncIterator[worker_pb2.DecodeRunResponse]:
+        """One router's stream: first tokens in, every step's tokens out, while it lives."""
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("kind") != "hello" or not first.hello.router_id:
+            raise InvalidRequest("hello", found="missing", hint="send RouterHello first")
+        stream = _RouterStream(first.hello.router_id)
+        if (older := self._routers.get(stream.router_id)) is not None:
+            self._release_router(older)
+            older.queue.put_nowait(None)
+        self._routers[stream.router_id] = stream
+        reader = asyncio.ensure_future(self._read(request_iterator, stream))
+        try:
+            while (message := await stream.queue.get()) is not None:
+                yield message
+        finally:
+            reader.cancel()
+            if self._routers.get(stream.router_id) is stream:
+                del self._routers[stream.router_id]
+                self._release_router(stream)
+
+    async def Abort(
+        self, request: worker_pb2.DecodeAbortRequest, context: Any
+    ) -> worker_pb2.DecodeAbortResponse:
+        """End a request, whatever its state."""
+        self._abort(request.request_id)
+        return worker_pb2.DecodeAbortResponse()
+
+    # ---- called by the engine's and the agent's threads
+
+    def emit(self, step: StepTokens) -> None:
+        """Hand a step's tokens to the routers' streams."""
+        self._loop.call_soon_threadsafe(self._deliver, step)
+
+    def transfer_event(self, event: TransferEvent) -> None:
+        """What the receive agent has to say. A failed transfer never yields a token."""
+        if isinstance(event, Completed):
+            record = self._admission.complete(event.transfer_id)
+            if record is not None:
+                self._worker.ready(record.request_id)
+        elif isinstance(event, Failed):
+            record = self._admission.writer_closed(event.transfer_id)
+            if record is not None:
+                log.warning(
+                    "KV transfer failed: %s",
+                    event.error,
+                    extra={"request_id": f"{record.request_id:016x}"},
+                )
+                failure = worker_pb2.SequenceFailure(
+                    request_id=record.request_id,
+                    reason=type(event.error).__name__,
+                    message=str(event.error),
+                    retryable=event.retryable,
+                )
+                self._loop.call_soon_threadsafe(self._deliver_failure, record, failure)
+        elif isinstance(event, Closed):
+            self._admission.writer_closed(event.transfer_id)
+
+    # ---- background
+
+    async def sweep(self) -> None:
+        """End requests whose time is up, whether or not anything else happens."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            for record in self._admission.expired():
+                failure = worker_pb2.SequenceFailure(
+                    request_id=record.request_id,
+                    reason="DeadlineExceeded",
+                    message="the deadline passed at decode",
+                    retryable=False,
+                )
+                self._deliver_failure(record, failure)
+                self._abort(record.request_id)
+
+    async def drain(self) -> None:
+        """Take nothing new; return when every sequence has ended."""
+        self.draining = True
+        while self._admission.held:
+            await asyncio.sleep(0.05)
+
+    # ---- the loop's thread
+
+    def _reservation(self, request: worker_pb2.ReserveRequest) -> Reservation:
+        reservation = Reservation(
+            request_id=request.request_id,
+            router_id=request.router_id,
+            prompt_tokens=request.prompt_tokens,
+            prompt_ids=tuple(request.prompt_token_ids),
+            sampling=sampling_from_wire(request.sampling),
+            stop=stop_from_wire(request.stop, self._config.eos_token_ids),
+            ttl_s=request.ttl_ms / 1000,
+        )
+        most = self._max_sequence_tokens
+        if not 0 < reservation.prompt_tokens < reservation.max_tokens <= most:
+            raise InvalidRequest(
+                "prompt_tokens + max_new_tokens",
+                found=reservation.max_tokens,
+                hint=f"this instance holds sequences of 2 to {most} tokens",
+            )
+        return reservation
+
+    def _reserve(self, reservation: Reservation) -> SequenceRecord:
+        try:
+            return self._admission.reserve(reservation)
+        except NoRoom as error:
+            raise Refused(
+                error.reason, needed=error.needed, free=error.free, retry_after_s=_RETRY_AFTER_S
+            ) from error
+        except ValueError as error:
+            raise InvalidRequest("request_id", found="in use", hint=str(error)) from error
+
+    async def _read(
+        self,
+        requests: AsyncIterator[worker_pb2.DecodeRunRequest],
+        stream: _RouterStream,
+    ) -> None:
+        try:
+            async for request in requests:
+                activate = request.activate
+                if self._admission.activate(activate.request_id, activate.first_token_id):
+                    self._worker.ready(activate.request_id)
+        finally:
+            stream.queue.put_nowait(None)
+
+    def _deliver(self, step: StepTokens) -> None:
+        for router_id, tokens in step.items():
+            if (stream := self._routers.get(router_id)) is not None:
+                outputs = [_output(token) for token in tokens]
+                stream.queue.put_nowait(worker_pb2.DecodeRunResponse(outputs=outputs))
+
+    def _deliver_failure(self, record: SequenceRecord, failure: worker_pb2.SequenceFailure) -> None:
+        if (stream := self._routers.get(record.reservation.router_id)) is not None:
+            stream.queue.put_nowait(worker_pb2.DecodeRunResponse(failures=[failure]))
+
+    def _abort(self, request_id: int) -> None:
+        if not self._admission.end_unless_running(request_id):
+            self._worker.abort(request_id)
+
+    def _release_router(self, stream: _RouterStream) -> None:
+        held = self._admission.of_router(stream.router_id)
+        if held:
+            log.warning("a router is gone; releasing its %d requests", len(held))
+        for request_id in held:
+            self._abort(request_id)
+
+
+def _output(token: Token) -> worker_pb2.SequenceOutput:
+    logprobs = logprobs_to_wire(token.sampled)
+    return worker_pb2.SequenceOutput(
+        request_id=token.request_id,
+        token_ids=[token.sampled.token_id],
+        logprobs=[logprobs] if logprobs is not None else (),
+        finish_reason=finish_to_wire(token.finish),
+    )

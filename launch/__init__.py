@@ -1,0 +1,1 @@
+"""The `twinpool` command and what starts all roles on one machine."""

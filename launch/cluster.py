@@ -1,0 +1,195 @@
+"""The processes of one machine's Twinpool and the moment they can serve.
+
+Owns command lines, thread counts and readiness. Starting and stopping is the supervisor's.
+"""
+
+import asyncio
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+from pydantic import BaseModel, ConfigDict, Field
+from twinpool.v1.common_pb2 import ROLE_DECODE, ROLE_PREFILL
+from twinpool.v1.worker_pb2 import GetStatusRequest, GetStatusResponse
+from twinpool.v1.worker_pb2_grpc import MembershipStub
+
+from launch import builtin
+from launch.supervisor import ChildFailed, ChildSpec, Supervisor
+from service.channels import dial
+from service.config import Positional
+from service.lifecycle import join_address, stop_signals
+from service.logs import LogLevel
+from service.threads import default_threads, thread_env
+
+_POLL_S = 0.1
+_CALL_TIMEOUT_S = 2.0
+# On top of the drain: what a child needs to close connections and end its threads.
+_STOP_MARGIN_S = 3.0
+_NAMES = {ROLE_PREFILL: "prefill", ROLE_DECODE: "decode"}
+
+
+class ClusterConfig(BaseModel):
+    """What `twinpool serve` takes; a role's other settings come from its environment variables."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: Annotated[Path, Positional("[MODEL]")] = Field(
+        default=builtin.MODEL_DIR,
+        description="Folder of a Hugging Face checkpoint; the built-in model unless given.",
+    )
+    host: str = Field(default="127.0.0.1", description="Address that the router listens on.")
+    port: int = Field(
+        default=9000, ge=0, le=65535, description="Port of the router; 0 takes a free one."
+    )
+    threads: int = Field(
+        default_factory=default_threads,
+        ge=1,
+        description="Threads that compute in each of prefill and decode.",
+    )
+    restart: bool = Field(default=True, description="Start a role again when it dies.")
+    start_timeout_s: float = Field(
+        default=600.0, gt=0, description="Seconds until a request can be served at most."
+    )
+    drain_timeout_s: float = Field(
+        default=10.0, ge=0, description="Seconds that open requests may take at the end."
+    )
+    log_level: LogLevel = Field(default="info", description="What the roles log.")
+
+
+class Cluster:
+    """A router, a prefill and a decode instance as child processes of this one.
+
+    `say` gets every line for the user, the children's own included.
+    """
+
+    def __init__(self, config: ClusterConfig, say: Callable[[str], None]) -> None:
+        self._config = config
+        self._say = say
+        port = config.port or free_port(config.host)
+        self.address = join_address(_reachable(config.host), port)
+        self._supervisor = Supervisor(
+            child_specs(config, port),
+            restart=config.restart,
+            stop_timeout_s=config.drain_timeout_s + _STOP_MARGIN_S,
+            say=say,
+        )
+
+    async def run(self, work: Callable[["Cluster"], Coroutine[Any, Any, None]]) -> bool:
+        """Starts the roles, does `work` once a request can be served, stops the roles.
+
+        Returns whether the work was done to its end: SIGTERM and SIGINT cut it short. Raises
+        `ChildFailed` where a role fails for good, and what `work` raises.
+        """
+        keeper = asyncio.create_task(self._supervisor.keep())
+        worker = asyncio.create_task(self._when_ready(work))
+        with stop_signals(lambda: _cancel(worker), at_once=self._supervisor.kill):
+            try:
+                await asyncio.wait([keeper, worker], return_when=asyncio.FIRST_COMPLETED)
+                for task in (keeper, worker):
+                    if task.done() and not task.cancelled():
+                        task.result()
+                return not worker.cancelled()
+            finally:
+                _cancel(keeper)
+                _cancel(worker)
+                await asyncio.gather(keeper, worker, return_exceptions=True)
+                await self._supervisor.stop()
+
+    async def _when_ready(self, work: Callable[["Cluster"], Coroutine[Any, Any, None]]) -> None:
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._config.start_timeout_s):
+                status = await wait_until_ready(self.address, self._say)
+        except TimeoutError as exc:
+            raise ChildFailed(
+                f"not ready after {self._config.start_timeout_s:g} s: see the lines above, or give"
+                " it more time with --start-timeout-s"
+            ) from exc
+        self._supervisor.mark_started()
+        took_s = time.monotonic() - began
+        self._say(f"twinpool ready on {self.address}: {status.model.name}, after {took_s:.1f} s")
+        await work(self)
+
+
+def _cancel(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+
+
+async def wait_until_ready(address: str, say: Callable[[str], None]) -> GetStatusResponse:
+    """Returns the router's status once it has a prefill and a decode instance."""
+    told = ""
+    async with dial(address) as channel:
+        stub = MembershipStub(channel)
+        while True:
+            missing, status = "the router", GetStatusResponse()
+            try:
+                status = await stub.GetStatus(GetStatusRequest(), timeout=_CALL_TIMEOUT_S)
+                missing = missing_roles(status)
+            except grpc.aio.AioRpcError:
+                pass
+            if not missing:
+                return status
+            if missing != told:
+                say(f"waiting for {missing}")
+                told = missing
+            await asyncio.sleep(_POLL_S)
+
+
+def missing_roles(status: GetStatusResponse) -> str:
+    """Names the roles that no instance has, in words; empty when a request can be served."""
+    present = {instance.role for instance in status.instances if not instance.draining}
+    return " and ".join(name for role, name in _NAMES.items() if role not in present)
+
+
+def child_specs(config: ClusterConfig, router_port: int) -> list[ChildSpec]:
+    """Returns the command lines of the three roles.
+
+    The router is stopped first: it finishes the open requests while the others still work.
+    """
+    shared = ("--drain-timeout-s", str(config.drain_timeout_s), "--log-level", config.log_level)
+    router = ("--host", config.host, "--port", str(router_port))
+    instance: tuple[str, ...] = (
+        *("--router", join_address(_reachable(config.host), router_port)),
+        *("--threads", str(config.threads)),
+    )
+    if config.model == builtin.MODEL_DIR:
+        instance += ("--served-model-name", "builtin")
+    env = {**os.environ, **thread_env(config.threads), **import_env()}
+    specs = [_spec("router", (*router, *shared), env, stop_order=0)]
+    for role in ("prefill", "decode"):
+        arguments = (str(config.model), "--name", f"{role}-0", *instance, *shared)
+        specs.append(_spec(role, arguments, env, stop_order=1))
+    return specs
+
+
+def _spec(
+    role: str, arguments: tuple[str, ...], env: dict[str, str], *, stop_order: int
+) -> ChildSpec:
+    # -P: a folder called "router" where the user happens to be must not be taken for ours.
+    argv = (sys.executable, "-P", "-m", role, *arguments)
+    return ChildSpec(name=role, argv=argv, env=env, stop_order=stop_order)
+
+
+def import_env() -> dict[str, str]:
+    """Returns the environment in which a child finds this project's packages."""
+    root = str(Path(__file__).parents[1])
+    inherited = os.environ.get("PYTHONPATH", "")
+    path = os.pathsep.join(part for part in (root, inherited) if part)
+    return {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def free_port(host: str) -> int:
+    """Returns a port that was free a moment ago."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

@@ -1,0 +1,114 @@
+"""`twinpool status`: what a router knows of its pools, as a table or as JSON."""
+
+import dataclasses
+import json
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from twinpool import Client, InstanceStatus, Status, TwinpoolError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+_STALE_AFTER_S = 2.0
+
+
+@app.command()
+def status(
+    router: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Router to ask.")
+    ] = "127.0.0.1:9000",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Ask again and again.")] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between questions with --watch.")
+    ] = 1.0,
+) -> None:
+    """Show the pools of a router: instances, KV blocks, requests."""
+    try:
+        with Client(router) as client:
+            if watch:
+                _watch(client, as_json, interval)
+            elif as_json:
+                print(_as_json(client.status()))
+            else:
+                Console().print(render(client.status()))
+    except TwinpoolError as exc:
+        typer.echo(f"twinpool: {exc.message}", err=True)
+        raise typer.Exit(1) from None
+    except ValueError as exc:
+        typer.echo(f"twinpool: {exc}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def render(status: Status) -> RenderableType:
+    """Returns the status as lines and a table, one row for each instance."""
+    requests = status.requests
+    model = status.model
+    head = Text()
+    head.append(f"router {status.router_id}, {status.version}, up {status.uptime_s:.0f} s\n")
+    head.append(
+        f"model {model.name} ({model.architecture}, {model.dtype}, {model.max_model_len} tokens)\n"
+        if model is not None
+        else "no model: no instance has registered\n"
+    )
+    head.append(
+        f"requests: {requests.running} running, {requests.queued} queued; {requests.finished}"
+        f" finished, {requests.refused} refused, {requests.aborted} aborted,"
+        f" {requests.failed} failed, {requests.retried} retried"
+    )
+    return Group(head, _instances(status.instances))
+
+
+def _instances(instances: tuple[InstanceStatus, ...]) -> Table:
+    table = Table(title="KV blocks", title_justify="left")
+    table.add_column("pool")
+    table.add_column("instance")
+    table.add_column("address")
+    table.add_column("layout")
+    for name in ("free", "reserved", "used", "quarantined", "total", "ledger", "running"):
+        table.add_column(name, justify="right")
+    table.add_column("waiting", justify="right")
+    table.add_column("heartbeat", justify="right")
+    for instance in sorted(instances, key=lambda one: (one.role != "prefill", one.name)):
+        blocks = instance.blocks
+        numbers = (
+            *(blocks.free, blocks.reserved, blocks.used, blocks.quarantined, blocks.total),
+            *(instance.ledger_reserved, instance.running, instance.waiting),
+        )
+        name = f"{instance.name} (draining)" if instance.draining else instance.name
+        age = f"{instance.heartbeat_age_s:.1f} s ago"
+        style = "red" if instance.heartbeat_age_s > _STALE_AFTER_S else ""
+        table.add_row(
+            instance.role,
+            name,
+            instance.address,
+            instance.layout,
+            *map(str, numbers),
+            Text(age, style=style),
+        )
+    return table
+
+
+def _watch(client: Client, as_json: bool, interval_s: float) -> None:
+    with Live(Text("asking"), auto_refresh=False, transient=as_json) as live:
+        while True:
+            try:
+                status = client.status()
+                if as_json:
+                    print(_as_json(status), flush=True)
+                else:
+                    live.update(render(status), refresh=True)
+            except TwinpoolError as exc:
+                live.update(Text(exc.message), refresh=True)
+            time.sleep(interval_s)
+
+
+def _as_json(status: Status) -> str:
+    return json.dumps(dataclasses.asdict(status))

@@ -1,0 +1,1 @@
+"""The prefill pool: computes prompts and streams their KV cache to decode."""

@@ -1,0 +1,20 @@
+"""`python -m prefill MODEL`: the prefill launcher."""
+
+from prefill.config import PrefillConfig
+from service.config import launcher
+from service.threads import set_thread_env
+
+
+def start(config: PrefillConfig) -> None:
+    """Run one prefill instance until it is stopped."""
+    set_thread_env(config.threads)  # before torch is imported, or it has no effect
+    from prefill.instance import main
+    from service.lifecycle import run
+
+    run(lambda: main(config), role="prefill")
+
+
+app = launcher("prefill", PrefillConfig, start, help="Run a prefill instance that joins a router.")
+
+if __name__ == "__main__":
+    app()

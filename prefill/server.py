@@ -1,0 +1,233 @@
+"""The prefill instance as a gRPC server: one stream per request, aborts, the peers it sends to.
+
+Owns the streams' outcomes and the wiring of worker, handoff and send agent. Wire messages become
+dataclasses here and go no further in.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
+
+from engine.config import ModelConfig
+from kvtransfer import KVLayout, PeerAddress, SendAgent
+from prefill.handoff import Grant, Handoff
+from prefill.worker import FirstToken, Outcome, Request, RequestFailed, Transferred, Worker
+from service.errors import InvalidRequest, Refused, Unavailable, WorkFailed
+from service.wire import (
+    addresses_from_wire,
+    finish_to_wire,
+    layout_from_wire,
+    logprobs_to_wire,
+    sampling_from_wire,
+    span_from_wire,
+    stop_from_wire,
+)
+
+log = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 0.5
+
+
+class Peers:
+    """The decode instances that this one may send to, as the router last named them."""
+
+    def __init__(self, agent: SendAgent) -> None:
+        self._agent = agent
+        self._known: dict[str, tuple[int, KVLayout]] = {}
+
+    def update(self, peers: list[worker_pb2.Peer]) -> None:
+        """Connect to new peers and newer epochs, and let go of those that are gone."""
+        for name in self._known.keys() - {peer.name for peer in peers}:
+            del self._known[name]
+            self._agent.forget(name)
+        for peer in peers:
+            layout = layout_from_wire(peer.layout)
+            self._known[peer.name] = (peer.epoch, layout)
+            self._agent.connect(
+                PeerAddress(
+                    instance=peer.name,
+                    epoch=peer.epoch,
+                    layout=layout,
+                    ranks=tuple(addresses_from_wire(peer.layout)),
+                    token=peer.data_token,
+                )
+            )
+
+    def layout(self, grant: kv_pb2.Grant) -> KVLayout:
+        """The layout of a grant's instance.
+
+        Raises:
+            WorkFailed: The router has not named this instance, or not this epoch of it.
+        """
+        epoch, layout = self._known.get(grant.instance, (None, None))
+        if layout is None or epoch != grant.epoch:
+            raise WorkFailed(
+                f"decode instance {grant.instance!r} with epoch {grant.epoch} is not a peer",
+                reason="UnknownPeer",
+                retryable=True,
+            )
+        return layout
+
+
+class PrefillService(worker_pb2_grpc.PrefillServicer):
+    """Serves `twinpool.v1.Prefill` for one instance."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        config: ModelConfig,
+        total_blocks: int,
+        max_queue: int,
+        worker: Worker,
+        handoff: Handoff,
+        peers: Peers,
+    ) -> None:
+        self._name = name
+        self._config = config
+        self._total_blocks = total_blocks
+        self._max_queue = max_queue
+        self._worker = worker
+        self._handoff = handoff
+        self._peers = peers
+        self._outcomes: dict[int, asyncio.Queue[Outcome]] = {}
+        self._loop = asyncio.get_running_loop()
+        self.draining = False
+
+    async def Run(
+        self, request_iterator: AsyncIterator[worker_pb2.PrefillRunRequest], context: Any
+    ) -> AsyncIterator[worker_pb2.PrefillRunResponse]:
+        """Prefill one request: start and grants in, first token and the transfer's end out."""
+        request = self._request(await anext(request_iterator, None))
+        request_id = request.request_id
+        outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
+        self._outcomes[request_id] = outcomes
+        reader = asyncio.ensure_future(self._read_grants(request_id, request_iterator, outcomes))
+        try:
+            if request.transfer:
+                self._handoff.expect(request_id)
+            self._worker.submit(request)
+            last = False
+            while not last:
+                outcome = await outcomes.get()
+                message, last = _to_wire(outcome, request.transfer)
+                yield message
+        finally:
+            reader.cancel()
+            del self._outcomes[request_id]
+            self._worker.abort(request_id)
+
+    async def Abort(
+        self, request: worker_pb2.PrefillAbortRequest, context: Any
+    ) -> worker_pb2.PrefillAbortResponse:
+        """End a request at any moment."""
+        self._worker.abort(request.request_id)
+        if (outcomes := self._outcomes.get(request.request_id)) is not None:
+            outcomes.put_nowait(
+                RequestFailed(reason="Aborted", message="aborted by the router", retryable=False)
+            )
+        return worker_pb2.PrefillAbortResponse()
+
+    def emit(self, request_id: int, outcome: Outcome) -> None:
+        """Hand an outcome to the request's stream; called by the worker's thread."""
+        self._loop.call_soon_threadsafe(self._deliver, request_id, outcome)
+
+    async def drain(self) -> None:
+        """Take nothing new; return when every request has ended."""
+        self.draining = True
+        while self._outcomes:
+            await asyncio.sleep(0.05)
+
+    def _deliver(self, request_id: int, outcome: Outcome) -> None:
+        if (outcomes := self._outcomes.get(request_id)) is not None:
+            outcomes.put_nowait(outcome)
+
+    def _request(self, message: worker_pb2.PrefillRunRequest | None) -> Request:
+        if message is None or message.WhichOneof("kind") != "start":
+            raise InvalidRequest("start", found="missing", hint="send PrefillStart first")
+        start = message.start
+        prompt = list(start.prompt_token_ids)
+        if self.draining:
+            raise Unavailable(f"prefill instance {self._name} is draining", reason="DRAINING")
+        if start.request_id in self._outcomes:
+            raise InvalidRequest("request_id", found="in use", hint="choose a fresh id")
+        if not prompt or max(prompt) >= self._config.vocab_size:
+            raise InvalidRequest(
+                "prompt_token_ids",
+                found="no token" if not prompt else max(prompt),
+                hint=f"give tokens below {self._config.vocab_size}",
+            )
+        blocks = self._worker.blocks_for(len(prompt))
+        if blocks > self._total_blocks:
+            raise Refused("PROMPT_TOO_LONG", needed=blocks, free=self._total_blocks)
+        if len(self._outcomes) >= self._max_queue:
+            raise Refused("PREFILL_QUEUE_FULL", needed=1, free=0, retry_after_s=_RETRY_AFTER_S)
+        return Request(
+            request_id=start.request_id,
+            prompt=prompt,
+            sampling=sampling_from_wire(start.sampling),
+            stop=stop_from_wire(start.stop, self._config.eos_token_ids),
+            ttl_s=start.ttl_ms / 1000,
+            priority=start.priority,
+            transfer=start.transfer,
+        )
+
+    async def _read_grants(
+        self,
+        request_id: int,
+        messages: AsyncIterator[worker_pb2.PrefillRunRequest],
+        outcomes: asyncio.Queue[Outcome],
+    ) -> None:
+        async for message in messages:
+            try:
+                for grant in message.grants.grants:
+                    self._handoff.grant(request_id, self._grant(grant))
+            except WorkFailed as error:
+                outcomes.put_nowait(
+                    RequestFailed(
+                        reason=error.reason, message=error.message, retryable=error.retryable
+                    )
+                )
+
+    def _grant(self, grant: kv_pb2.Grant) -> Grant:
+        return Grant(
+            transfer_id=grant.transfer_id,
+            epoch=grant.epoch,
+            nonce=grant.nonce,
+            tokens=span_from_wire(grant.tokens),
+            ttl_s=grant.ttl_ms / 1000,
+            instance=grant.instance,
+            layout=self._peers.layout(grant),
+        )
+
+
+def _to_wire(outcome: Outcome, transfer: bool) -> tuple[worker_pb2.PrefillRunResponse, bool]:
+    """The message for an outcome, and whether it is the last.
+
+    Raises:
+        WorkFailed: The outcome is a failure.
+    """
+    match outcome:
+        case FirstToken(sampled=sampled, finish=finish):
+            first = worker_pb2.FirstToken(
+                token_id=sampled.token_id,
+                logprobs=logprobs_to_wire(sampled),
+                finish_reason=finish_to_wire(finish),
+                queue_s=outcome.queue_s,
+                prefill_s=outcome.prefill_s,
+            )
+            last = finish is not None or not transfer
+            return worker_pb2.PrefillRunResponse(first_token=first), last
+        case Transferred():
+            transferred = worker_pb2.Transferred(
+                bytes=outcome.bytes,
+                messages=outcome.messages,
+                transport=outcome.transport,
+                handoff_s=outcome.handoff_s,
+            )
+            return worker_pb2.PrefillRunResponse(transferred=transferred), True
+        case RequestFailed():
+            raise WorkFailed(outcome.message, reason=outcome.reason, retryable=outcome.retryable)

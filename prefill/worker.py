@@ -1,0 +1,354 @@
+"""The prefill engine's thread: takes requests, runs steps, hands tokens and KV on.
+
+Owns the model runner, the block pool and every request's state between submission and the end of
+its transfer; nothing else touches them. Knows nothing of gRPC: requests come in through `submit`
+and `abort` from any thread, outcomes go out through one callback.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.blocks import BlockCounts, BlockPool
+from engine.runner import Chunk, ModelRunner
+from engine.sampling import Sampled, SamplingParams, SequenceState, sample
+from engine.stopping import StopCriteria
+from kvtransfer import Closed, Completed, Failed, Span, TransferEvent
+from prefill.handoff import Handoff
+from prefill.scheduler import Prompt, Scheduler, Step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt to compute.
+
+    Attributes:
+        ttl_s: Remaining time of the request when it is submitted.
+        transfer: Whether its KV goes to a decode instance.
+    """
+
+    request_id: int
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    stop: StopCriteria
+    ttl_s: float
+    priority: int = 0
+    transfer: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstToken:
+    """The prompt is computed and its first token sampled."""
+
+    sampled: Sampled
+    finish: str | None
+    queue_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transferred:
+    """Decode holds the whole of the prompt's KV and has checked it."""
+
+    bytes: int
+    messages: int
+    transport: str
+    handoff_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFailed:
+    """The request ended early."""
+
+    reason: str
+    message: str
+    retryable: bool
+
+
+Outcome = FirstToken | Transferred | RequestFailed
+
+
+@dataclass(kw_only=True)
+class _Job:
+    request: Request
+    arrived_s: float
+    deadline_s: float
+    blocks: list[int] = field(default_factory=list)
+    started_s: float = 0.0
+    computed_s: float = 0.0
+    # False once nobody waits for an outcome: only the transfer's end is still to come.
+    wanted: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What the instance reports of itself."""
+
+    blocks: BlockCounts
+    running: int
+    waiting: int
+
+
+class Worker:
+    """Runs prompts through the model, one step at a time, until it is stopped.
+
+    Args:
+        emit: Called with (request id, outcome) from the worker's thread; must return at once.
+        on_fatal: Called once when the engine itself breaks; the instance must then go down.
+    """
+
+    def __init__(
+        self,
+        *,
+        runner: ModelRunner,
+        pool: BlockPool,
+        scheduler: Scheduler,
+        handoff: Handoff,
+        emit: Callable[[int, Outcome], None],
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._scheduler = scheduler
+        self._handoff = handoff
+        self._emit = emit
+        self._on_fatal = on_fatal
+        self._jobs: dict[int, _Job] = {}
+        self._inbox: deque[Request | int | TransferEvent] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._load = Load(blocks=pool.counts(), running=0, waiting=0)
+        self._thread = threading.Thread(target=self._main, name="prefill-engine", daemon=True)
+
+    # ---- any thread
+
+    def start(self) -> None:
+        """Start taking work."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+        self._post(request)
+
+    def abort(self, request_id: int) -> None:
+        """End a request; no outcome follows. Unknown ids are ignored."""
+        self._post(request_id)
+
+    def transfer_event(self, event: TransferEvent) -> None:
+        """What the send agent has to say."""
+        self._post(event)
+
+    def load(self) -> Load:
+        """The state after the latest step."""
+        return self._load
+
+    def blocks_for(self, tokens: int) -> int:
+        """Cache blocks that a prompt of so many tokens takes."""
+        return -(-tokens // self._runner.cache.block_size)
+
+    def stop(self) -> None:
+        """Stop after the step in progress and wait for the thread to end."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _post(self, item: Request | int | TransferEvent) -> None:
+        with self._wake:
+            self._inbox.append(item)
+            self._wake.notify()
+
+    # ---- the worker's thread
+
+    def _main(self) -> None:
+        try:
+            while not self._stopping:
+                self._take_inbox()
+                self._expire()
+                step = self._scheduler.schedule(self._pool.counts().free)
+                self._run(step)
+                self._report()
+                if not step.slices:
+                    self._wait()
+        except BaseException as error:
+            log.exception("the prefill engine broke")
+            self._on_fatal(error)
+
+    def _wait(self) -> None:
+        # Deadlines must pass without new work arriving, so sleep only while there are none.
+        with self._wake:
+            if not self._inbox and not self._stopping:
+                self._wake.wait(timeout=0.1 if self._jobs else None)
+
+    def _report(self) -> None:
+        computed = len(self._jobs) - self._scheduler.waiting
+        self._load = Load(
+            blocks=self._pool.counts(), running=computed, waiting=self._scheduler.waiting
+        )
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Request):
+                self._accept(item)
+            elif isinstance(item, int):
+                self._drop(item)
+            else:
+                self._transfer_event(item)
+
+    def _accept(self, request: Request) -> None:
+        now = time.monotonic()
+        self._jobs[request.request_id] = _Job(
+            request=request, arrived_s=now, deadline_s=now + request.ttl_s
+        )
+        self._scheduler.add(
+            Prompt(
+                request_id=request.request_id,
+                tokens=len(request.prompt),
+                blocks=self.blocks_for(len(request.prompt)),
+                priority=request.priority,
+            )
+        )
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        late = [job for job in self._jobs.values() if job.wanted and job.deadline_s <= now]
+        for job in late:
+            self._fail(
+                job.request.request_id, "DeadlineExceeded", "the deadline passed at prefill", False
+            )
+
+    def _run(self, step: Step) -> None:
+        for request_id in step.entering:
+            self._enter(self._jobs[request_id])
+        if not step.slices:
+            return
+        jobs = [self._jobs[piece.request_id] for piece in step.slices]
+        chunks = [
+            Chunk(
+                token_ids=job.request.prompt[piece.start : piece.start + piece.length],
+                start=piece.start,
+                block_table=job.blocks,
+            )
+            for job, piece in zip(jobs, step.slices, strict=True)
+        ]
+        sending = [
+            (piece.request_id, Span(piece.start, piece.start + piece.length))
+            for job, piece in zip(jobs, step.slices, strict=True)
+            if job.request.transfer
+        ]
+
+        def on_layer(layer: int) -> None:
+            layers = Span(layer, layer + 1)
+            for request_id, tokens in sending:
+                self._handoff.ready(request_id, layers, tokens)
+
+        logits_SV = self._runner.forward(chunks, on_layer)
+        computed_s = time.monotonic()
+        done = [
+            index
+            for index, (job, piece) in enumerate(zip(jobs, step.slices, strict=True))
+            if piece.start + piece.length == len(job.request.prompt)
+        ]
+        if done:
+            for index in done:
+                jobs[index].computed_s = computed_s
+            self._first_tokens([jobs[index] for index in done], logits_SV[done])
+
+    def _enter(self, job: _Job) -> None:
+        request = job.request
+        job.started_s = time.monotonic()
+        job.blocks = self._pool.reserve(self.blocks_for(len(request.prompt)))
+        self._pool.mark_used(job.blocks)
+        if request.transfer:
+            # The transfer reads these blocks until its end is reported, whatever becomes of the
+            # request: they may not go to another prompt before.
+            self._pool.pin(job.blocks)
+            self._handoff.open(request.request_id, len(request.prompt), job.blocks)
+
+    def _first_tokens(self, jobs: list[_Job], logits_SV: torch.Tensor) -> None:
+        states = [
+            SequenceState(
+                job.request.sampling,
+                prompt_len=len(job.request.prompt),
+                prompt_ids=job.request.prompt,
+                min_new_tokens=job.request.stop.min_new_tokens,
+                suppressed_ids=job.request.stop.end_token_ids,
+            )
+            for job in jobs
+        ]
+        for job, sampled in zip(jobs, sample(logits_SV, states), strict=True):
+            finish = job.request.stop.check(sampled.token_id, 1)
+            self._emit(
+                job.request.request_id,
+                FirstToken(
+                    sampled=sampled,
+                    finish=finish,
+                    queue_s=job.started_s - job.arrived_s,
+                    prefill_s=job.computed_s - job.started_s,
+                ),
+            )
+            if finish is not None or not job.request.transfer:
+                self._drop(job.request.request_id)
+
+    # ---- ends
+
+    def _drop(self, request_id: int) -> None:
+        """Nobody wants the request any more: free it now, or when its transfer has ended."""
+        job = self._jobs.get(request_id)
+        if job is None or not job.wanted:
+            return
+        job.wanted = False
+        self._scheduler.remove(request_id)
+        if job.blocks:
+            self._pool.release(job.blocks)
+        if not self._handoff.close(request_id):
+            self._free(request_id)
+
+    def _fail(self, request_id: int, reason: str, message: str, retryable: bool) -> None:
+        log.info("ended early: %s", message, extra={"request_id": f"{request_id:016x}"})
+        self._emit(request_id, RequestFailed(reason=reason, message=message, retryable=retryable))
+        self._drop(request_id)
+
+    def _free(self, request_id: int) -> None:
+        job = self._jobs.pop(request_id)
+        if job.blocks and job.request.transfer:
+            self._pool.unpin(job.blocks)
+
+    def _transfer_event(self, event: TransferEvent) -> None:
+        if not isinstance(event, Completed | Failed | Closed):
+            return
+        request_id = self._handoff.ended(event.transfer_id)
+        if request_id is None:
+            return
+        job = self._jobs[request_id]
+        if isinstance(event, Failed):
+            log.warning(
+                "KV transfer failed: %s", event.error, extra={"request_id": f"{request_id:016x}"}
+            )
+        if job.wanted:
+            self._scheduler.remove(request_id)
+            self._pool.release(job.blocks)
+            self._emit(request_id, self._outcome(job, event))
+        self._free(request_id)
+
+    def _outcome(self, job: _Job, event: Completed | Failed | Closed) -> Outcome:
+        if isinstance(event, Completed):
+            return Transferred(
+                bytes=event.stats.bytes,
+                messages=event.stats.messages,
+                transport=event.stats.transport,
+                handoff_s=time.monotonic() - job.computed_s,
+            )
+        if isinstance(event, Failed):
+            reason = type(event.error).__name__
+            return RequestFailed(reason=reason, message=str(event.error), retryable=event.retryable)
+        return RequestFailed(reason="TransferClosed", message="transfer closed", retryable=True)

@@ -1,0 +1,199 @@
+"""What a prefill and a decode instance do alike at start: load the model, say who they are.
+
+Owns the way from a model folder to a runner and to the hello a router gets. Joins nothing of engine
+and transfer beyond shapes: that is for the roles.
+"""
+
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from twinpool.v1 import worker_pb2
+
+from engine.config import ModelConfig, load_config
+from engine.errors import EngineError
+from engine.runner import ModelRunner
+from engine.weights import fingerprint
+from kvtransfer import KVLayout, KVShape, uniform
+from service.errors import StartError
+from service.instance_config import InstanceConfig
+from service.lifecycle import join_address
+from text.assets import TextAssets, load_assets
+from text.errors import TextError
+
+log = logging.getLogger(__name__)
+
+_MIB = 1 << 20
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model ready to run, and how the cluster knows it."""
+
+    config: ModelConfig
+    runner: ModelRunner
+    layout: KVLayout
+    description: worker_pb2.ModelDescription
+    assets: TextAssets
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the cache."""
+        return self.runner.cache.num_blocks
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Tokens of a sequence at most: what the model and the cache allow."""
+        return min(self.description.max_model_len, self.num_blocks * self.layout.block_size)
+
+
+def load_model(settings: InstanceConfig) -> Model:
+    """Read a model folder and get it ready to run.
+
+    Raises:
+        StartError: The folder, the device or the memory does not do; the message says which.
+    """
+    folder = settings.model.expanduser()
+    torch.set_num_threads(settings.threads)
+    device = _device(settings.device)
+    try:
+        config = load_config(folder)
+        assets = load_assets(folder)
+        dtype = _DTYPES[config.dtype if settings.dtype == "auto" else settings.dtype]
+        started = time.monotonic()
+        with _progress() as progress:
+            runner = ModelRunner(
+                folder=folder,
+                config=config,
+                dtype=dtype,
+                device=device,
+                num_blocks=_num_blocks(settings, config, dtype),
+                block_size=settings.block_size,
+                progress=progress,
+            )
+        runner.warm_up()
+        description = _describe(settings, folder, config, dtype, assets)
+    except (EngineError, TextError) as error:
+        raise StartError(str(error)) from error
+    log.info(
+        "%s (%s, %s) is ready after %.1f s: %d KV blocks of %d tokens",
+        description.name,
+        description.architecture,
+        description.dtype,
+        time.monotonic() - started,
+        runner.cache.num_blocks,
+        settings.block_size,
+    )
+    shape = KVShape(
+        layers=config.num_layers,
+        kv_heads=config.num_kv_heads,
+        head_size=config.head_size,
+        dtype=description.dtype,
+    )
+    return Model(
+        config=config,
+        runner=runner,
+        layout=uniform(shape, settings.block_size),
+        description=description,
+        assets=assets,
+    )
+
+
+def instance_name(settings: InstanceConfig, role: str) -> str:
+    """The instance's name in the cluster: the given one, or what its address makes unique."""
+    if settings.name:
+        return settings.name
+    if not settings.port:
+        return f"{role}-{secrets.token_hex(3)}"  # the port changes with each start as well
+    host = settings.advertise_host or settings.host
+    is_local = host in ("127.0.0.1", "::1", "localhost")
+    return f"{role}-{settings.port}" if is_local else f"{role}-{host}-{settings.port}"
+
+
+def advertised_address(settings: InstanceConfig, port: int) -> str:
+    """host:port by which routers reach the instance."""
+    return join_address(settings.advertise_host or settings.host, port)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StartError("--device cuda: found no CUDA device that torch can use; use --device cpu")
+    return torch.device(name)
+
+
+def _num_blocks(settings: InstanceConfig, config: ModelConfig, dtype: torch.dtype) -> int:
+    block_bytes = ModelRunner.kv_block_bytes(config, dtype, settings.block_size)
+    blocks = settings.kv_memory_mib * _MIB // block_bytes
+    if blocks == 0:
+        raise StartError(
+            f"--kv-memory-mib: found {settings.kv_memory_mib}, but one block of"
+            f" {settings.block_size} tokens takes {block_bytes / _MIB:.1f} MiB; give more"
+        )
+    return int(blocks)
+
+
+def _describe(
+    settings: InstanceConfig,
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    assets: TextAssets,
+) -> worker_pb2.ModelDescription:
+    limit = config.max_position_embeddings
+    if settings.max_model_len is not None and settings.max_model_len > limit:
+        raise StartError(
+            f"--max-model-len: found {settings.max_model_len}, but the model was made for {limit}"
+        )
+    return worker_pb2.ModelDescription(
+        name=settings.served_model_name or folder.resolve().name,
+        fingerprint=fingerprint(folder),
+        architecture=config.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=settings.max_model_len or limit,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        assets_digest=assets.digest,
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal; nothing elsewhere, where it would fill the log."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (
+        TextColumn("loading weights"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("weights")
+
+        def advance(done_bytes: int, total_bytes: int) -> None:
+            bar.update(task, completed=done_bytes, total=total_bytes)
+
+        yield advance
+
+
+def new_epoch() -> int:
+    """A number that rises with every start of this instance."""
+    return time.time_ns()
+
+
+def die(error: BaseException) -> None:
+    """End the process at once: its engine is broken, and peers notice a closed connection best."""
+    log.critical("the engine is broken, the instance goes down: %s", type(error).__name__)
+    logging.shutdown()
+    os._exit(70)

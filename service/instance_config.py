@@ -1,0 +1,63 @@
+"""Settings that prefill and decode instances share; imports nothing heavy.
+
+Owns names, bounds and defaults; each role adds its own.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.config import Positional
+from service.logs import LogLevel
+from service.threads import default_threads
+
+
+class InstanceConfig(BaseModel):
+    """What any instance needs to start and to be found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: Annotated[Path, Positional("MODEL")] = Field(
+        description="Folder of a Hugging Face checkpoint: config.json, *.safetensors, tokenizer."
+    )
+    served_model_name: str = Field(
+        default="", description="Name clients may ask for; the folder's name unless given."
+    )
+    router: str = Field(default="127.0.0.1:9000", description="host:port of the router to join.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(
+        default=0, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
+    )
+    advertise_host: str = Field(
+        default="", description="Host that others reach this instance by; --host unless given."
+    )
+    name: str = Field(
+        default="",
+        description="Name in the cluster, the same after a restart; role and port unless given.",
+    )
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where the model runs.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description="Type of weights and KV cache; auto takes the checkpoint's."
+    )
+    block_size: int = Field(default=32, ge=1, le=1024, description="Tokens in a KV cache block.")
+    kv_memory_mib: int = Field(default=256, ge=1, description="Memory for the KV cache, in MiB.")
+    max_model_len: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens of a sequence at most; the model's own limit unless given.",
+    )
+    threads: int = Field(default_factory=default_threads, ge=1, description="Threads that compute.")
+    data_host: str = Field(
+        default="127.0.0.1", description="Address that KV data is sent from or taken on."
+    )
+    checksum: bool = Field(default=True, description="Check every piece of KV with a crc32.")
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0, description="Seconds that open requests may take after SIGTERM."
+    )
+    reflection: bool = Field(default=False, description="Offer gRPC reflection.")
+    metrics_port: int = Field(
+        default=0, ge=0, le=65535, description="Port of Prometheus metrics on loopback; 0 is off."
+    )
+    log_level: LogLevel = Field(default="info", description="What to log.")
+    log_json: bool = Field(default=False, description="Log JSON lines.")

@@ -1,0 +1,233 @@
+"""The worker's side of Membership.Register: keeps one router informed of this instance.
+
+Owns the stream, its heartbeats and the reconnects. Knows nothing of what peers or drains mean
+to the instance: those go to callbacks.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import grpc
+from twinpool.v1.worker_pb2 import (
+    Accepted,
+    AssetsChunk,
+    Heartbeat,
+    InstanceHello,
+    Peer,
+    RegisterRequest,
+    RegisterResponse,
+)
+from twinpool.v1.worker_pb2_grpc import MembershipStub
+
+from service.channels import MIB, dial
+from service.errors import (
+    DeadlineExceeded,
+    Incompatible,
+    InvalidRequest,
+    StartError,
+    Unauthenticated,
+    Unavailable,
+)
+from service.status import from_rpc_error, leaves
+
+_log = logging.getLogger(__name__)
+
+ASSETS_CHUNK_BYTES = MIB
+_FIRST_DELAY_S = 0.1
+_LONGEST_DELAY_S = 2.0
+_FINAL = (Incompatible, InvalidRequest, Unauthenticated)
+
+_Call = Any  # grpc.aio.StreamStreamCall[RegisterRequest, RegisterResponse]
+
+
+class RegistrationRefused(StartError):
+    """The router does not take this instance and never will; the message is the router's."""
+
+
+class Registration:
+    """Keeps one instance registered with one router.
+
+    Callbacks run on the event loop and must not block. `assets` gives the text assets by file
+    name, asked for only when the router lacks them. `on_peers` gets the whole list each time.
+    After a reconnect everything is said again, so callbacks must take repeats.
+    """
+
+    def __init__(
+        self,
+        *,
+        router_address: str,
+        hello: InstanceHello,
+        heartbeat: Callable[[], Heartbeat],
+        assets: Callable[[], Mapping[str, bytes]],
+        on_peers: Callable[[list[Peer]], None] | None = None,
+        on_drain: Callable[[str], None] | None = None,
+        accept_timeout_s: float = 10.0,
+    ) -> None:
+        self.router_address = router_address
+        self._hello = hello
+        self._heartbeat = heartbeat
+        self._assets = assets
+        self._on_peers = on_peers
+        self._on_drain = on_drain
+        self._accept_timeout_s = accept_timeout_s
+        self._accepted = asyncio.Event()
+        self._closed = asyncio.Event()
+        self._problem = ""
+
+    @property
+    def registered(self) -> bool:
+        """Whether the router has accepted this instance and the stream to it is alive."""
+        return self._accepted.is_set()
+
+    async def wait_registered(self) -> None:
+        """Returns once the router has accepted this instance."""
+        await self._accepted.wait()
+
+    def close(self) -> None:
+        """Makes `run` end the stream and return; the router then forgets the instance."""
+        self._closed.set()
+
+    async def run(self) -> None:
+        """Stays registered until `close`, reconnecting for ever.
+
+        Raises `RegistrationRefused` where the router refuses the instance as such.
+        """
+        closed = asyncio.create_task(self._closed.wait())
+        stream: asyncio.Task[bool] | None = None
+        delay_s = _FIRST_DELAY_S
+        try:
+            while not closed.done():
+                stream = asyncio.create_task(self._one_stream())
+                await asyncio.wait([stream, closed], return_when=asyncio.FIRST_COMPLETED)
+                if stream.done():
+                    delay_s = _FIRST_DELAY_S if stream.result() else delay_s
+                    await asyncio.wait([closed], timeout=delay_s * random.uniform(0.75, 1.25))
+                    delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+        finally:
+            tasks = [closed] if stream is None else [closed, stream]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one_stream(self) -> bool:
+        """Runs one stream to its end; returns whether it held for a while."""
+        began = time.monotonic()
+        channel = dial(self.router_address)
+        try:
+            call = MembershipStub(channel).Register()  # type: ignore[call-arg]
+            await self._converse(call)
+        except Exception as exc:
+            self._lost(_problem_of(exc, self.router_address))
+        finally:
+            held = self.registered and time.monotonic() - began > _LONGEST_DELAY_S
+            self._accepted.clear()
+            await channel.close(None)
+        return held
+
+    async def _converse(self, call: _Call) -> None:
+        try:
+            async with asyncio.timeout(self._accept_timeout_s):
+                await _write(call, RegisterRequest(hello=self._hello))
+                accepted = await self._read_accepted(call)
+        except TimeoutError as exc:
+            raise _Lost("does not answer") from exc
+        self._accepted.set()
+        self._problem = ""
+        _log.info("registered with router %s", self.router_address)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._send(call, accepted))
+            await self._receive(call)
+
+    async def _read_accepted(self, call: _Call) -> Accepted:
+        while True:
+            response = await _read(call)
+            if response.WhichOneof("kind") == "accepted":
+                return response.accepted
+            self._dispatch(response)
+
+    async def _receive(self, call: _Call) -> None:
+        while True:
+            self._dispatch(await _read(call))
+
+    def _dispatch(self, response: RegisterResponse) -> None:
+        match response.WhichOneof("kind"):
+            case "peers" if self._on_peers is not None:
+                self._on_peers(list(response.peers.peers))
+            case "drain" if self._on_drain is not None:
+                self._on_drain(response.drain.reason)
+            case _:
+                pass
+
+    async def _send(self, call: _Call, accepted: Accepted) -> None:
+        interval_s = max(accepted.heartbeat_interval_ms, 10) / 1000
+        due = 0.0
+        # Heartbeats go between the chunks: assets may take longer than a router's patience.
+        chunks = asset_chunks(self._assets()) if accepted.send_assets else iter(())
+        while True:
+            now = time.monotonic()
+            if now >= due:
+                await _write(call, RegisterRequest(heartbeat=self._heartbeat()))
+                due = now + interval_s
+            chunk = next(chunks, None)
+            if chunk is not None:
+                await _write(call, RegisterRequest(assets=chunk))
+            else:
+                await asyncio.sleep(due - time.monotonic())
+
+    def _lost(self, problem: str) -> None:
+        if problem != self._problem:
+            _log.warning("router %s %s, retrying", self.router_address, problem)
+        self._problem = problem
+
+
+class _Lost(Exception):
+    """The stream is over; the message completes the sentence "the router ..."."""
+
+
+def _problem_of(exc: Exception, router_address: str) -> str:
+    """Says in plain words why a stream ended; raises where trying again is in vain."""
+    for cause in leaves(exc):
+        if isinstance(cause, _Lost):
+            return str(cause)
+        if isinstance(cause, grpc.aio.AioRpcError):
+            error = from_rpc_error(cause)
+            if isinstance(error, _FINAL):
+                raise RegistrationRefused(
+                    f"router {router_address} refused this instance: {error.message}"
+                ) from exc
+            if isinstance(error, Unavailable | DeadlineExceeded):
+                return "is not reachable"
+            if error.reason == "UNIMPLEMENTED":
+                return "is some other gRPC server, not a Twinpool router"
+            return f"has an error ({error.message})"
+    raise exc
+
+
+async def _read(call: _Call) -> RegisterResponse:
+    response = await call.read()
+    if response is grpc.aio.EOF:  # type: ignore[attr-defined]
+        raise _Lost("ended the registration")
+    return cast(RegisterResponse, response)
+
+
+async def _write(call: _Call, request: RegisterRequest) -> None:
+    try:
+        await call.write(request)
+    except asyncio.InvalidStateError:
+        # The call is over already; reading says why.
+        await _read(call)
+
+
+def asset_chunks(files: Mapping[str, bytes]) -> Iterator[AssetsChunk]:
+    """Cuts text assets into messages of at most `ASSETS_CHUNK_BYTES`, the last one marked."""
+    pieces = [
+        (name, data[begin : begin + ASSETS_CHUNK_BYTES])
+        for name, data in files.items()
+        for begin in range(0, max(len(data), 1), ASSETS_CHUNK_BYTES)
+    ] or [("", b"")]
+    for index, (name, data) in enumerate(pieces):
+        yield AssetsChunk(file=name, data=data, last=index == len(pieces) - 1)

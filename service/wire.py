@@ -1,0 +1,163 @@
+"""Wire messages to and from the dataclasses of engine and transfer, for the pools' edges.
+
+Owns the mapping, and the checks that a mapping needs. The router has its own, since it may import
+neither engine nor transfer.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from twinpool.v1 import common_pb2, kv_pb2, worker_pb2
+
+from engine.blocks import BlockCounts
+from engine.errors import SamplingError
+from engine.sampling import Sampled, SamplingParams
+from engine.stopping import StopCriteria
+from kvtransfer import KVLayout, KVShape, Shard, Span
+from kvtransfer.layout import CpOrder
+from service.errors import InvalidRequest
+
+_CP_ORDERS: dict[CpOrder, kv_pb2.CpOrder.ValueType] = {
+    "contiguous": kv_pb2.CP_ORDER_CONTIGUOUS,
+    "zigzag": kv_pb2.CP_ORDER_ZIGZAG,
+}
+_FINISH = {
+    None: common_pb2.FINISH_REASON_UNSPECIFIED,
+    "stop": common_pb2.FINISH_REASON_STOP,
+    "length": common_pb2.FINISH_REASON_LENGTH,
+}
+
+
+def sampling_from_wire(message: common_pb2.SamplingParams) -> SamplingParams:
+    """How the next token is chosen; raises InvalidRequest where a value is out of range."""
+    fields = {field.name: value for field, value in message.ListFields()}
+    try:
+        return SamplingParams(**fields)
+    except SamplingError as error:
+        raise _invalid(error) from error
+
+
+def stop_from_wire(message: common_pb2.StopParams, eos_token_ids: Iterable[int]) -> StopCriteria:
+    """When a sequence ends, for a model with these end tokens. Stop strings are the router's.
+
+    Raises InvalidRequest where a value is out of range.
+    """
+    try:
+        return StopCriteria(
+            max_new_tokens=message.max_new_tokens,
+            min_new_tokens=message.min_new_tokens,
+            stop_token_ids=frozenset(message.stop_token_ids),
+            eos_token_ids=frozenset(eos_token_ids),
+            ignore_eos=message.ignore_eos,
+        )
+    except SamplingError as error:
+        raise _invalid(error) from error
+
+
+def _invalid(error: SamplingError) -> InvalidRequest:
+    return InvalidRequest(error.field, found="out of range", hint=str(error))
+
+
+def finish_to_wire(finish: str | None) -> common_pb2.FinishReason.ValueType:
+    """Why a sequence ended; unspecified while it goes on."""
+    return _FINISH[finish]
+
+
+def logprobs_to_wire(sampled: Sampled) -> common_pb2.PositionLogprobs | None:
+    """The position's log-probabilities, where they were asked for."""
+    if sampled.logprobs is None:
+        return None
+    report = sampled.logprobs
+    return common_pb2.PositionLogprobs(
+        chosen=common_pb2.TokenLogprob(token_id=sampled.token_id, logprob=report.chosen),
+        top=[common_pb2.TokenLogprob(token_id=i, logprob=value) for i, value in report.top],
+    )
+
+
+def counts_to_wire(counts: BlockCounts) -> worker_pb2.BlockCounts:
+    """Blocks by state."""
+    return worker_pb2.BlockCounts(
+        total=counts.total,
+        free=counts.free,
+        reserved=counts.reserved,
+        used=counts.used,
+        quarantined=counts.quarantined,
+    )
+
+
+def layout_to_wire(layout: KVLayout, addresses: Sequence[tuple[str, int]] = ()) -> kv_pb2.KvLayout:
+    """A layout, with each rank's data address where its ranks listen."""
+    shards = []
+    for index, shard in enumerate(layout.shards):
+        host, port = addresses[index] if addresses else ("", 0)
+        shards.append(
+            kv_pb2.KvShard(
+                rank=shard.rank,
+                layers=span_to_wire(shard.layers),
+                heads=span_to_wire(shard.heads),
+                cp_rank=shard.cp_rank,
+                cp_size=shard.cp_size,
+                data_host=host,
+                data_port=port,
+            )
+        )
+    shape = layout.shape
+    return kv_pb2.KvLayout(
+        shape=kv_pb2.KvShape(
+            layers=shape.layers,
+            kv_heads=shape.kv_heads,
+            head_size=shape.head_size,
+            dtype=shape.dtype,
+        ),
+        block_size=layout.block_size,
+        shards=shards,
+        cp_order=_CP_ORDERS[layout.cp_order],
+    )
+
+
+def layout_from_wire(message: kv_pb2.KvLayout) -> KVLayout:
+    """A layout without its addresses.
+
+    Raises:
+        InvalidRequest: The message does not describe a layout.
+    """
+    try:
+        order = next(k for k, v in _CP_ORDERS.items() if v == message.cp_order)
+        return KVLayout(
+            shape=KVShape(
+                layers=message.shape.layers,
+                kv_heads=message.shape.kv_heads,
+                head_size=message.shape.head_size,
+                dtype=message.shape.dtype,
+            ),
+            block_size=message.block_size,
+            shards=tuple(
+                Shard(
+                    rank=shard.rank,
+                    layers=span_from_wire(shard.layers),
+                    heads=span_from_wire(shard.heads),
+                    cp_rank=shard.cp_rank,
+                    cp_size=shard.cp_size,
+                )
+                for shard in message.shards
+            ),
+            cp_order=order,
+        )
+    except (ValueError, StopIteration) as error:
+        raise InvalidRequest(
+            "layout", found=str(error), hint="run the same version of Twinpool in both pools"
+        ) from error
+
+
+def addresses_from_wire(message: kv_pb2.KvLayout) -> list[tuple[int, str, int]]:
+    """(rank, host, port) of each rank that listens for KV."""
+    return [(s.rank, s.data_host, s.data_port) for s in message.shards if s.data_host]
+
+
+def span_to_wire(span: Span) -> kv_pb2.Range:
+    """A half-open range."""
+    return kv_pb2.Range(begin=span.begin, end=span.end)
+
+
+def span_from_wire(message: kv_pb2.Range) -> Span:
+    """A half-open range."""
+    return Span(message.begin, message.end)

@@ -1,0 +1,289 @@
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import pytest
+from twinpool.v1 import worker_pb2_grpc
+from twinpool.v1.worker_pb2 import (
+    Accepted,
+    DrainCommand,
+    DrainRequest,
+    DrainResponse,
+    GetStatusRequest,
+    GetStatusResponse,
+    Heartbeat,
+    InstanceHello,
+    Peer,
+    Peers,
+    RegisterRequest,
+    RegisterResponse,
+)
+
+from service.errors import Incompatible, InvalidRequest, Unavailable
+from service.lifecycle import Server
+from service.registration import ASSETS_CHUNK_BYTES, Registration, RegistrationRefused
+
+Script = Callable[["Router", AsyncIterator[RegisterRequest]], AsyncIterator[RegisterResponse]]
+
+
+class Router(worker_pb2_grpc.MembershipServicer):
+    """Plays one script for each stream, the last one again and again; keeps what it was sent."""
+
+    def __init__(self, *scripts: Script) -> None:
+        self._scripts = scripts
+        self.streams: list[list[RegisterRequest]] = []
+        self.progress = asyncio.Condition()
+
+    async def Register(
+        self, requests: AsyncIterator[RegisterRequest], context: Any
+    ) -> AsyncIterator[RegisterResponse]:
+        script = self._scripts[min(len(self.streams), len(self._scripts) - 1)]
+        self.streams.append([])
+        async for response in script(self, requests):
+            yield response
+
+    async def record(self, request: RegisterRequest) -> None:
+        async with self.progress:
+            self.streams[-1].append(request)
+            self.progress.notify_all()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10), self.progress:
+            await self.progress.wait_for(condition)
+
+    def kinds(self, stream: int) -> list[str | None]:
+        if stream >= len(self.streams):
+            return []
+        return [request.WhichOneof("kind") for request in self.streams[stream]]
+
+    async def Drain(self, request: DrainRequest, context: Any) -> DrainResponse:
+        raise NotImplementedError
+
+    async def GetStatus(self, request: GetStatusRequest, context: Any) -> GetStatusResponse:
+        raise NotImplementedError
+
+
+def accepting(*extra: RegisterResponse, send_assets: bool = False, drop_after: int = 0) -> Script:
+    async def script(
+        router: Router, requests: AsyncIterator[RegisterRequest]
+    ) -> AsyncIterator[RegisterResponse]:
+        await router.record(await anext(requests))
+        accepted = Accepted(router_id="r", heartbeat_interval_ms=20, send_assets=send_assets)
+        yield RegisterResponse(accepted=accepted)
+        for response in extra:
+            yield response
+        count = 0
+        async for request in requests:
+            await router.record(request)
+            count += 1
+            if count == drop_after:
+                return
+
+    return script
+
+
+def raising(error: Exception) -> Script:
+    async def script(
+        router: Router, requests: AsyncIterator[RegisterRequest]
+    ) -> AsyncIterator[RegisterResponse]:
+        await router.record(await anext(requests))
+        raise error
+        yield
+
+    return script
+
+
+async def silent(
+    router: Router, requests: AsyncIterator[RegisterRequest]
+) -> AsyncIterator[RegisterResponse]:
+    async for request in requests:
+        await router.record(request)
+    return
+    yield
+
+
+@asynccontextmanager
+async def serving(router: Router, port: int = 0) -> AsyncIterator[Server]:
+    server = Server("router", port=port)
+    server.add(worker_pb2_grpc.add_MembershipServicer_to_server, router, "twinpool.v1.Membership")
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+def registration(address: str, **kwargs: Any) -> Registration:
+    return Registration(
+        router_address=address,
+        hello=InstanceHello(name="decode-1", epoch=7),
+        heartbeat=lambda: Heartbeat(running=3),
+        assets=kwargs.pop("assets", dict),
+        **kwargs,
+    )
+
+
+@asynccontextmanager
+async def running(worker: Registration) -> AsyncIterator["asyncio.Task[None]"]:
+    task = asyncio.create_task(worker.run())
+    try:
+        yield task
+    finally:
+        worker.close()
+        async with asyncio.timeout(10):
+            await asyncio.gather(task, return_exceptions=True)
+
+
+@contextmanager
+def info_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    with caplog.at_level(logging.INFO, logger="service.registration"):
+        yield
+
+
+async def test_hello_comes_first_then_heartbeats_at_the_routers_interval() -> None:
+    router = Router(accepting())
+    async with serving(router) as server:
+        worker = registration(server.address)
+        async with running(worker):
+            await router.until(lambda: len(router.kinds(0)) >= 4)
+            assert worker.registered
+    assert router.streams[0][0].hello.name == "decode-1"
+    assert set(router.kinds(0)[1:]) == {"heartbeat"}
+    assert router.streams[0][1].heartbeat.running == 3
+
+
+async def test_assets_go_in_bounded_chunks_when_the_router_asks() -> None:
+    files = {"tokenizer.json": b"x" * (2 * ASSETS_CHUNK_BYTES + 5), "empty": b"", "t.jinja": b"t"}
+    router = Router(accepting(send_assets=True))
+
+    def chunks() -> list[Any]:
+        return [r.assets for r in router.streams[0] if r.WhichOneof("kind") == "assets"]
+
+    async with (
+        serving(router) as server,
+        running(registration(server.address, assets=lambda: files)),
+    ):
+        await router.until(lambda: bool(router.streams and chunks() and chunks()[-1].last))
+        await router.until(lambda: router.kinds(0)[-1] == "heartbeat")
+    received: dict[str, bytes] = {}
+    for chunk in chunks():
+        assert len(chunk.data) <= ASSETS_CHUNK_BYTES
+        received[chunk.file] = received.get(chunk.file, b"") + chunk.data
+    assert received == files
+    assert [chunk.last for chunk in chunks()] == [False] * (len(chunks()) - 1) + [True]
+
+
+async def test_peers_and_drain_reach_their_callbacks() -> None:
+    peers = RegisterResponse(peers=Peers(peers=[Peer(name="decode-2", epoch=1)]))
+    drain = RegisterResponse(drain=DrainCommand(reason="maintenance"))
+    router = Router(accepting(peers, drain))
+    seen: list[Any] = []
+    async with serving(router) as server:
+        worker = registration(server.address, on_peers=seen.append, on_drain=seen.append)
+        async with running(worker):
+            await router.until(lambda: len(seen) == 2)
+    assert [peer.name for peer in seen[0]] == ["decode-2"]
+    assert seen[1] == "maintenance"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Incompatible("it serves 'a', this is 'b'"), InvalidRequest("layout", "tp3", "unknown")],
+)
+async def test_refused_registration_is_final(error: Incompatible | InvalidRequest) -> None:
+    router = Router(raising(error))
+    async with serving(router) as server:
+        with pytest.raises(RegistrationRefused) as caught:
+            async with asyncio.timeout(10):
+                await registration(server.address).run()
+    assert error.message in str(caught.value)
+    assert len(router.streams) == 1
+
+
+async def test_dropped_stream_is_opened_again_with_a_hello() -> None:
+    router = Router(accepting(drop_after=2), raising(Unavailable("busy")), accepting())
+    async with serving(router) as server:
+        worker = registration(server.address)
+        async with running(worker):
+            await router.until(lambda: len(router.kinds(2)) >= 3)
+            assert worker.registered
+    assert [router.kinds(stream)[0] for stream in range(3)] == ["hello"] * 3
+
+
+async def test_router_that_comes_late_is_found_and_silence_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving(Router(accepting())) as server:
+        port = server.port
+    router = Router(accepting())
+    with info_log(caplog):
+        async with running(registration(f"127.0.0.1:{port}")):
+            await asyncio.sleep(0.6)
+            async with serving(router, port):
+                await router.until(lambda: len(router.kinds(0)) >= 2)
+    assert [record.getMessage() for record in caplog.records][:2] == [
+        f"router 127.0.0.1:{port} is not reachable, retrying",
+        f"registered with router 127.0.0.1:{port}",
+    ]
+
+
+async def test_router_that_never_accepts_is_given_up_and_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    router = Router(silent, accepting())
+    with info_log(caplog):
+        async with (
+            serving(router) as server,
+            running(registration(server.address, accept_timeout_s=0.1)),
+        ):
+            await router.until(lambda: len(router.kinds(1)) >= 2)
+    assert "does not answer, retrying" in caplog.records[0].getMessage()
+
+
+async def test_server_that_is_no_router_is_named_as_such(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = Server("other")
+    await server.start()
+    with info_log(caplog):
+        async with running(registration(server.address)):
+            await asyncio.sleep(0.5)
+    await server.stop()
+    assert "is some other gRPC server, not a Twinpool router" in caplog.text
+
+
+async def test_close_ends_the_stream_and_run() -> None:
+    router = Router(accepting())
+    async with serving(router) as server:
+        worker = registration(server.address)
+        task = asyncio.create_task(worker.run())
+        async with asyncio.timeout(10):
+            await worker.wait_registered()
+            worker.close()
+            await task
+        assert not worker.registered
+
+
+async def test_cancel_ends_run() -> None:
+    router = Router(accepting())
+    async with serving(router) as server:
+        worker = registration(server.address)
+        task = asyncio.create_task(worker.run())
+        async with asyncio.timeout(10):
+            await worker.wait_registered()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+
+async def test_defect_in_a_callback_is_raised() -> None:
+    def broken(peers: list[Peer]) -> None:
+        raise RuntimeError("a defect")
+
+    router = Router(accepting(RegisterResponse(peers=Peers())))
+    async with serving(router) as server:
+        with pytest.raises((RuntimeError, ExceptionGroup)):
+            async with asyncio.timeout(10):
+                await registration(server.address, on_peers=broken).run()
