@@ -19,7 +19,7 @@ demo: $(STAMP) ## Start router, prefill and decode, send prompts, show tokens an
 	$(BIN)/twinpool demo
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore tests/soak
 
 check: $(STAMP) ## Format, lint, types, import floors, generated code, fast tests
 	$(BIN)/ruff format --check .
@@ -37,7 +37,7 @@ format: $(STAMP) ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 soak: $(STAMP) ## Long fault tests: kill processes at random points, many times
-	$(BIN)/pytest tests/soak --timeout 1800
+	$(BIN)/pytest tests/soak -s --timeout 3600
 
 bench: $(STAMP) ## What disaggregation adds to a request
 	$(BIN)/python -m bench.overhead

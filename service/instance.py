@@ -27,6 +27,7 @@ from kvtransfer import KVLayout, KVShape, uniform
 from service.errors import StartError
 from service.instance_config import InstanceConfig
 from service.lifecycle import join_address
+from service.malloc import keep_freed_memory
 from text.assets import TextAssets, load_assets
 from text.errors import TextError
 
@@ -65,6 +66,7 @@ def load_model(settings: InstanceConfig) -> Model:
     """
     folder = settings.model.expanduser()
     torch.set_num_threads(settings.threads)
+    keep_freed_memory()
     device = _device(settings.device)
     try:
         config = load_config(folder)

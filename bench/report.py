@@ -1,0 +1,96 @@
+"""How every benchmark shows and keeps its figures. Owns the schema; measures nothing."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        limit: What the machine allows, measured in the same run; None where there is none.
+        peer: What another system does, measured in the same run; None where none was run.
+        spread: Distance between the quartiles, in the row's unit.
+    """
+
+    row: str
+    ours: float
+    unit: str
+    higher_is_better: bool
+    limit: float | None = None
+    peer: float | None = None
+    peer_name: str | None = None
+    spread: float | None = None
+
+
+def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """The median of at least two values, and the distance between their quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return middle, high - low
+
+
+def report(question: str, rows: Sequence[Row], json_file: Path | None) -> None:
+    """Print a table, and write the figures to `json_file` where one is given."""
+    machine = f"{_processor()}, {_cores()} cores"
+    commit = _commit()
+    table = Table(title=f"{question}\n{machine}, commit {commit}", title_justify="left")
+    for column in ("row", "ours", "spread", "limit", "of limit", "peer", "of peer"):
+        table.add_column(column, justify="left" if column == "row" else "right")
+    for row in rows:
+        table.add_row(
+            row.row,
+            f"{row.ours:.4g} {row.unit}",
+            _number(row.spread),
+            _number(row.limit),
+            _ratio(row.ours, row.limit),
+            f"{_number(row.peer)} {row.peer_name or ''}".strip(),
+            _ratio(row.ours, row.peer),
+        )
+    Console().print(table)
+    if json_file is not None:
+        figures = {
+            "question": question,
+            "machine": machine,
+            "commit": commit,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "rows": [asdict(row) for row in rows],
+        }
+        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _ratio(ours: float, other: float | None) -> str:
+    return "-" if not other else f"{ours / other:.2f}x"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return done.stdout.strip() or "unknown"

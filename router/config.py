@@ -1,0 +1,97 @@
+"""Owns the router's settings: names, bounds, defaults. Imports nothing heavy."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from router.validate import Caps
+from service.logs import LogLevel
+
+
+class RouterConfig(BaseModel):
+    """What `twinpool router` takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(
+        default=9000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
+    )
+    max_queue: int = Field(
+        default=1024, ge=1, description="Requests that may wait for room; more are refused."
+    )
+    max_queue_wait_s: float = Field(
+        default=60.0, gt=0, description="Seconds a request may wait for room at most."
+    )
+    max_bypasses: int = Field(
+        default=64,
+        ge=1,
+        description="Times later requests may overtake one that does not fit yet.",
+    )
+    max_prefill_requests: int = Field(
+        default=256, ge=1, description="Requests given to one prefill instance at once."
+    )
+    default_timeout_s: float = Field(
+        default=600.0, gt=0, description="Deadline of requests that come without one."
+    )
+    default_max_new_tokens: int = Field(
+        default=512, ge=1, description="Tokens generated at most where the request does not say."
+    )
+    max_new_tokens: int = Field(
+        default=131072, ge=1, description="Largest max_new_tokens a request may ask for."
+    )
+    max_prompt_tokens: int = Field(
+        default=1048576, ge=1, description="Longest prompt in tokens, if the model takes it."
+    )
+    max_prompt_chars: int = Field(
+        default=8388608, ge=1, description="Longest prompt in characters."
+    )
+    max_messages: int = Field(default=1024, ge=1, description="Messages in a prompt at most.")
+    max_stop_strings: int = Field(default=16, ge=0, description="Stop strings at most.")
+    max_stop_chars: int = Field(default=256, ge=1, description="Longest stop string.")
+    max_stop_token_ids: int = Field(default=64, ge=0, description="Stop token ids at most.")
+    max_logprobs: int = Field(
+        default=20, ge=0, le=20, description="Log-probabilities a position at most."
+    )
+    max_retries: int = Field(
+        default=2,
+        ge=0,
+        le=15,
+        description="Times a request is started over when an instance fails it.",
+    )
+    restart_grace_s: float = Field(
+        default=5.0,
+        ge=0,
+        description="Seconds that requests wait for a pool whose last instance has gone.",
+    )
+    heartbeat_interval_s: float = Field(
+        default=1.0, ge=0.05, le=60, description="Seconds between instances' heartbeats."
+    )
+    heartbeats_missed: int = Field(
+        default=3, ge=1, le=100, description="Missed heartbeats that make an instance lost."
+    )
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0, description="Seconds that open requests may take after SIGTERM."
+    )
+    reflection: bool = Field(default=False, description="Offer gRPC reflection.")
+    metrics_port: int = Field(
+        default=0, ge=0, le=65535, description="Port of Prometheus metrics on loopback; 0 is off."
+    )
+    log_level: LogLevel = Field(default="info", description="What to log.")
+    log_json: bool = Field(default=False, description="Log JSON lines.")
+
+    @property
+    def heartbeat_timeout_s(self) -> float:
+        return self.heartbeat_interval_s * self.heartbeats_missed
+
+    @property
+    def caps(self) -> Caps:
+        return Caps(
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_prompt_chars=self.max_prompt_chars,
+            max_messages=self.max_messages,
+            max_new_tokens=self.max_new_tokens,
+            default_max_new_tokens=self.default_max_new_tokens,
+            max_stop_strings=self.max_stop_strings,
+            max_stop_chars=self.max_stop_chars,
+            max_stop_token_ids=self.max_stop_token_ids,
+            max_logprobs=self.max_logprobs,
+        )

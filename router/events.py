@@ -1,0 +1,64 @@
+"""Owns what can happen to one try of a request at the pools, as `workers` tells `inflight`."""
+
+from dataclasses import dataclass
+
+from router.request import Tokens
+from service.errors import ServiceError
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Decode's leave to write one request's KV; the router only hands it on."""
+
+    wire: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstToken:
+    """Prefill's compute is done."""
+
+    tokens: Tokens
+    queue_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transferred:
+    """Decode has the whole KV and prefill has freed its own."""
+
+    kv_bytes: int
+    transport: str
+    handoff_s: float
+
+
+@dataclass(frozen=True)
+class PrefillEnded:
+    """Nothing more comes from prefill; `error` is None where it ended in order."""
+
+    error: ServiceError | None
+
+
+@dataclass(frozen=True)
+class Granted:
+    """Decode has reserved what the request needs."""
+
+    grant: Grant
+
+
+@dataclass(frozen=True)
+class DecodeFailed:
+    """Decode refused the reservation, failed at the work, or is lost."""
+
+    error: ServiceError
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one decode step made for the request."""
+
+    tokens: Tokens
+
+
+PrefillEvent = FirstToken | Transferred | PrefillEnded
+DecodeEvent = Granted | Output | DecodeFailed
+Event = PrefillEvent | DecodeEvent

@@ -1,0 +1,144 @@
+"""Owns the reading of what an instance sends over its Register stream: hello and heartbeat.
+
+Turns wire messages into `membership`'s types and refuses what does not make sense by itself.
+"""
+
+from twinpool.v1 import common_pb2, kv_pb2, worker_pb2
+
+from router.ledger import Capacity, InstanceKey
+from router.membership import Heartbeat, Instance, Layout, Model, Role
+from service.errors import InvalidRequest
+
+_ROLES = {common_pb2.ROLE_PREFILL: Role.PREFILL, common_pb2.ROLE_DECODE: Role.DECODE}
+_DTYPES = ("bfloat16", "float16", "float32")
+_MAX_NAME_CHARS = 128
+_MAX_SHARDS = 4096
+
+
+def instance_from_wire(hello: worker_pb2.InstanceHello) -> Instance:
+    """Raises InvalidRequest naming the field that makes no sense."""
+    _require(
+        1 <= len(hello.name) <= _MAX_NAME_CHARS and hello.name.isprintable(),
+        "hello.name",
+        repr(hello.name[:_MAX_NAME_CHARS]),
+        f"1 to {_MAX_NAME_CHARS} printable characters are needed",
+    )
+    _require(hello.epoch > 0, "hello.epoch", hello.epoch, "a number above 0 is needed")
+    _require(hello.role in _ROLES, "hello.role", hello.role, "prefill or decode is needed")
+    _check_address(hello.address)
+    role = _ROLES[hello.role]
+    if role is Role.DECODE:
+        _require(bool(hello.data_token), "hello.data_token", "empty", "a secret is needed")
+    return Instance(
+        key=InstanceKey(hello.name, hello.epoch),
+        role=role,
+        address=hello.address,
+        model=_model(hello.model),
+        layout=_layout(hello.layout, role),
+        capacity=_capacity(hello.capacity, hello.layout),
+        data_token=hello.data_token,
+        version=hello.version,
+    )
+
+
+def heartbeat_from_wire(message: worker_pb2.Heartbeat) -> Heartbeat:
+    blocks = message.blocks
+    return Heartbeat(
+        blocks=(blocks.total, blocks.free, blocks.reserved, blocks.used, blocks.quarantined),
+        running=message.running,
+        waiting=message.waiting,
+    )
+
+
+def _model(message: worker_pb2.ModelDescription) -> Model:
+    for name in ("name", "fingerprint", "architecture", "assets_digest"):
+        value = getattr(message, name)
+        _require(bool(value), f"hello.model.{name}", "empty", "it must be set")
+    _require_dtype("hello.model.dtype", message.dtype)
+    for name in ("max_model_len", "vocab_size"):
+        value = getattr(message, name)
+        _require(value > 0, f"hello.model.{name}", value, "a number above 0 is needed")
+    return Model(
+        name=message.name,
+        fingerprint=message.fingerprint,
+        architecture=message.architecture,
+        dtype=message.dtype,
+        max_model_len=message.max_model_len,
+        vocab_size=message.vocab_size,
+        eos_token_ids=tuple(message.eos_token_ids),
+        assets_digest=message.assets_digest,
+    )
+
+
+def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity:
+    for name in ("blocks", "block_size", "max_sequences", "max_sequence_tokens"):
+        value = getattr(message, name)
+        _require(value > 0, f"hello.capacity.{name}", value, "a number above 0 is needed")
+    _require(
+        message.block_size == layout.block_size,
+        "hello.capacity.block_size",
+        message.block_size,
+        f"the layout's block_size, {layout.block_size} here, is needed",
+    )
+    return Capacity(
+        blocks=message.blocks,
+        block_size=message.block_size,
+        max_sequences=message.max_sequences,
+        max_sequence_tokens=message.max_sequence_tokens,
+    )
+
+
+def _layout(message: kv_pb2.KvLayout, role: Role) -> Layout:
+    shape = message.shape
+    for name in ("layers", "kv_heads", "head_size"):
+        value = getattr(shape, name)
+        _require(value > 0, f"hello.layout.shape.{name}", value, "a number above 0 is needed")
+    _require_dtype("hello.layout.shape.dtype", shape.dtype)
+    shards = message.shards
+    _require(
+        1 <= len(shards) <= _MAX_SHARDS,
+        "hello.layout.shards",
+        f"{len(shards)} shards",
+        f"1 to {_MAX_SHARDS} are allowed",
+    )
+    for index, shard in enumerate(shards):
+        listens = bool(shard.data_host) and shard.data_port > 0
+        _require(
+            role is Role.PREFILL or listens,
+            f"hello.layout.shards[{index}].data_host",
+            f"{shard.data_host!r}, port {shard.data_port}",
+            "each decode rank needs the address its transfer agent listens on",
+        )
+    return Layout(
+        shape=(shape.layers, shape.kv_heads, shape.head_size, shape.dtype),
+        summary=_summary(message),
+        wire=message.SerializeToString(),
+    )
+
+
+def _summary(message: kv_pb2.KvLayout) -> str:
+    """Returns the short form that people read, "cp4 tp2"; parts of one are left out, but tp."""
+    cp = max(1, *(shard.cp_size for shard in message.shards))
+    pp = len({(shard.layers.begin, shard.layers.end) for shard in message.shards})
+    tp = max(1, len(message.shards) // (cp * pp))
+    parts = [f"{name}{size}" for name, size in (("cp", cp), ("pp", pp)) if size > 1]
+    return " ".join([*parts, *([f"tp{tp}"] if tp > 1 or not parts else [])])
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    _require(
+        bool(host) and port.isdigit() and 0 < int(port) < 65536 and "/" not in host,
+        "hello.address",
+        repr(address[:_MAX_NAME_CHARS]),
+        "host:port of the instance's gRPC server is needed",
+    )
+
+
+def _require_dtype(field: str, dtype: str) -> None:
+    _require(dtype in _DTYPES, field, repr(dtype[:32]), f"one of {', '.join(_DTYPES)} is needed")
+
+
+def _require(condition: bool, field: str, found: object, hint: str) -> None:
+    if not condition:
+        raise InvalidRequest(field, found, hint)

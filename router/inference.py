@@ -1,0 +1,257 @@
+"""Owns the Inference service: what clients call. Wire messages end here.
+
+Puts the parts in their order: the model, the prompt's tokens, the checks, then the request's life.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from twinpool.v1 import inference_pb2, inference_pb2_grpc
+
+from router.inflight import Inflight, Job
+from router.ledger import Ledger
+from router.membership import Model
+from router.metrics import Metrics
+from router.outbox import Outbox
+from router.pools import Pools
+from router.request import (
+    MessagesPrompt,
+    Prompt,
+    Stats,
+    TextPrompt,
+    TokensPrompt,
+    ValidRequest,
+)
+from router.validate import Caps, ModelLimits, check, check_model_name, check_prompt
+from router.wire import input_from_wire, prompt_from_wire, response_to_wire
+from service.errors import (
+    InvalidRequest,
+    NotFound,
+    Refused,
+    ServiceError,
+    Unavailable,
+)
+from text import PromptError, Tokenizer
+
+ROLES = frozenset({"system", "user", "assistant", "tool"})
+# Shorter prompts take less time than a thread's wake-up saves.
+_INLINE_CHARS = 2048
+_TOKENIZER_THREADS = 2
+_ASSETS_TIMEOUT_S = 10.0
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """Serves `twinpool.v1.Inference`."""
+
+    def __init__(
+        self,
+        *,
+        version: str,
+        pools: Pools,
+        ledger: Ledger,
+        inflight: Inflight,
+        metrics: Metrics,
+        caps: Caps,
+        default_timeout_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._version = version
+        self._pools = pools
+        self._ledger = ledger
+        self._inflight = inflight
+        self._metrics = metrics
+        self._caps = caps
+        self._default_timeout_s = default_timeout_s
+        self._clock = clock
+        self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self._is_draining = False
+        self.open_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def drain(self) -> None:
+        """Refuses what is new and returns once every open request has ended."""
+        self._is_draining = True
+        await self._idle.wait()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # A plain coroutine that writes, not a generator: one that is cancelled while it is suspended
+    # at a yield would be closed when the garbage collector finds it.
+    async def Generate(  # type: ignore[override]
+        self, request: inference_pb2.GenerateRequest, context: Any
+    ) -> None:
+        """Generates an answer."""
+        outcome = "failed"
+        self.open_requests += 1
+        self._idle.clear()
+        try:
+            await self._generate(request, context)
+            outcome = "finished"
+        except ServiceError as exc:
+            outcome = _outcome_of(exc)
+            raise
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            outcome = "aborted"
+            raise
+        finally:
+            self._metrics.ended(outcome)
+            self.open_requests -= 1
+            if self.open_requests == 0:
+                self._idle.set()
+
+    async def _generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
+        began_at = self._clock()
+        deadline = began_at + self._allowed_s(context)
+        model, tokenizer = await self._served_model()
+        job = Job(
+            request_id=self._inflight.new_request_id(),
+            request=await self._check(request, model, tokenizer),
+            model=model,
+            tokenizer=tokenizer,
+            deadline=deadline,
+        )
+        outbox, stats = Outbox(), Stats()
+        life = asyncio.create_task(self._inflight.serve(job, stats, outbox.put))
+        life.add_done_callback(lambda _: outbox.close())
+        try:
+            await self._relay(job, stats, outbox, context, began_at)
+            await life
+        finally:
+            life.cancel()
+            await asyncio.gather(life, return_exceptions=True)
+
+    async def _relay(
+        self, job: Job, stats: Stats, outbox: Outbox, context: Any, began_at: float
+    ) -> None:
+        """Writes the answer's parts as they come, until there are no more."""
+        prompt_tokens = len(job.request.prompt_token_ids)
+        first_at: float | None = None
+        while (part := await outbox.next()) is not None:
+            if first_at is None:
+                first_at = self._clock()
+                self._metrics.first_token(first_at - began_at)
+            await context.write(response_to_wire(job.shown_id, part, prompt_tokens, stats))
+            if part.finish is not None:
+                self._metrics.finished(
+                    ttft_s=first_at - began_at,
+                    e2e_s=self._clock() - began_at,
+                    handoff_s=stats.handoff_s,
+                    prompt=prompt_tokens,
+                    completion=part.completion_tokens,
+                )
+
+    async def Describe(
+        self, request: inference_pb2.DescribeRequest, context: Any
+    ) -> inference_pb2.DescribeResponse:
+        """Says which model is served and what a request may ask for."""
+        model, tokenizer = await self._served_model()
+        check_model_name(request.model, self._limits(model, tokenizer))
+        return inference_pb2.DescribeResponse(
+            model=model.name,
+            architecture=model.architecture,
+            max_model_len=self._pools.members.max_model_len,
+            vocab_size=model.vocab_size,
+            has_chat_template=tokenizer.has_chat_template,
+            max_request_tokens=self._ledger.largest_request_tokens(),
+            version=self._version,
+        )
+
+    async def CountTokens(
+        self, request: inference_pb2.CountTokensRequest, context: Any
+    ) -> inference_pb2.CountTokensResponse:
+        """Counts the tokens a prompt has after template and tokenizer."""
+        model, tokenizer = await self._served_model()
+        limits = self._limits(model, tokenizer)
+        check_model_name(request.model, limits)
+        prompt = check_prompt(prompt_from_wire(request.prompt), limits, self._caps)
+        tokens = await self._tokenize(prompt, tokenizer)
+        return inference_pb2.CountTokensResponse(tokens=len(tokens))
+
+    # ---- shared by the calls
+
+    async def _served_model(self) -> tuple[Model, Tokenizer]:
+        """Returns the model and its tokenizer; waits a moment for files that are on their way."""
+        if self._is_draining:
+            raise Unavailable("this router is stopping: use another one", reason="ROUTER_STOPS")
+        model = self._pools.members.model
+        if model is None:
+            raise Unavailable(
+                "no instance is registered with this router",
+                reason="NO_INSTANCE",
+                retry_after_s=1.0,
+            )
+        tokenizer = self._pools.tokenizers.get(model.assets_digest)
+        if tokenizer is None:
+            try:
+                async with asyncio.timeout(_ASSETS_TIMEOUT_S):
+                    tokenizer = await self._pools.tokenizers.wait(model.assets_digest)
+            except TimeoutError as exc:
+                raise Unavailable(
+                    "no instance has sent the model's tokenizer yet",
+                    reason="NO_TOKENIZER",
+                    retry_after_s=1.0,
+                ) from exc
+        return model, tokenizer
+
+    def _limits(self, model: Model, tokenizer: Tokenizer) -> ModelLimits:
+        return ModelLimits(
+            model=model.name,
+            vocab_size=model.vocab_size,
+            max_model_len=self._pools.members.max_model_len,
+            known_roles=ROLES if tokenizer.has_chat_template else None,
+            largest_prompt=self._ledger.largest_prompt_tokens() or None,
+            largest_request=self._ledger.largest_request_tokens() or None,
+        )
+
+    async def _tokenize(self, prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Raises InvalidRequest for a prompt that template or tokenizer refuse."""
+        match prompt:
+            case TokensPrompt(token_ids):
+                return token_ids
+            case TextPrompt(text):
+                field, chars = "prompt.text", len(text)
+
+                def encode() -> list[int]:
+                    return tokenizer.encode(text)
+
+            case MessagesPrompt(messages):
+                field, chars = "prompt.messages", sum(len(c) for _, c in messages)
+
+                def encode() -> list[int]:
+                    return tokenizer.encode_messages(messages)
+
+        try:
+            if chars <= _INLINE_CHARS:
+                return tuple(encode())
+            loop = asyncio.get_running_loop()
+            return tuple(await loop.run_in_executor(self._threads, encode))
+        except PromptError as exc:
+            raise InvalidRequest(field, "a prompt that cannot be used", str(exc)) from exc
+
+    async def _check(
+        self, request: inference_pb2.GenerateRequest, model: Model, tokenizer: Tokenizer
+    ) -> ValidRequest:
+        """Checks a request and tokenizes it. Raises InvalidRequest, or Refused if it never fits."""
+        given = input_from_wire(request)
+        limits = self._limits(model, tokenizer)
+        check_model_name(given.model, limits)
+        prompt = check_prompt(given.prompt, limits, self._caps)
+        token_ids = await self._tokenize(prompt, tokenizer)
+        return check(given, token_ids, limits, self._caps)
+
+    def _allowed_s(self, context: Any) -> float:
+        remaining_s: float | None = context.time_remaining()
+        return self._default_timeout_s if remaining_s is None else remaining_s
+
+
+def _outcome_of(error: ServiceError) -> str:
+    if isinstance(error, Refused):
+        return "refused"
+    if isinstance(error, InvalidRequest | NotFound):
+        return "invalid"
+    return "failed"

@@ -1,0 +1,265 @@
+"""Owns the router's account of what each instance has promised to whom.
+
+Decode instances promise blocks and batch slots, prefill instances owe prompt tokens. The ledger
+has no clock, does no I/O and does not decide: `policy` picks a place, the ledger holds it.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class LedgerError(Exception):
+    """The ledger was asked for something its own account rules out."""
+
+
+class InstanceKey(NamedTuple):
+    """One life of one instance: after a restart the name is the same and the epoch is higher."""
+
+    name: str
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What an instance said it can hold."""
+
+    blocks: int
+    block_size: int
+    max_sequences: int
+    max_sequence_tokens: int
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    @property
+    def largest_sequence(self) -> int:
+        """Tokens of the longest sequence that an otherwise empty instance can hold."""
+        return min(self.max_sequence_tokens, self.blocks * self.block_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What one request asks of the pools, in tokens."""
+
+    prompt_tokens: int
+    max_new_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a decode instance takes part; the first token comes from prefill alone."""
+        return self.max_new_tokens > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a request goes. `decode` is None where prefill alone answers it."""
+
+    prefill: InstanceKey
+    decode: InstanceKey | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeView:
+    """A decode instance as a policy sees it."""
+
+    key: InstanceKey
+    capacity: Capacity
+    free_blocks: int
+    sequences: int
+
+    def fits(self, need: Need) -> bool:
+        return (
+            need.total_tokens <= self.capacity.largest_sequence
+            and self.sequences < self.capacity.max_sequences
+            and self.capacity.blocks_for(need.total_tokens) <= self.free_blocks
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillView:
+    """A prefill instance as a policy sees it."""
+
+    key: InstanceKey
+    capacity: Capacity
+    outstanding_tokens: int
+    outstanding_requests: int
+    max_outstanding_requests: int
+
+    def fits(self, need: Need) -> bool:
+        return (
+            need.prompt_tokens <= self.capacity.largest_sequence
+            and self.outstanding_requests < self.max_outstanding_requests
+        )
+
+
+@dataclass
+class _Account:
+    """One instance's book: amounts (blocks or tokens) by request id, and their sum."""
+
+    capacity: Capacity
+    draining: bool = False
+    total: int = 0
+    entries: dict[int, int] = field(default_factory=dict)
+
+    def enter(self, request_id: int, amount: int) -> None:
+        self.entries[request_id] = amount
+        self.total += amount
+
+    def strike(self, request_id: int) -> None:
+        self.total -= self.entries.pop(request_id)
+
+
+class Ledger:
+    """Reservations of all requests on all instances that may be given work."""
+
+    def __init__(self, *, max_prefill_requests: int) -> None:
+        self._max_prefill_requests = max_prefill_requests
+        self._decodes: dict[InstanceKey, _Account] = {}
+        self._prefills: dict[InstanceKey, _Account] = {}
+        self._decode_of: dict[int, InstanceKey] = {}
+        self._prefill_of: dict[int, InstanceKey] = {}
+
+    # ---- instances
+
+    def add_decode(self, key: InstanceKey, capacity: Capacity) -> None:
+        self._add(self._decodes, key, capacity)
+
+    def add_prefill(self, key: InstanceKey, capacity: Capacity) -> None:
+        self._add(self._prefills, key, capacity)
+
+    @staticmethod
+    def _add(accounts: dict[InstanceKey, _Account], key: InstanceKey, capacity: Capacity) -> None:
+        if key in accounts:
+            raise LedgerError(f"instance {key.name} epoch {key.epoch} is in the ledger already")
+        accounts[key] = _Account(capacity)
+
+    def remove(self, key: InstanceKey) -> None:
+        """Forgets an instance and every reservation on it; unknown keys are no error."""
+        for accounts, places in (
+            (self._decodes, self._decode_of),
+            (self._prefills, self._prefill_of),
+        ):
+            account = accounts.pop(key, None)
+            for request_id in account.entries if account is not None else ():
+                del places[request_id]
+
+    def set_draining(self, key: InstanceKey) -> None:
+        """From here on the instance keeps what it has and gets nothing new."""
+        for accounts in (self._decodes, self._prefills):
+            if key in accounts:
+                accounts[key].draining = True
+
+    # ---- views
+
+    def decodes(self) -> list[DecodeView]:
+        return [
+            DecodeView(
+                key=key,
+                capacity=account.capacity,
+                free_blocks=account.capacity.blocks - account.total,
+                sequences=len(account.entries),
+            )
+            for key, account in self._decodes.items()
+            if not account.draining
+        ]
+
+    def prefills(self) -> list[PrefillView]:
+        return [
+            PrefillView(
+                key=key,
+                capacity=account.capacity,
+                outstanding_tokens=account.total,
+                outstanding_requests=len(account.entries),
+                max_outstanding_requests=self._max_prefill_requests,
+            )
+            for key, account in self._prefills.items()
+            if not account.draining
+        ]
+
+    def reserved_blocks(self, key: InstanceKey) -> int:
+        return self._decodes[key].total if key in self._decodes else 0
+
+    def largest_request_tokens(self) -> int:
+        """The largest prompt + max_new_tokens that some decode instance could ever hold."""
+        return max((d.capacity.largest_sequence for d in self.decodes()), default=0)
+
+    def largest_prompt_tokens(self) -> int:
+        """The longest prompt that some prefill instance could ever hold."""
+        return max((p.capacity.largest_sequence for p in self.prefills()), default=0)
+
+    def fits_ever(self, need: Need) -> bool:
+        """Whether the instances of now could hold the request if they were empty."""
+        if need.prompt_tokens > self.largest_prompt_tokens():
+            return False
+        return not need.decodes or need.total_tokens <= self.largest_request_tokens()
+
+    # ---- reservations
+
+    def try_reserve(self, request_id: int, need: Need, placement: Placement) -> bool:
+        """Books the whole placement or nothing; a request id can be booked once."""
+        if request_id in self._prefill_of or request_id in self._decode_of:
+            raise LedgerError(f"request {request_id:016x} has a reservation already")
+        prefill = self._prefills.get(placement.prefill)
+        if prefill is None or prefill.draining:
+            return False
+        if len(prefill.entries) >= self._max_prefill_requests:
+            return False
+        if placement.decode is not None and not self._reserve_blocks(
+            request_id, need, placement.decode
+        ):
+            return False
+        prefill.enter(request_id, need.prompt_tokens)
+        self._prefill_of[request_id] = placement.prefill
+        return True
+
+    def _reserve_blocks(self, request_id: int, need: Need, key: InstanceKey) -> bool:
+        account = self._decodes.get(key)
+        if account is None or account.draining:
+            return False
+        blocks = account.capacity.blocks_for(need.total_tokens)
+        if (
+            need.total_tokens > account.capacity.largest_sequence
+            or len(account.entries) >= account.capacity.max_sequences
+            or account.total + blocks > account.capacity.blocks
+        ):
+            return False
+        account.enter(request_id, blocks)
+        self._decode_of[request_id] = key
+        return True
+
+    def end_prefill(self, request_id: int) -> None:
+        """Prefill owes this request nothing any more; no error where it never did."""
+        key = self._prefill_of.pop(request_id, None)
+        if key is not None:
+            self._prefills[key].strike(request_id)
+
+    def release(self, request_id: int) -> None:
+        """Frees all that the request still holds; calling it again changes nothing."""
+        self.end_prefill(request_id)
+        key = self._decode_of.pop(request_id, None)
+        if key is not None:
+            self._decodes[key].strike(request_id)
+
+    def is_idle(self) -> bool:
+        return not self._decode_of and not self._prefill_of
+
+    def check_integrity(self) -> None:
+        """Raises LedgerError where the sums, limits or indexes do not agree."""
+        for accounts, places in (
+            (self._decodes, self._decode_of),
+            (self._prefills, self._prefill_of),
+        ):
+            held = {r: key for key, account in accounts.items() for r in account.entries}
+            if held != places:
+                raise LedgerError("the requests of the accounts and of the index differ")
+            for key, account in accounts.items():
+                if account.total != sum(account.entries.values()):
+                    raise LedgerError(f"{key.name}: the sum is {account.total}, entries differ")
+        for key, account in self._decodes.items():
+            capacity = account.capacity
+            if account.total > capacity.blocks or len(account.entries) > capacity.max_sequences:
+                raise LedgerError(f"{key.name}: more is promised than it has")

@@ -1,0 +1,179 @@
+"""Owns the table of instances: who may join, what they all share, who replaces whom.
+
+No stream and no clock of its own; `registration` feeds it from the wire and acts on its answers.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from router.ledger import Capacity, InstanceKey
+from service.errors import Incompatible
+
+# Names whose last epoch is remembered after they left, so that an old process cannot come back.
+_REMEMBERED_NAMES = 1024
+
+
+class Role(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What an instance serves, as it said itself."""
+
+    name: str
+    fingerprint: str
+    architecture: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    assets_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How an instance splits its KV cache; the router only compares `shape` and hands on `wire`."""
+
+    shape: tuple[int, int, int, str]  # layers, kv heads, head size, dtype
+    summary: str
+    wire: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """What an instance said of itself when it joined."""
+
+    key: InstanceKey
+    role: Role
+    address: str
+    model: Model
+    layout: Layout
+    capacity: Capacity
+    data_token: bytes = field(repr=False)
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+    """What an instance last said of its load; block counts in the order of the wire."""
+
+    blocks: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+    running: int = 0
+    waiting: int = 0
+
+
+@dataclass(eq=False)
+class Member:
+    """One instance in the table."""
+
+    instance: Instance
+    seen_at: float
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    draining: bool = False
+
+
+class Members:
+    """All instances that are in service or draining, by name."""
+
+    def __init__(self) -> None:
+        self._members: dict[str, Member] = {}
+        self._epochs: dict[str, int] = {}
+        self._model: Model | None = None
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def model(self) -> Model | None:
+        """The model of all instances; stays known while none is there, until another comes."""
+        return self._model
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that every instance's model takes."""
+        lengths = [m.instance.model.max_model_len for m in self._members.values()]
+        return min(lengths, default=self._model.max_model_len if self._model is not None else 0)
+
+    def all(self) -> list[Member]:
+        return list(self._members.values())
+
+    def of(self, role: Role) -> list[Member]:
+        return [m for m in self._members.values() if m.instance.role is role]
+
+    def get(self, name: str) -> Member | None:
+        return self._members.get(name)
+
+    def join(self, instance: Instance, now: float) -> tuple[Member, Member | None]:
+        """Takes an instance in; returns its member and the one it replaces.
+
+        Raises Incompatible for a stale epoch and for another model, naming what differs.
+        """
+        old = self._members.get(instance.key.name)
+        self._check_epoch(instance, old)
+        others = [m for m in self._members.values() if m is not old]
+        if others:
+            check_same_model(instance, others[0].instance)
+        if not others or self._model is None:
+            self._model = instance.model
+        member = Member(instance, seen_at=now)
+        self._members[instance.key.name] = member
+        self._remember(instance.key)
+        return member, old
+
+    def leave(self, member: Member) -> bool:
+        """Takes a member out; False where it is out already or has been replaced."""
+        name = member.instance.key.name
+        if self._members.get(name) is not member:
+            return False
+        del self._members[name]
+        return True
+
+    def _check_epoch(self, instance: Instance, old: Member | None) -> None:
+        name, epoch = instance.key
+        last = self._epochs.get(name, 0)
+        if epoch < last:
+            raise Incompatible(
+                f"instance {name!r} came with epoch {epoch}, and epoch {last} has been here: "
+                "an older process with the same name still runs, or the clock went back",
+                reason="STALE_EPOCH",
+            )
+        # The very same process may come again before its broken stream is noticed here; its
+        # secret of this epoch tells it from another process of the same name.
+        if old is not None and epoch == old.instance.key.epoch and instance != old.instance:
+            raise Incompatible(
+                f"instance {name!r} is registered already with epoch {epoch}: "
+                "give each instance a name of its own",
+                reason="NAME_TAKEN",
+            )
+
+    def _remember(self, key: InstanceKey) -> None:
+        self._epochs.pop(key.name, None)
+        self._epochs[key.name] = key.epoch
+        if len(self._epochs) > _REMEMBERED_NAMES:
+            gone = next(n for n in self._epochs if n not in self._members)
+            del self._epochs[gone]
+
+
+def check_same_model(instance: Instance, other: Instance) -> None:
+    """Raises Incompatible naming the first thing that differs."""
+    ours, theirs = other, instance
+    for what, found, expected in (
+        ("architecture", theirs.model.architecture, ours.model.architecture),
+        ("dtype", theirs.model.dtype, ours.model.dtype),
+        ("vocab_size", theirs.model.vocab_size, ours.model.vocab_size),
+        ("KV layers", theirs.layout.shape[0], ours.layout.shape[0]),
+        ("KV heads", theirs.layout.shape[1], ours.layout.shape[1]),
+        ("KV head size", theirs.layout.shape[2], ours.layout.shape[2]),
+        ("KV dtype", theirs.layout.shape[3], ours.layout.shape[3]),
+        ("fingerprint", theirs.model.fingerprint, ours.model.fingerprint),
+        ("assets_digest", theirs.model.assets_digest, ours.model.assets_digest),
+    ):
+        if found != expected:
+            raise Incompatible(
+                f"{what} of instance {theirs.key.name!r} is {found}, and {ours.key.name!r} "
+                f"serves {ours.model.name!r} with {expected}: serve the same model folder "
+                "with the same settings on all instances",
+                reason="MODEL_MISMATCH",
+            )

@@ -1,0 +1,96 @@
+"""Owns the router's metrics; knows the registry and nothing of what is measured."""
+
+from collections import Counter as Tally
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from service.metrics import (
+    HANDOFF_BUCKETS_S,
+    QUEUE_BUCKETS_S,
+    REQUEST_BUCKETS_S,
+    TPOT_BUCKETS_S,
+    TTFT_BUCKETS_S,
+)
+
+# How a request can end.
+OUTCOMES = ("finished", "refused", "invalid", "aborted", "failed")
+
+
+class Metrics:
+    """Counts, times and levels of one router, kept for its own status as well."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.outcomes: Tally[str] = Tally()
+        self.retries = 0
+        self._requests = Counter(
+            "twinpool_router_requests", "Requests by outcome.", ["outcome"], registry=registry
+        )
+        for outcome in OUTCOMES:
+            self._requests.labels(outcome)
+        self._retries = Counter(
+            "twinpool_router_retries", "Requests started over.", registry=registry
+        )
+        self._queue_s = Histogram(
+            "twinpool_router_queue_seconds",
+            "Wait for room in the pools.",
+            buckets=QUEUE_BUCKETS_S,
+            registry=registry,
+        )
+        self._ttft_s = Histogram(
+            "twinpool_router_ttft_seconds",
+            "Arrival to first token.",
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self._tpot_s = Histogram(
+            "twinpool_router_tpot_seconds",
+            "Time per token after the first.",
+            buckets=TPOT_BUCKETS_S,
+            registry=registry,
+        )
+        self._e2e_s = Histogram(
+            "twinpool_router_request_seconds",
+            "Arrival to last token.",
+            buckets=REQUEST_BUCKETS_S,
+            registry=registry,
+        )
+        self._handoff_s = Histogram(
+            "twinpool_router_handoff_seconds",
+            "End of prefill's compute to decode's acknowledgement of the KV.",
+            buckets=HANDOFF_BUCKETS_S,
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "twinpool_router_tokens", "Tokens of finished requests.", ["kind"], registry=registry
+        )
+        self._registry = registry
+
+    def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """Shows a level that is read when it is asked for."""
+        Gauge(f"twinpool_router_{name}", what, registry=self._registry).set_function(read)
+
+    def ended(self, outcome: str) -> None:
+        self.outcomes[outcome] += 1
+        self._requests.labels(outcome).inc()
+
+    def retried(self) -> None:
+        self.retries += 1
+        self._retries.inc()
+
+    def waited(self, seconds: float) -> None:
+        self._queue_s.observe(seconds)
+
+    def first_token(self, ttft_s: float) -> None:
+        self._ttft_s.observe(ttft_s)
+
+    def finished(
+        self, *, ttft_s: float, e2e_s: float, handoff_s: float, prompt: int, completion: int
+    ) -> None:
+        """Takes a finished request's times, in seconds, and its token counts."""
+        self._e2e_s.observe(e2e_s)
+        if completion > 1:
+            self._tpot_s.observe((e2e_s - ttft_s) / (completion - 1))
+            self._handoff_s.observe(handoff_s)
+        self._tokens.labels("prompt").inc(prompt)
+        self._tokens.labels("completion").inc(completion)

@@ -1,0 +1,171 @@
+"""Owns the types a request and its answer have inside the router; no wire message, no behaviour."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import chain
+from typing import NamedTuple
+
+from router.ledger import Need
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    text: str
+
+
+@dataclass(frozen=True)
+class MessagesPrompt:
+    """Chat messages as (role, content)."""
+
+    messages: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class TokensPrompt:
+    token_ids: tuple[int, ...]
+
+
+Prompt = TextPrompt | MessagesPrompt | TokensPrompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingInput:
+    """What the client asked for, unchecked; None is the default."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopInput:
+    """What the client asked for, unchecked."""
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateInput:
+    """One Generate call as it came, unchecked."""
+
+    prompt: Prompt | None
+    sampling: SamplingInput = field(default_factory=SamplingInput)
+    stop: StopInput = field(default_factory=StopInput)
+    model: str = ""
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Checked sampling parameters. `logprobs` is None where none are wanted."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    logprobs: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Checked stop conditions."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    strings: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    ignore_eos: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidRequest:
+    """A request that every check has passed; what the router works with from there on."""
+
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    stop: Stop
+    priority: int
+
+    @property
+    def need(self) -> Need:
+        return Need(
+            prompt_tokens=len(self.prompt_token_ids), max_new_tokens=self.stop.max_new_tokens
+        )
+
+
+class Finish(Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class TokenLogprob(NamedTuple):
+    token_id: int
+    logprob: float
+
+
+class PositionLogprobs(NamedTuple):
+    """The chosen token of one position, and the most likely ones."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """New tokens of one request, in order. `logprobs` is empty or as long as `token_ids`."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass
+class Stats:
+    """How a request went through the pools; filled in on its way."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    handoff_s: float = 0.0
+    kv_bytes: int = 0
+    kv_transport: str = ""
+    prefill_instance: str = ""
+    decode_instance: str = ""
+    retries: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerPart:
+    """One message of an answer. `finish` is set in the last one."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...]
+    finish: Finish | None
+    completion_tokens: int
+
+    def followed_by(self, *later: "AnswerPart") -> "AnswerPart":
+        """Returns this part and the ones after it as one."""
+        parts = (self, *later)
+        return AnswerPart(
+            text="".join(part.text for part in parts),
+            token_ids=tuple(chain.from_iterable(part.token_ids for part in parts)),
+            logprobs=tuple(chain.from_iterable(part.logprobs for part in parts)),
+            finish=parts[-1].finish,
+            completion_tokens=parts[-1].completion_tokens,
+        )

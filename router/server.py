@@ -1,0 +1,157 @@
+"""Puts the router's parts together and runs them as one process."""
+
+import random
+import secrets
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+from prometheus_client import CollectorRegistry
+from twinpool.v1 import worker_pb2
+from twinpool.v1.inference_pb2_grpc import add_InferenceServicer_to_server
+from twinpool.v1.worker_pb2_grpc import add_MembershipServicer_to_server
+
+from router.admission import Admission
+from router.config import RouterConfig
+from router.inference import InferenceService
+from router.inflight import Inflight
+from router.ledger import Ledger
+from router.metrics import Metrics
+from router.policy import LeastLoaded
+from router.pools import Pools
+from router.queue import AdmissionQueue
+from router.registration import MembershipService
+from service.channels import PUBLIC_MESSAGE_BYTES
+from service.lifecycle import Server
+from service.metrics import MetricsEndpoint, new_registry
+
+
+class Router:
+    """One router: its parts, its server, its end. Made and used on one event loop."""
+
+    def __init__(self, config: RouterConfig, registry: CollectorRegistry) -> None:
+        self.config = config
+        clock = time.monotonic
+        router_id = f"router-{secrets.token_hex(6)}"
+        self.ledger = Ledger(max_prefill_requests=config.max_prefill_requests)
+        self.metrics = Metrics(registry)
+        self.admission = Admission(
+            ledger=self.ledger,
+            queue=AdmissionQueue(max_requests=config.max_queue, max_bypasses=config.max_bypasses),
+            policy=LeastLoaded(),
+            clock=clock,
+            grace_s=config.restart_grace_s,
+        )
+        self.pools = Pools(
+            router_id=router_id, ledger=self.ledger, admission=self.admission, clock=clock
+        )
+        self.inflight = Inflight(
+            pools=self.pools,
+            admission=self.admission,
+            metrics=self.metrics,
+            max_queue_wait_s=config.max_queue_wait_s,
+            max_retries=config.max_retries,
+            clock=clock,
+            # Ids must not be guessed by one client of another.
+            rng=random.SystemRandom(),
+        )
+        self._inference = InferenceService(
+            version=_version(),
+            pools=self.pools,
+            ledger=self.ledger,
+            inflight=self.inflight,
+            metrics=self.metrics,
+            caps=config.caps,
+            default_timeout_s=config.default_timeout_s,
+            clock=clock,
+        )
+        self._membership = MembershipService(
+            router_id=router_id,
+            version=_version(),
+            pools=self.pools,
+            ledger=self.ledger,
+            heartbeat_interval_s=config.heartbeat_interval_s,
+            heartbeat_timeout_s=config.heartbeat_timeout_s,
+            clock=clock,
+            request_counts=self._request_counts,
+        )
+        self.server = Server(
+            "router",
+            host=config.host,
+            port=config.port,
+            max_message_bytes=PUBLIC_MESSAGE_BYTES,
+            reflection=config.reflection,
+        )
+        self.server.add(add_InferenceServicer_to_server, self._inference, "twinpool.v1.Inference")
+        self.server.add(
+            add_MembershipServicer_to_server, self._membership, "twinpool.v1.Membership"
+        )
+        self._watch_levels()
+
+    async def drain(self) -> None:
+        """Refuses what is new and returns once every open request has ended."""
+        await self._inference.drain()
+        await self.inflight.settle()
+
+    async def close(self) -> None:
+        """Lets go of the instances. To be called when no request is open any more."""
+        self._membership.end_all()
+        await self.inflight.settle()
+        await self.pools.close()
+        self.admission.close()
+        self._inference.close()
+
+    def _request_counts(self) -> worker_pb2.RequestCounts:
+        outcomes = self.metrics.outcomes
+        queued = self.admission.queued
+        return worker_pb2.RequestCounts(
+            queued=queued,
+            running=self._inference.open_requests - queued,
+            finished=outcomes["finished"],
+            refused=outcomes["refused"],
+            aborted=outcomes["aborted"],
+            failed=outcomes["failed"],
+            retried=self.metrics.retries,
+        )
+
+    def _watch_levels(self) -> None:
+        ledger, admission, inference = self.ledger, self.admission, self._inference
+        self.metrics.watch("queue_depth", "Requests that wait for room.", lambda: admission.queued)
+        self.metrics.watch("open_requests", "Requests open.", lambda: inference.open_requests)
+        self.metrics.watch(
+            "ledger_free_blocks",
+            "KV blocks of the decode pool that no request holds.",
+            lambda: sum(d.free_blocks for d in ledger.decodes()),
+        )
+        self.metrics.watch(
+            "ledger_total_blocks",
+            "KV blocks of the decode pool.",
+            lambda: sum(d.capacity.blocks for d in ledger.decodes()),
+        )
+        self.metrics.watch(
+            "prefill_outstanding_tokens",
+            "Prompt tokens given to prefill and not done.",
+            lambda: sum(p.outstanding_tokens for p in ledger.prefills()),
+        )
+
+
+async def main(config: RouterConfig) -> None:
+    """Runs a router until it is told to stop."""
+    registry = new_registry()
+    router = Router(config, registry)
+    endpoint = MetricsEndpoint(registry, port=config.metrics_port) if config.metrics_port else None
+    try:
+        await router.server.start()
+        await router.server.serve_until_stopped(
+            drain=router.drain, drain_timeout_s=config.drain_timeout_s
+        )
+    finally:
+        await router.close()
+        if endpoint is not None:
+            endpoint.close()
+
+
+def _version() -> str:
+    try:
+        return version("twinpool-server")
+    except PackageNotFoundError:
+        return "0+unknown"

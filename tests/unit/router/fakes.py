@@ -1,0 +1,494 @@
+"""A router on real gRPC with scripted instances around it, all in one process and one loop.
+
+The instances speak the whole control path and move no KV: a fake prefill tells a fake decode in
+memory that a transfer is complete.
+"""
+
+import asyncio
+import itertools
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import grpc
+from prometheus_client import CollectorRegistry
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from twinpool.v1 import common_pb2, inference_pb2, kv_pb2, worker_pb2, worker_pb2_grpc
+from twinpool.v1.inference_pb2_grpc import InferenceStub
+from twinpool.v1.worker_pb2_grpc import MembershipStub
+
+from router.config import RouterConfig
+from router.server import Router
+from service.errors import Incompatible, ServiceError, WorkFailed
+from service.registration import Registration
+from service.status import StatusInterceptor, from_rpc_error
+from text import TextAssets, Tokenizer
+
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+LENGTH = common_pb2.FINISH_REASON_LENGTH
+STOP = common_pb2.FINISH_REASON_STOP
+
+
+def byte_level_assets(*, template: bool = True) -> TextAssets:
+    """Token ids 0 to 255 are the bytes in the order of the byte-level alphabet; 256 ends."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|end|>"])
+    files = {
+        "tokenizer.json": backend.to_str().encode(),
+        "tokenizer_config.json": json.dumps({"eos_token": "<|end|>"}).encode(),
+    }
+    if template:
+        files["chat_template.jinja"] = b"{% for m in messages %}{{ m.content }}{% endfor %}"
+    return TextAssets(files)
+
+
+ASSETS = byte_level_assets()
+TOKENIZER = Tokenizer(ASSETS)
+VOCAB_SIZE = 257
+END = 256
+
+
+def model(**changes: Any) -> worker_pb2.ModelDescription:
+    fields: dict[str, Any] = {
+        "name": "echo",
+        "fingerprint": "f00d",
+        "architecture": "Qwen3ForCausalLM",
+        "dtype": "float32",
+        "max_model_len": 4096,
+        "vocab_size": VOCAB_SIZE,
+        "eos_token_ids": [END],
+        "assets_digest": ASSETS.digest,
+    }
+    return worker_pb2.ModelDescription(**(fields | changes))
+
+
+def layout(
+    *, layers: int = 2, kv_heads: int = 2, head_size: int = 8, dtype: str = "float32"
+) -> kv_pb2.KvLayout:
+    return kv_pb2.KvLayout(
+        shape=kv_pb2.KvShape(layers=layers, kv_heads=kv_heads, head_size=head_size, dtype=dtype),
+        block_size=16,
+        shards=[
+            kv_pb2.KvShard(
+                layers=kv_pb2.Range(end=layers),
+                heads=kv_pb2.Range(end=kv_heads),
+                cp_size=1,
+                data_host="127.0.0.1",
+                data_port=1,
+            )
+        ],
+        cp_order=kv_pb2.CP_ORDER_CONTIGUOUS,
+    )
+
+
+class FakeInstance:
+    """What both roles share: a gRPC server, a hello and, after `join`, a Register stream."""
+
+    role = common_pb2.ROLE_UNSPECIFIED
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        epoch: int = 1,
+        blocks: int = 64,
+        max_sequences: int = 8,
+        answer: str = "hello world",
+        model_description: worker_pb2.ModelDescription | None = None,
+    ) -> None:
+        self.name = name
+        self.epoch = epoch
+        self.answer = TOKENIZER.encode(answer)
+        self.capacity = worker_pb2.Capacity(
+            blocks=blocks,
+            block_size=16,
+            max_sequences=max_sequences,
+            max_sequence_tokens=16 * blocks,
+        )
+        self.model = model_description or model()
+        self.layout = layout()
+        self.peers: list[worker_pb2.Peer] = []
+        self.drains: list[str] = []
+        self.assets_asked = 0
+        self.draining = False
+        self.aborted: list[int] = []
+        self.address = ""
+        self._server = grpc.aio.server(interceptors=[StatusInterceptor()])
+        self._registration: asyncio.Task[None] | None = None
+
+    def hello(self) -> worker_pb2.InstanceHello:
+        return worker_pb2.InstanceHello(
+            name=self.name,
+            epoch=self.epoch,
+            role=self.role,
+            address=self.address,
+            model=self.model,
+            layout=self.layout,
+            capacity=self.capacity,
+            data_token=f"{self.name} {self.epoch}".encode(),
+            version="test",
+        )
+
+    def _add_to(self, server: grpc.aio.Server) -> None:
+        raise NotImplementedError
+
+    def _assets(self) -> dict[str, bytes]:
+        self.assets_asked += 1
+        return dict(ASSETS.files)
+
+    async def start(self) -> None:
+        self._add_to(self._server)
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
+        await self._server.start()
+
+    def join(self, router_address: str) -> "asyncio.Task[None]":
+        registration = Registration(
+            router_address=router_address,
+            hello=self.hello(),
+            heartbeat=lambda: worker_pb2.Heartbeat(running=1, draining=self.draining),
+            assets=self._assets,
+            on_peers=lambda peers: setattr(self, "peers", peers),
+            on_drain=self.drains.append,
+        )
+        self._registration = asyncio.create_task(registration.run())
+        return self._registration
+
+    async def die(self) -> None:
+        """Ends at once, as a killed process does."""
+        if self._registration is not None:
+            self._registration.cancel()
+        await self._server.stop(0)
+        if self._registration is not None:
+            await asyncio.wait({self._registration})
+
+
+class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
+    """Reserves, waits for the first token and the KV, then gives one token a step."""
+
+    role = common_pb2.ROLE_DECODE
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(name, **options)
+        self.reserves: dict[int, worker_pb2.ReserveRequest] = {}
+        self.held: dict[int, str] = {}
+        self.reserve_errors: list[ServiceError] = []
+        self.reserve_gate = _open_gate()
+        self.step_gate = _open_gate()
+        self.tokens_per_step = 1
+        self.silent_after: int | None = None
+        self.fail_after: tuple[int, worker_pb2.SequenceFailure] | None = None
+        self._streams: dict[str, asyncio.Queue[worker_pb2.DecodeRunResponse | None]] = {}
+        self._activated: dict[int, asyncio.Future[None]] = {}
+        self._complete: dict[int, asyncio.Future[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _add_to(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_DecodeServicer_to_server(self, server)
+
+    async def Reserve(
+        self, request: worker_pb2.ReserveRequest, context: Any
+    ) -> worker_pb2.ReserveResponse:
+        self.reserves[request.request_id] = request
+        if request.router_id not in self._streams:
+            raise Incompatible("no Run stream", reason="NO_RUN_STREAM")
+        await self.reserve_gate.wait()
+        if self.reserve_errors:
+            raise self.reserve_errors.pop(0)
+        loop = asyncio.get_running_loop()
+        self.held[request.request_id] = request.router_id
+        self._activated[request.request_id] = loop.create_future()
+        self._complete[request.request_id] = loop.create_future()
+        task = asyncio.create_task(self._decode(request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        grant = kv_pb2.Grant(
+            transfer_id=request.request_id, epoch=self.epoch, nonce=b"n", instance=self.name
+        )
+        return worker_pb2.ReserveResponse(grant=grant, blocks=1)
+
+    def complete(self, request_id: int) -> None:
+        future = self._complete.get(request_id)
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    async def Run(
+        self, request_iterator: AsyncIterator[worker_pb2.DecodeRunRequest], context: Any
+    ) -> AsyncIterator[worker_pb2.DecodeRunResponse]:
+        first = await anext(request_iterator)
+        router_id = first.hello.router_id
+        queue: asyncio.Queue[worker_pb2.DecodeRunResponse | None] = asyncio.Queue()
+        self._streams[router_id] = queue
+        reader = asyncio.ensure_future(self._read(request_iterator, queue))
+        try:
+            while (message := await queue.get()) is not None:
+                yield message
+        finally:
+            reader.cancel()
+            del self._streams[router_id]
+            for request_id in [r for r, owner in self.held.items() if owner == router_id]:
+                del self.held[request_id]
+
+    async def _read(
+        self,
+        requests: AsyncIterator[worker_pb2.DecodeRunRequest],
+        queue: "asyncio.Queue[worker_pb2.DecodeRunResponse | None]",
+    ) -> None:
+        async for request in requests:
+            self.first_token = request.activate.first_token_id
+            self._activated[request.activate.request_id].set_result(None)
+        queue.put_nowait(None)
+
+    async def Abort(
+        self, request: worker_pb2.DecodeAbortRequest, context: Any
+    ) -> worker_pb2.DecodeAbortResponse:
+        self.aborted.append(request.request_id)
+        self.held.pop(request.request_id, None)
+        return worker_pb2.DecodeAbortResponse()
+
+    async def _decode(self, request: worker_pb2.ReserveRequest) -> None:
+        request_id = request.request_id
+        await self._complete[request_id]
+        await self._activated[request_id]
+        total = request.stop.max_new_tokens
+        position = 1
+        while position < total and request_id in self.held:
+            await self.step_gate.wait()
+            if self.silent_after is not None and position >= self.silent_after:
+                return
+            if self.fail_after is not None and position >= self.fail_after[0]:
+                failure = worker_pb2.SequenceFailure()
+                failure.CopyFrom(self.fail_after[1])
+                failure.request_id = request_id
+                self._say(request.router_id, worker_pb2.DecodeRunResponse(failures=[failure]))
+                return
+            end = min(total, position + self.tokens_per_step)
+            ids = [self.answer[p % len(self.answer)] for p in range(position, end)]
+            position = end
+            finish = LENGTH if position == total else common_pb2.FINISH_REASON_UNSPECIFIED
+            if finish:
+                self.held.pop(request_id, None)
+            output = worker_pb2.SequenceOutput(
+                request_id=request_id,
+                token_ids=ids,
+                finish_reason=finish,
+                logprobs=[_logprobs(i) for i in ids if request.sampling.HasField("logprobs")],
+            )
+            self._say(request.router_id, worker_pb2.DecodeRunResponse(outputs=[output]))
+            await asyncio.sleep(0)
+
+    def _say(self, router_id: str, message: worker_pb2.DecodeRunResponse) -> None:
+        if router_id in self._streams:
+            self._streams[router_id].put_nowait(message)
+
+    async def die(self) -> None:
+        await super().die()
+        for task in list(self._tasks):
+            task.cancel()
+
+
+class FakePrefill(FakeInstance, worker_pb2_grpc.PrefillServicer):
+    """Gives the first token, and after the grant the end of the transfer."""
+
+    role = common_pb2.ROLE_PREFILL
+
+    def __init__(self, name: str, decodes: Callable[[str], FakeDecode], **options: Any) -> None:
+        super().__init__(name, **options)
+        self._decode_named = decodes
+        self.starts: list[worker_pb2.PrefillStart] = []
+        self.open: set[int] = set()
+        self.errors: list[ServiceError] = []
+        self.compute_gate = _open_gate()
+        self.transfer_gate = _open_gate()
+        self.fail_transfer = False
+        self.first_finish = common_pb2.FINISH_REASON_UNSPECIFIED
+
+    def _add_to(self, server: grpc.aio.Server) -> None:
+        worker_pb2_grpc.add_PrefillServicer_to_server(self, server)
+
+    async def Run(
+        self, request_iterator: AsyncIterator[worker_pb2.PrefillRunRequest], context: Any
+    ) -> AsyncIterator[worker_pb2.PrefillRunResponse]:
+        start = (await anext(request_iterator)).start
+        self.starts.append(start)
+        self.open.add(start.request_id)
+        try:
+            await self.compute_gate.wait()
+            if self.errors:
+                raise self.errors.pop(0)
+            finish = self.first_finish
+            if start.stop.max_new_tokens == 1:
+                finish = LENGTH
+            token_id = self.answer[0]
+            first = worker_pb2.FirstToken(
+                token_id=token_id,
+                finish_reason=finish,
+                prefill_s=0.25,
+                logprobs=_logprobs(token_id) if start.sampling.HasField("logprobs") else None,
+            )
+            yield worker_pb2.PrefillRunResponse(first_token=first)
+            if finish or not start.transfer:
+                return
+            granted = await anext(request_iterator, None)
+            if granted is None:
+                return
+            [grant] = granted.grants.grants
+            await self.transfer_gate.wait()
+            if self.fail_transfer:
+                raise WorkFailed("the peer is lost", reason="PeerLost", retryable=True)
+            self._decode_named(grant.instance).complete(grant.transfer_id)
+            done = worker_pb2.Transferred(
+                bytes=4096, messages=1, transport="fake/memory", handoff_s=0.125
+            )
+            yield worker_pb2.PrefillRunResponse(transferred=done)
+        finally:
+            self.open.discard(start.request_id)
+
+    async def Abort(
+        self, request: worker_pb2.PrefillAbortRequest, context: Any
+    ) -> worker_pb2.PrefillAbortResponse:
+        self.aborted.append(request.request_id)
+        return worker_pb2.PrefillAbortResponse()
+
+
+def _open_gate() -> asyncio.Event:
+    gate = asyncio.Event()
+    gate.set()
+    return gate
+
+
+def _logprobs(token_id: int) -> common_pb2.PositionLogprobs:
+    entry = common_pb2.TokenLogprob(token_id=token_id, logprob=-0.5)
+    return common_pb2.PositionLogprobs(chosen=entry, top=[entry])
+
+
+class System:
+    """A router and the instances around it."""
+
+    def __init__(self, router: Router, registry: CollectorRegistry) -> None:
+        self.router = router
+        self.registry = registry
+        self.instances: list[FakeInstance] = []
+        self.channel = grpc.aio.insecure_channel(router.server.address)
+        self.inference = InferenceStub(self.channel)
+        self.membership = MembershipStub(self.channel)
+        self._epochs = itertools.count(1)
+
+    def decode_named(self, name: str) -> FakeDecode:
+        found = [i for i in self.instances if i.name == name and isinstance(i, FakeDecode)]
+        return found[-1]
+
+    async def add_decode(self, name: str = "decode", **options: Any) -> FakeDecode:
+        options.setdefault("epoch", next(self._epochs))
+        decode = FakeDecode(name, **options)
+        await self._add(decode)
+        await until(lambda: self._knows(decode))
+        return decode
+
+    async def add_prefill(self, name: str = "prefill", **options: Any) -> FakePrefill:
+        options.setdefault("epoch", next(self._epochs))
+        prefill = FakePrefill(name, self.decode_named, **options)
+        await self._add(prefill)
+        await until(lambda: self._knows(prefill))
+        return prefill
+
+    async def _add(self, instance: FakeInstance) -> None:
+        self.instances.append(instance)
+        await instance.start()
+        instance.join(self.router.server.address)
+
+    def _knows(self, instance: FakeInstance) -> bool:
+        keys = {v.key for v in self.router.ledger.decodes()}
+        keys |= {v.key for v in self.router.ledger.prefills()}
+        has_text = self.router.pools.tokenizers.get(ASSETS.digest) is not None
+        return has_text and (instance.name, instance.epoch) in keys
+
+    def generate(
+        self, prompt: str = "say hello", *, timeout: float | None = 20.0, **fields: Any
+    ) -> Any:
+        """Starts a call; `fields` are those of sampling, stop and the request, flat."""
+        request = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text=prompt))
+        for name, value in fields.items():
+            for part in (request.sampling, request.stop, request):
+                if name in part.DESCRIPTOR.fields_by_name:
+                    field = part.DESCRIPTOR.fields_by_name[name]
+                    if field.is_repeated:
+                        getattr(part, name).extend(value)
+                    else:
+                        setattr(part, name, value)
+                    break
+            else:
+                raise AttributeError(name)
+        return self.inference.Generate(request, timeout=timeout)
+
+    async def settled(self) -> None:
+        """Returns once no request holds anything anywhere."""
+        await until(lambda: self.router.ledger.is_idle())
+        await self.router.inflight.settle()
+        await until(lambda: not any(i.held for i in self.instances if isinstance(i, FakeDecode)))
+        await until(lambda: not any(i.open for i in self.instances if isinstance(i, FakePrefill)))
+        self.router.ledger.check_integrity()
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def collect(call: Any) -> list[inference_pb2.GenerateResponse]:
+    messages = []
+    while (message := await call.read()) is not EOF:
+        messages.append(message)
+    return messages
+
+
+def text_of(messages: list[inference_pb2.GenerateResponse]) -> str:
+    return "".join(message.text for message in messages)
+
+
+@asynccontextmanager
+async def running(**settings: Any) -> AsyncIterator[System]:
+    """A started router without instances; ends all that is around it."""
+    settings = {"port": 0, "heartbeat_interval_s": 0.2, "restart_grace_s": 0.5} | settings
+    registry = CollectorRegistry()
+    router = Router(RouterConfig(**settings), registry)
+    await router.server.start()
+    system = System(router, registry)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(_close, system)
+        yield system
+
+
+async def _close(system: System) -> None:
+    for instance in system.instances:
+        await instance.die()
+    await system.channel.close(None)
+    await system.router.close()
+    await system.router.server.stop()
+
+
+@asynccontextmanager
+async def pair(**settings: Any) -> AsyncIterator[tuple[System, FakePrefill, FakeDecode]]:
+    """A router with one instance of each role, ready for work."""
+    async with running(**settings) as system:
+        prefill = await system.add_prefill()
+        decode = await system.add_decode()
+        yield system, prefill, decode
+
+
+async def error_of(call: Any) -> ServiceError:
+    """Returns the error that a call ends with, whether it streams or not."""
+    try:
+        if hasattr(call, "read"):
+            await collect(call)
+        else:
+            await call
+    except grpc.aio.AioRpcError as exc:
+        return from_rpc_error(exc)
+    raise AssertionError("the call went well")

@@ -1,0 +1,60 @@
+"""Which instances a request goes to."""
+
+from router.ledger import Capacity, DecodeView, InstanceKey, Need, PrefillView
+from router.policy import LeastLoaded
+
+CAPACITY = Capacity(blocks=10, block_size=16, max_sequences=4, max_sequence_tokens=128)
+NEED = Need(prompt_tokens=20, max_new_tokens=20)
+
+
+def prefill(name: str, tokens: int = 0, requests: int = 0) -> PrefillView:
+    return PrefillView(
+        key=InstanceKey(name, 1),
+        capacity=CAPACITY,
+        outstanding_tokens=tokens,
+        outstanding_requests=requests,
+        max_outstanding_requests=4,
+    )
+
+
+def decode(name: str, free: int = 10, sequences: int = 0) -> DecodeView:
+    return DecodeView(
+        key=InstanceKey(name, 1), capacity=CAPACITY, free_blocks=free, sequences=sequences
+    )
+
+
+def chosen(
+    prefills: list[PrefillView], decodes: list[DecodeView], need: Need = NEED
+) -> tuple[str, str] | None:
+    placement = LeastLoaded().choose(prefills, decodes, need)
+    if placement is None:
+        return None
+    return placement.prefill.name, placement.decode.name if placement.decode else ""
+
+
+def test_least_owed_prefill_and_roomiest_decode() -> None:
+    prefills = [prefill("a", tokens=50), prefill("b", tokens=10), prefill("c", tokens=20)]
+    decodes = [decode("x", free=4), decode("y", free=8), decode("z", free=5)]
+    assert chosen(prefills, decodes) == ("b", "y")
+
+
+def test_among_equals_the_fewest_sequences_then_the_name() -> None:
+    assert chosen([prefill("b"), prefill("a")], [decode("x", 5, 3), decode("y", 5, 1)]) == (
+        "a",
+        "y",
+    )
+
+
+def test_full_instances_are_not_chosen() -> None:
+    assert chosen([prefill("a", requests=4)], [decode("x")]) is None
+    assert chosen([prefill("a")], [decode("x", free=2)]) is None
+    assert chosen([prefill("a")], [decode("x", sequences=4), decode("y", free=3)]) == ("a", "y")
+
+
+def test_prompt_longer_than_an_instance_takes_goes_nowhere() -> None:
+    assert chosen([prefill("a")], [decode("x")], Need(prompt_tokens=129, max_new_tokens=1)) is None
+    assert chosen([prefill("a")], [decode("x")], Need(prompt_tokens=100, max_new_tokens=40)) is None
+
+
+def test_one_token_goes_to_prefill_alone() -> None:
+    assert chosen([prefill("a")], [], Need(prompt_tokens=20, max_new_tokens=1)) == ("a", "")
