@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from launch.console import table_console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ def report(question: str, rows: Sequence[Row], json_file: Path | None) -> None:
             f"{_number(row.peer)} {row.peer_name or ''}".strip(),
             _ratio(row.ours, row.peer),
         )
-    Console().print(table)
+    table_console().print(table)
     if json_file is not None:
         figures = {
             "question": question,

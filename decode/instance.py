@@ -5,11 +5,13 @@ Owns the order in which they start and stop.
 
 import gc
 import secrets
+from contextlib import ExitStack
 
 from twinpool.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from decode.admission import Admission
 from decode.config import DecodeConfig
+from decode.metrics import Metrics
 from decode.scheduler import Scheduler
 from decode.server import DecodeService
 from decode.worker import Worker
@@ -22,24 +24,26 @@ from kvtransfer import (
     compatibility_hash,
 )
 from kvtransfer.ucx import UcxTransport
-from service.instance import advertised_address, die, instance_name, load_model, new_epoch
+from service.instance import die, load_model, make_hello, new_incarnation
 from service.lifecycle import Server
 from service.logs import configure_logging
+from service.metrics import MetricsEndpoint, new_registry
+from service.pool_metrics import PoolMetrics
 from service.registration import Registration
-from service.version import server_version
-from service.wire import counts_to_wire, layout_to_wire
+from service.wire import counts_to_wire
 
 
 async def main(settings: DecodeConfig) -> None:
     """Run one decode instance until it is stopped."""
-    name, epoch = instance_name(settings, "decode"), new_epoch()
+    who = new_incarnation(settings, "decode")
     configure_logging(
-        role="decode", instance=name, level=settings.log_level, as_json=settings.log_json
+        role="decode", instance=who.name, level=settings.log_level, as_json=settings.log_json
     )
     model = load_model(settings)
+    registry = new_registry()
     identity = Identity(
-        instance=name,
-        epoch=epoch,
+        instance=who.name,
+        epoch=who.epoch,
         compatibility=compatibility_hash(
             PROTOCOL_VERSION, model.description.fingerprint, model.layout.shape
         ),
@@ -70,14 +74,25 @@ async def main(settings: DecodeConfig) -> None:
         on_fatal=die,
     )
     service = DecodeService(
-        name=name,
-        epoch=epoch,
+        name=who.name,
+        epoch=who.epoch,
         config=model.config,
         max_sequence_tokens=model.max_sequence_tokens,
         admission=admission,
         worker=worker,
         agent=agent,
+        metrics=Metrics(registry),
     )
+
+    def heartbeat() -> worker_pb2.Heartbeat:
+        return worker_pb2.Heartbeat(
+            blocks=counts_to_wire(admission.counts()),
+            running=worker.running,
+            waiting=worker.waiting,
+            draining=service.draining,
+        )
+
+    PoolMetrics("decode", registry, heartbeat=heartbeat, transfer=agent.stats)
     server = Server(
         "decode", host=settings.host, port=settings.port, reflection=settings.reflection
     )
@@ -85,41 +100,30 @@ async def main(settings: DecodeConfig) -> None:
     await server.start()
     data_address = agent.start()
     worker.start()
-    hello = worker_pb2.InstanceHello(
-        name=name,
-        epoch=epoch,
-        role=common_pb2.ROLE_DECODE,
-        address=advertised_address(settings, server.port),
-        model=model.description,
-        layout=layout_to_wire(model.layout, [data_address]),
-        capacity=worker_pb2.Capacity(
-            blocks=model.num_blocks,
-            block_size=settings.block_size,
-            max_sequences=settings.max_sequences,
-            max_sequence_tokens=model.max_sequence_tokens,
-        ),
-        data_token=identity.token,
-        version=server_version(),
-    )
     registration = Registration(
         router_address=settings.router,
-        hello=hello,
-        heartbeat=lambda: worker_pb2.Heartbeat(
-            blocks=counts_to_wire(admission.counts()),
-            running=worker.running,
-            waiting=worker.waiting,
-            draining=service.draining,
+        hello=make_hello(
+            settings,
+            model,
+            who,
+            role=common_pb2.ROLE_DECODE,
+            port=server.port,
+            max_sequences=settings.max_sequences,
+            data_addresses=[data_address],
+            data_token=identity.token,
         ),
+        heartbeat=heartbeat,
         assets=lambda: model.assets.files,
         on_drain=lambda _: server.request_stop(),
     )
     gc.freeze()  # the model is here to stay: collections need not look at it again
-    try:
+    with ExitStack() as stack:
+        stack.callback(agent.close)
+        stack.callback(worker.stop)
+        if settings.metrics_port:
+            stack.enter_context(MetricsEndpoint(registry, port=settings.metrics_port))
         await server.serve_until_stopped(
             drain=service.drain,
             drain_timeout_s=settings.drain_timeout_s,
             background=[registration.run(), service.sweep()],
         )
-    finally:
-        worker.stop()
-        agent.close()

@@ -13,7 +13,8 @@ from typing import Any
 from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
 from decode.admission import Admission, NoRoom, Reservation, SequenceRecord
-from decode.worker import StepTokens, Token, Worker
+from decode.metrics import Metrics
+from decode.worker import Step, Token, Worker
 from engine.config import ModelConfig
 from kvtransfer import (
     Closed,
@@ -62,6 +63,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         admission: Admission,
         worker: Worker,
         agent: ReceiveAgent,
+        metrics: Metrics,
     ) -> None:
         self._name = name
         self._epoch = epoch
@@ -70,6 +72,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._admission = admission
         self._worker = worker
         self._agent = agent
+        self._metrics = metrics
         self._routers: dict[str, _RouterStream] = {}
         self.draining = False
         self._loop = asyncio.get_running_loop()
@@ -144,7 +147,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
 
     # ---- called by the engine's and the agent's threads
 
-    def emit(self, step: StepTokens) -> None:
+    def emit(self, step: Step) -> None:
         """Hand a step's tokens to the routers' streams."""
         self._loop.call_soon_threadsafe(self._deliver, step)
 
@@ -238,8 +241,9 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         finally:
             stream.queue.put_nowait(None)
 
-    def _deliver(self, step: StepTokens) -> None:
-        for router_id, tokens in step.items():
+    def _deliver(self, step: Step) -> None:
+        self._metrics.observe(step)
+        for router_id, tokens in step.tokens.items():
             if (stream := self._routers.get(router_id)) is not None:
                 outputs = [_output(token) for token in tokens]
                 stream.queue.put_nowait(worker_pb2.DecodeRunResponse(outputs=outputs))

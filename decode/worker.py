@@ -7,8 +7,9 @@ go out through one callback, grouped by router.
 
 import logging
 import threading
+import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from decode.admission import Admission, SequenceRecord
@@ -28,7 +29,12 @@ class Token:
     finish: str | None
 
 
-StepTokens = dict[str, list[Token]]  # by router id
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the batch: its tokens by router id, and how long it took."""
+
+    tokens: Mapping[str, list[Token]]
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,7 @@ class Worker:
         runner: ModelRunner,
         admission: Admission,
         scheduler: Scheduler,
-        emit: Callable[[StepTokens], None],
+        emit: Callable[[Step], None],
         on_fatal: Callable[[BaseException], None],
     ) -> None:
         self._runner = runner
@@ -129,10 +135,11 @@ class Worker:
                 self._scheduler.add(item)
 
     def _step(self, batch: tuple[int, ...]) -> None:
+        began_s = time.monotonic()
         records = [self._admission.running(request_id) for request_id in batch]
         logits_SV = self._runner.forward([_next_chunk(record) for record in records])
         sampled = sample(logits_SV, [record.sampling for record in records])
-        tokens: StepTokens = defaultdict(list)
+        tokens: dict[str, list[Token]] = defaultdict(list)
         for record, choice in zip(records, sampled, strict=True):
             record.append(choice.token_id)
             reservation = record.reservation
@@ -142,7 +149,7 @@ class Worker:
             if finish is not None:
                 # Before the router hears of it: it may give these blocks to another at once.
                 self._end(record.request_id)
-        self._emit(tokens)
+        self._emit(Step(tokens=tokens, seconds=time.monotonic() - began_s))
 
     def _end(self, request_id: int) -> None:
         self._scheduler.remove(request_id)

@@ -29,6 +29,7 @@ from launch import builtin
 from launch.builtin import task
 from launch.builtin.task import Example
 from launch.cluster import Cluster, ClusterConfig
+from launch.console import table_console
 from launch.reference import reference_answers
 from service.config import launcher
 from service.errors import StartError
@@ -215,14 +216,14 @@ def requests_table(answers: Sequence[Answer]) -> Table:
     """Returns the table of the requests that were shown, one row each."""
     table = Table(title="requests", title_justify="left")
     table.add_column("request")
-    for column in ("prompt", "TTFT", "TPOT", "KV moved", "hand-off"):
+    for column in ("prompt tokens", "TTFT", "TPOT", "KV moved", "hand-off"):
         table.add_column(column, justify="right")
     table.add_column("over")
     table.add_column("answer")
     for answer in answers:
         table.add_row(
             answer.title,
-            f"{answer.usage.prompt_tokens} tokens",
+            str(answer.usage.prompt_tokens),
             f"{1000 * answer.ttft_s:.0f} ms",
             f"{1000 * answer.tpot_s:.1f} ms",
             f"{answer.stats.kv_bytes / 2**20:.2f} MiB",
@@ -283,7 +284,7 @@ def start(config: DemoConfig) -> None:
     )
 
     async def main() -> None:
-        demo = Demo(config, Console())
+        demo = Demo(config, table_console())
         if not await Cluster(cluster, lambda line: print(line, flush=True)).run(demo.run):
             raise DemoFailed("stopped before its end")
 

@@ -6,11 +6,13 @@ import time
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from twinpool import Client, InstanceStatus, Status, TwinpoolError
+
+from launch.console import table_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -36,7 +38,7 @@ def status(
             elif as_json:
                 print(_as_json(client.status()))
             else:
-                Console().print(render(client.status()))
+                table_console().print(render(client.status()))
     except TwinpoolError as exc:
         typer.echo(f"twinpool: {exc.message}", err=True)
         raise typer.Exit(1) from None

@@ -5,6 +5,7 @@ Owns the order in which they start and stop.
 
 import gc
 import secrets
+from contextlib import ExitStack
 
 from twinpool.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
@@ -19,32 +20,35 @@ from kvtransfer import (
 from kvtransfer.ucx import UcxTransport
 from prefill.config import PrefillConfig
 from prefill.handoff import Handoff
+from prefill.metrics import Metrics
 from prefill.scheduler import Scheduler
 from prefill.server import Peers, PrefillService
 from prefill.worker import Worker
-from service.instance import advertised_address, die, instance_name, load_model, new_epoch
+from service.instance import die, load_model, make_hello, new_incarnation
 from service.lifecycle import Server
 from service.logs import configure_logging
+from service.metrics import MetricsEndpoint, new_registry
+from service.pool_metrics import PoolMetrics
 from service.registration import Registration
-from service.version import server_version
-from service.wire import counts_to_wire, layout_to_wire
+from service.wire import counts_to_wire
 
 
 async def main(settings: PrefillConfig) -> None:
     """Run one prefill instance until it is stopped."""
-    name, epoch = instance_name(settings, "prefill"), new_epoch()
+    who = new_incarnation(settings, "prefill")
     configure_logging(
-        role="prefill", instance=name, level=settings.log_level, as_json=settings.log_json
+        role="prefill", instance=who.name, level=settings.log_level, as_json=settings.log_json
     )
     model = load_model(settings)
+    registry = new_registry()
     agent = SendAgent(
         transport=UcxTransport(),
         memory=model.runner.cache.tensor,
         layout=model.layout,
         rank=0,
         identity=Identity(
-            instance=name,
-            epoch=epoch,
+            instance=who.name,
+            epoch=who.epoch,
             compatibility=compatibility_hash(
                 PROTOCOL_VERSION, model.description.fingerprint, model.layout.shape
             ),
@@ -64,14 +68,25 @@ async def main(settings: PrefillConfig) -> None:
     )
     peers = Peers(agent)
     service = PrefillService(
-        name=name,
+        name=who.name,
         config=model.config,
         total_blocks=model.num_blocks,
         max_queue=settings.max_queue,
         worker=worker,
         handoff=handoff,
         peers=peers,
+        metrics=Metrics(registry),
     )
+
+    def heartbeat() -> worker_pb2.Heartbeat:
+        return worker_pb2.Heartbeat(
+            blocks=counts_to_wire(worker.load().blocks),
+            running=worker.load().running,
+            waiting=worker.load().waiting,
+            draining=service.draining,
+        )
+
+    PoolMetrics("prefill", registry, heartbeat=heartbeat, transfer=agent.stats)
     server = Server(
         "prefill", host=settings.host, port=settings.port, reflection=settings.reflection
     )
@@ -81,38 +96,27 @@ async def main(settings: PrefillConfig) -> None:
     worker.start()
     registration = Registration(
         router_address=settings.router,
-        hello=worker_pb2.InstanceHello(
-            name=name,
-            epoch=epoch,
+        hello=make_hello(
+            settings,
+            model,
+            who,
             role=common_pb2.ROLE_PREFILL,
-            address=advertised_address(settings, server.port),
-            model=model.description,
-            layout=layout_to_wire(model.layout),
-            capacity=worker_pb2.Capacity(
-                blocks=model.num_blocks,
-                block_size=settings.block_size,
-                max_sequences=settings.max_queue,
-                max_sequence_tokens=model.max_sequence_tokens,
-            ),
-            version=server_version(),
+            port=server.port,
+            max_sequences=settings.max_queue,
         ),
-        heartbeat=lambda: worker_pb2.Heartbeat(
-            blocks=counts_to_wire(worker.load().blocks),
-            running=worker.load().running,
-            waiting=worker.load().waiting,
-            draining=service.draining,
-        ),
+        heartbeat=heartbeat,
         assets=lambda: model.assets.files,
         on_peers=peers.update,
         on_drain=lambda _: server.request_stop(),
     )
     gc.freeze()  # the model is here to stay: collections need not look at it again
-    try:
+    with ExitStack() as stack:
+        stack.callback(agent.close)
+        stack.callback(worker.stop)
+        if settings.metrics_port:
+            stack.enter_context(MetricsEndpoint(registry, port=settings.metrics_port))
         await server.serve_until_stopped(
             drain=service.drain,
             drain_timeout_s=settings.drain_timeout_s,
             background=[registration.run()],
         )
-    finally:
-        worker.stop()
-        agent.close()

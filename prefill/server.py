@@ -14,6 +14,7 @@ from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 from engine.config import ModelConfig
 from kvtransfer import KVLayout, PeerAddress, SendAgent
 from prefill.handoff import Grant, Handoff
+from prefill.metrics import Metrics
 from prefill.worker import FirstToken, Outcome, Request, RequestFailed, Transferred, Worker
 from service.errors import InvalidRequest, Refused, Unavailable, WorkFailed
 from service.wire import (
@@ -85,6 +86,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         worker: Worker,
         handoff: Handoff,
         peers: Peers,
+        metrics: Metrics,
     ) -> None:
         self._name = name
         self._config = config
@@ -93,6 +95,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         self._worker = worker
         self._handoff = handoff
         self._peers = peers
+        self._metrics = metrics
         self._outcomes: dict[int, asyncio.Queue[Outcome]] = {}
         self._loop = asyncio.get_running_loop()
         self.draining = False
@@ -142,6 +145,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             await asyncio.sleep(0.05)
 
     def _deliver(self, request_id: int, outcome: Outcome) -> None:
+        self._metrics.observe(outcome)
         if (outcomes := self._outcomes.get(request_id)) is not None:
             outcomes.put_nowait(outcome)
 

@@ -49,6 +49,7 @@ class FirstToken:
 
     sampled: Sampled
     finish: str | None
+    prompt_tokens: int
     queue_s: float
     prefill_s: float
 
@@ -292,6 +293,7 @@ class Worker:
                 FirstToken(
                     sampled=sampled,
                     finish=finish,
+                    prompt_tokens=len(job.request.prompt),
                     queue_s=job.started_s - job.arrived_s,
                     prefill_s=job.computed_s - job.started_s,
                 ),

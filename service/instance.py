@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from twinpool.v1 import worker_pb2
+from twinpool.v1 import common_pb2, worker_pb2
 
 from engine.config import ModelConfig, load_config
 from engine.errors import EngineError
@@ -28,6 +28,8 @@ from service.errors import StartError
 from service.instance_config import InstanceConfig
 from service.lifecycle import join_address
 from service.malloc import keep_freed_memory
+from service.version import server_version
+from service.wire import layout_to_wire
 from text.assets import TextAssets, load_assets
 from text.errors import TextError
 
@@ -111,7 +113,50 @@ def load_model(settings: InstanceConfig) -> Model:
     )
 
 
-def instance_name(settings: InstanceConfig, role: str) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Incarnation:
+    """One life of an instance: the same name with a later epoch replaces it."""
+
+    name: str
+    epoch: int
+
+
+def new_incarnation(settings: InstanceConfig, role: str) -> Incarnation:
+    """Name this start of an instance; clocks are good enough for epochs to rise."""
+    return Incarnation(name=_name(settings, role), epoch=time.time_ns())
+
+
+def make_hello(
+    settings: InstanceConfig,
+    model: Model,
+    who: Incarnation,
+    *,
+    role: common_pb2.Role.ValueType,
+    port: int,
+    max_sequences: int,
+    data_addresses: Sequence[tuple[str, int]] = (),
+    data_token: bytes = b"",
+) -> worker_pb2.InstanceHello:
+    """What the instance tells routers; `data_addresses` is where its ranks take KV, if they do."""
+    return worker_pb2.InstanceHello(
+        name=who.name,
+        epoch=who.epoch,
+        role=role,
+        address=join_address(settings.advertise_host or settings.host, port),
+        model=model.description,
+        layout=layout_to_wire(model.layout, data_addresses),
+        capacity=worker_pb2.Capacity(
+            blocks=model.num_blocks,
+            block_size=settings.block_size,
+            max_sequences=max_sequences,
+            max_sequence_tokens=model.max_sequence_tokens,
+        ),
+        data_token=data_token,
+        version=server_version(),
+    )
+
+
+def _name(settings: InstanceConfig, role: str) -> str:
     """The instance's name in the cluster: the given one, or what its address makes unique."""
     if settings.name:
         return settings.name
@@ -120,11 +165,6 @@ def instance_name(settings: InstanceConfig, role: str) -> str:
     host = settings.advertise_host or settings.host
     is_local = host in ("127.0.0.1", "::1", "localhost")
     return f"{role}-{settings.port}" if is_local else f"{role}-{host}-{settings.port}"
-
-
-def advertised_address(settings: InstanceConfig, port: int) -> str:
-    """host:port by which routers reach the instance."""
-    return join_address(settings.advertise_host or settings.host, port)
 
 
 def _device(name: str) -> torch.device:
@@ -187,11 +227,6 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
             bar.update(task, completed=done_bytes, total=total_bytes)
 
         yield advance
-
-
-def new_epoch() -> int:
-    """A number that rises with every start of this instance."""
-    return time.time_ns()
 
 
 def die(error: BaseException) -> None:

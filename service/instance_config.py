@@ -4,13 +4,15 @@ Owns names, bounds and defaults; each role adds its own.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from service.config import Positional
 from service.logs import LogLevel
 from service.threads import default_threads
+
+_WILDCARDS = ("0.0.0.0", "::")  # what is listened on, never where somebody is reached
 
 
 class InstanceConfig(BaseModel):
@@ -34,7 +36,7 @@ class InstanceConfig(BaseModel):
     )
     name: str = Field(
         default="",
-        description="Name in the cluster, the same after a restart; role and port unless given.",
+        description="Name in the cluster, kept after a restart; from role and port unless given.",
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where the model runs.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
@@ -61,3 +63,16 @@ class InstanceConfig(BaseModel):
     )
     log_level: LogLevel = Field(default="info", description="What to log.")
     log_json: bool = Field(default=False, description="Log JSON lines.")
+
+    @field_validator("data_host", "advertise_host")
+    @classmethod
+    def _is_one_address(cls, host: str) -> str:
+        if host in _WILDCARDS:
+            raise ValueError("peers need an address that they can reach, not a wildcard")
+        return host
+
+    @model_validator(mode="after")
+    def _is_reachable(self) -> Self:
+        if self.host in _WILDCARDS and not self.advertise_host:
+            raise ValueError("--advertise-host: is required where --host is a wildcard")
+        return self

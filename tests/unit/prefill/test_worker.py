@@ -1,0 +1,211 @@
+"""A prompt's blocks live until its transfer has ended, whatever becomes of the request."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from engine.blocks import BlockPool
+from engine.runner import Chunk
+from engine.sampling import SamplingParams
+from engine.stopping import StopCriteria
+from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferStats, uniform
+from kvtransfer.errors import PeerLost
+from prefill.handoff import Grant, Handoff
+from prefill.scheduler import Scheduler
+from prefill.worker import FirstToken, Outcome, Request, RequestFailed, Transferred, Worker
+
+BLOCKS = 8
+LAYOUT = uniform(KVShape(layers=2, kv_heads=1, head_size=8, dtype="float32"), 4)
+
+
+class FakeRunner:
+    """Answers token 3 to everything; can be told to break."""
+
+    class cache:
+        block_size = 4
+
+    broken = False
+
+    def forward(
+        self, chunks: Sequence[Chunk], on_layer: Callable[[int], None] | None = None
+    ) -> torch.Tensor:
+        if self.broken:
+            raise RuntimeError("the device is gone")
+        for layer in range(2):
+            if on_layer is not None:
+                on_layer(layer)
+        return torch.nn.functional.one_hot(torch.tensor([3] * len(chunks)), 8).float()
+
+
+class FakeAgent:
+    """Takes transfers and never ends one by itself."""
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+        self.aborted: list[int] = []
+
+    def begin(self, transfer: Any) -> None:
+        self.begun.append(transfer.transfer_id)
+
+    def ready(self, transfer_id: int, layers: Span, tokens: Span) -> None:
+        pass
+
+    def abort(self, transfer_id: int) -> None:
+        self.aborted.append(transfer_id)
+
+
+class Bench:
+    """A worker with its surroundings, and what it emitted."""
+
+    def __init__(self) -> None:
+        self.agent = FakeAgent()
+        self.runner = FakeRunner()
+        self.pool = BlockPool(BLOCKS)
+        self.handoff = Handoff(self.agent)  # type: ignore[arg-type]
+        self.outcomes: list[tuple[int, Outcome]] = []
+        self.fatal: list[BaseException] = []
+        self._changed = threading.Condition()
+        self.worker = Worker(
+            runner=self.runner,  # type: ignore[arg-type]
+            pool=self.pool,
+            scheduler=Scheduler(max_batched_tokens=16),
+            handoff=self.handoff,
+            emit=self._emit,
+            on_fatal=self.fatal.append,
+        )
+        self.worker.start()
+
+    def _emit(self, request_id: int, outcome: Outcome) -> None:
+        with self._changed:
+            self.outcomes.append((request_id, outcome))
+            self._changed.notify()
+
+    def submit(self, request_id: int, tokens: int = 10, **changes: Any) -> None:
+        fields: dict[str, Any] = {
+            "prompt": [1] * tokens,
+            "sampling": SamplingParams(),
+            "stop": StopCriteria(max_new_tokens=5),
+            "ttl_s": 30.0,
+            **changes,
+        }
+        request = Request(request_id=request_id, **fields)
+        if request.transfer:
+            self.handoff.expect(request_id)
+        self.worker.submit(request)
+
+    def grant(self, request_id: int) -> None:
+        grant = Grant(
+            transfer_id=100 + request_id,
+            epoch=1,
+            nonce=bytes(16),
+            tokens=Span(0, 10),
+            ttl_s=30.0,
+            instance="decode",
+            layout=LAYOUT,
+        )
+        self.handoff.grant(request_id, grant)
+
+    def wait_outcomes(self, count: int) -> list[Outcome]:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.outcomes) >= count, 10)
+        return [outcome for _, outcome in self.outcomes]
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        for _ in range(500):
+            if condition():
+                return
+            threading.Event().wait(0.01)
+        raise AssertionError("not in time")
+
+    def free(self) -> int:
+        return self.worker.load().blocks.free
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.worker.stop()
+    bench.pool.check_integrity()
+
+
+def test_blocks_are_free_when_the_transfer_is_acknowledged(bench: Bench) -> None:
+    bench.submit(1)
+    bench.grant(1)
+    assert isinstance(bench.wait_outcomes(1)[0], FirstToken)
+    stats = TransferStats(bytes=5, messages=2, seconds=0.1, transport="loopback")
+    bench.worker.transfer_event(Completed(101, stats))
+    assert isinstance(bench.wait_outcomes(2)[1], Transferred)
+    bench.wait(lambda: bench.free() == BLOCKS)
+
+
+def test_abort_during_a_transfer_keeps_its_blocks_until_it_is_closed(bench: Bench) -> None:
+    bench.submit(1)
+    bench.grant(1)
+    bench.wait_outcomes(1)
+    bench.worker.abort(1)
+    bench.wait(lambda: bench.agent.aborted == [101])
+    assert bench.worker.load().blocks.quarantined == 3
+    bench.worker.transfer_event(Closed(101))
+    bench.wait(lambda: bench.free() == BLOCKS)
+
+
+def test_abort_before_the_grant_frees_at_once(bench: Bench) -> None:
+    bench.submit(1)
+    bench.wait_outcomes(1)
+    bench.wait(lambda: bench.free() < BLOCKS)
+    bench.worker.abort(1)
+    bench.wait(lambda: bench.free() == BLOCKS)
+    bench.grant(1)
+    assert bench.agent.begun == []
+
+
+def test_failed_transfer_is_told_and_frees_its_blocks(bench: Bench) -> None:
+    bench.submit(1)
+    bench.grant(1)
+    bench.wait_outcomes(1)
+    bench.worker.transfer_event(Failed(101, PeerLost("gone"), retryable=True))
+    failure = bench.wait_outcomes(2)[1]
+    assert isinstance(failure, RequestFailed)
+    assert (failure.reason, failure.retryable) == ("PeerLost", True)
+    bench.wait(lambda: bench.free() == BLOCKS)
+
+
+def test_request_without_a_grant_ends_at_its_deadline(bench: Bench) -> None:
+    bench.submit(1, ttl_s=0.2)
+    failure = bench.wait_outcomes(2)[1]
+    assert isinstance(failure, RequestFailed)
+    assert failure.reason == "DeadlineExceeded"
+    bench.wait(lambda: bench.free() == BLOCKS)
+
+
+def test_prompt_waits_for_the_blocks_of_another(bench: Bench) -> None:
+    bench.submit(1, tokens=20)
+    bench.grant(1)
+    bench.wait_outcomes(2 - 1)
+    bench.submit(2, tokens=20)
+    bench.wait(lambda: bench.worker.load().waiting == 1)
+    bench.worker.abort(1)
+    bench.wait(lambda: bench.agent.aborted == [101])
+    assert bench.worker.load().waiting == 1
+    bench.worker.transfer_event(Closed(101))
+    bench.wait_outcomes(2)
+    assert [request_id for request_id, _ in bench.outcomes] == [1, 2]
+    bench.worker.abort(2)
+
+
+def test_answer_that_ends_with_its_first_token_is_not_transferred(bench: Bench) -> None:
+    bench.submit(1, stop=StopCriteria(max_new_tokens=5, stop_token_ids=frozenset({3})))
+    [first] = bench.wait_outcomes(1)
+    assert isinstance(first, FirstToken)
+    assert first.finish == "stop"
+    bench.wait(lambda: bench.free() == BLOCKS)
+
+
+def test_broken_engine_is_reported_once(bench: Bench) -> None:
+    bench.runner.broken = True
+    bench.submit(1)
+    bench.wait(lambda: len(bench.fatal) == 1)
