@@ -6,7 +6,7 @@ import sys
 from twinpool import AsyncClient, Completion
 
 AT_ONCE = 8
-PROMPTS = [f"Write the number {number} in words:" for number in range(32)]
+PROMPTS = [f"what is {number} + 17?" for number in range(32)]
 
 
 async def main(address: str) -> None:
