@@ -3,10 +3,7 @@
 Owns the order in which they start and stop.
 """
 
-import gc
-import secrets
-from contextlib import ExitStack
-
+from prometheus_client import CollectorRegistry
 from twinpool.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from decode.admission import Admission
@@ -16,21 +13,88 @@ from decode.scheduler import Scheduler
 from decode.server import DecodeService
 from decode.worker import Worker
 from engine.blocks import BlockPool
-from kvtransfer import (
-    PROTOCOL_VERSION,
-    Identity,
-    ReceiveAgent,
-    TransferSettings,
-    compatibility_hash,
-)
+from kvtransfer import ReceiveAgent, TransferSettings
 from kvtransfer.ucx import UcxTransport
-from service.instance import die, load_model, make_hello, new_incarnation
+from service.instance import (
+    Incarnation,
+    Model,
+    die,
+    load_model,
+    make_hello,
+    make_identity,
+    new_incarnation,
+    serve_instance,
+)
 from service.lifecycle import Server
 from service.logs import configure_logging
-from service.metrics import MetricsEndpoint, new_registry
+from service.metrics import new_registry
 from service.pool_metrics import PoolMetrics
 from service.registration import Registration
 from service.wire import counts_to_wire
+
+
+class Instance:
+    """The transfer agent, the reservations, the step loop and the gRPC service, joined."""
+
+    def __init__(
+        self, settings: DecodeConfig, model: Model, who: Incarnation, registry: CollectorRegistry
+    ) -> None:
+        self.identity = make_identity(model, who)
+        self._agent = ReceiveAgent(
+            transport=UcxTransport(),
+            memory=model.runner.cache.tensor,
+            layout=model.layout,
+            rank=0,
+            identity=self.identity,
+            settings=TransferSettings(
+                host=settings.data_host, port=settings.data_port, checksum=settings.checksum
+            ),
+            on_event=lambda event: self.service.transfer_event(event),
+        )
+        self._admission = Admission(
+            pool=BlockPool(model.num_blocks),
+            block_size=settings.block_size,
+            max_sequences=settings.max_sequences,
+            revoke=self._agent.revoke,
+        )
+        self._worker = Worker(
+            runner=model.runner,
+            admission=self._admission,
+            scheduler=Scheduler(max_batch=settings.max_batch),
+            emit=lambda step: self.service.emit(step),
+            on_fatal=die,
+        )
+        self.service = DecodeService(
+            name=who.name,
+            epoch=who.epoch,
+            config=model.config,
+            max_sequence_tokens=model.max_sequence_tokens,
+            admission=self._admission,
+            worker=self._worker,
+            agent=self._agent,
+            metrics=Metrics(registry),
+        )
+        PoolMetrics("decode", registry, heartbeat=self.heartbeat, transfer=self._agent.stats)
+
+    def start(self) -> tuple[str, int]:
+        """Start the threads; return where KV is taken."""
+        address = self._agent.start()
+        self._worker.start()
+        return address
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._worker.stop()
+        self._agent.close()
+
+    def heartbeat(self) -> worker_pb2.Heartbeat:
+        """What routers are told again and again."""
+        return worker_pb2.Heartbeat(
+            blocks=counts_to_wire(self._admission.counts()),
+            running=self._worker.running,
+            waiting=self._worker.waiting,
+            draining=self.service.draining,
+        )
 
 
 async def main(settings: DecodeConfig) -> None:
@@ -41,89 +105,36 @@ async def main(settings: DecodeConfig) -> None:
     )
     model = load_model(settings)
     registry = new_registry()
-    identity = Identity(
-        instance=who.name,
-        epoch=who.epoch,
-        compatibility=compatibility_hash(
-            PROTOCOL_VERSION, model.description.fingerprint, model.layout.shape
-        ),
-        token=secrets.token_bytes(16),
-    )
-    agent = ReceiveAgent(
-        transport=UcxTransport(),
-        memory=model.runner.cache.tensor,
-        layout=model.layout,
-        rank=0,
-        identity=identity,
-        settings=TransferSettings(
-            host=settings.data_host, port=settings.data_port, checksum=settings.checksum
-        ),
-        on_event=lambda event: service.transfer_event(event),
-    )
-    admission = Admission(
-        pool=BlockPool(model.num_blocks),
-        block_size=settings.block_size,
-        max_sequences=settings.max_sequences,
-        revoke=agent.revoke,
-    )
-    worker = Worker(
-        runner=model.runner,
-        admission=admission,
-        scheduler=Scheduler(max_batch=settings.max_batch),
-        emit=lambda step: service.emit(step),
-        on_fatal=die,
-    )
-    service = DecodeService(
-        name=who.name,
-        epoch=who.epoch,
-        config=model.config,
-        max_sequence_tokens=model.max_sequence_tokens,
-        admission=admission,
-        worker=worker,
-        agent=agent,
-        metrics=Metrics(registry),
-    )
-
-    def heartbeat() -> worker_pb2.Heartbeat:
-        return worker_pb2.Heartbeat(
-            blocks=counts_to_wire(admission.counts()),
-            running=worker.running,
-            waiting=worker.waiting,
-            draining=service.draining,
-        )
-
-    PoolMetrics("decode", registry, heartbeat=heartbeat, transfer=agent.stats)
+    instance = Instance(settings, model, who, registry)
     server = Server(
         "decode", host=settings.host, port=settings.port, reflection=settings.reflection
     )
-    server.add(worker_pb2_grpc.add_DecodeServicer_to_server, service, "twinpool.v1.Decode")
+    server.add(worker_pb2_grpc.add_DecodeServicer_to_server, instance.service, "twinpool.v1.Decode")
     await server.start()
-    data_address = agent.start()
-    worker.start()
-    registration = Registration(
-        router_address=settings.router,
-        hello=make_hello(
-            settings,
-            model,
-            who,
-            role=common_pb2.ROLE_DECODE,
-            port=server.port,
-            max_sequences=settings.max_sequences,
-            data_addresses=[data_address],
-            data_token=identity.token,
-        ),
-        heartbeat=heartbeat,
-        assets=lambda: model.assets.files,
-        on_drain=lambda _: server.request_stop(),
-    )
-    gc.freeze()  # the model is here to stay: collections need not look at it again
-    with ExitStack() as stack:
-        stack.callback(agent.close)
-        stack.callback(worker.stop)
-        if settings.metrics_port:
-            stack.enter_context(MetricsEndpoint(registry, port=settings.metrics_port))
-        await server.serve_until_stopped(
-            drain=service.drain,
-            drain_timeout_s=settings.drain_timeout_s,
-            background=[registration.run(), service.sweep()],
+    data_address = instance.start()
+    try:
+        registration = Registration(
+            router_address=settings.router,
+            hello=make_hello(
+                settings,
+                model,
+                who,
+                role=common_pb2.ROLE_DECODE,
+                port=server.port,
+                max_sequences=settings.max_sequences,
+                data_addresses=[data_address],
+                data_token=instance.identity.token,
+            ),
+            heartbeat=instance.heartbeat,
+            assets=lambda: model.assets.files,
+            on_drain=lambda _: server.request_stop(),
         )
+        await serve_instance(
+            settings,
+            server,
+            registry,
+            drain=instance.service.drain,
+            background=[registration.run(), instance.service.sweep()],
+        )
+    finally:
+        instance.close()

@@ -79,10 +79,6 @@ class RouterConfig(BaseModel):
     log_json: bool = Field(default=False, description="Log JSON lines.")
 
     @property
-    def heartbeat_timeout_s(self) -> float:
-        return self.heartbeat_interval_s * self.heartbeats_missed
-
-    @property
     def caps(self) -> Caps:
         return Caps(
             max_prompt_tokens=self.max_prompt_tokens,

@@ -63,7 +63,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         pools: Pools,
         ledger: Ledger,
         heartbeat_interval_s: float,
-        heartbeat_timeout_s: float,
+        heartbeats_missed: int,
         clock: Callable[[], float],
         request_counts: Callable[[], worker_pb2.RequestCounts],
     ) -> None:
@@ -72,7 +72,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         self._pools = pools
         self._ledger = ledger
         self._interval_s = heartbeat_interval_s
-        self._timeout_s = heartbeat_timeout_s
+        self._heartbeats_missed = heartbeats_missed
         self._clock = clock
         self._request_counts = request_counts
         self._started_at = clock()
@@ -167,13 +167,18 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
     async def _next(
         self, requests: AsyncIterator[worker_pb2.RegisterRequest]
     ) -> worker_pb2.RegisterRequest | None:
+        # Silence is counted in intervals through which this loop itself was awake: a router that
+        # was held up finds the heartbeats of that time waiting, and must not blame the instances.
+        receive = asyncio.ensure_future(anext(requests, None))
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await anext(requests, None)
-        except TimeoutError as exc:
-            raise Unavailable(
-                f"no heartbeat for {self._timeout_s:g} s", reason="HEARTBEAT_MISSED"
-            ) from exc
+            for _ in range(self._heartbeats_missed):
+                done, _ = await asyncio.wait({receive}, timeout=self._interval_s)
+                if done:
+                    return receive.result()
+        finally:
+            receive.cancel()
+        silence_s = self._interval_s * self._heartbeats_missed
+        raise Unavailable(f"no heartbeat for {silence_s:g} s", reason="HEARTBEAT_MISSED")
 
     def _take_heartbeat(self, member: Member, message: worker_pb2.Heartbeat) -> None:
         member.heartbeat = heartbeat_from_wire(message)

@@ -70,7 +70,7 @@ class Router:
             pools=self.pools,
             ledger=self.ledger,
             heartbeat_interval_s=config.heartbeat_interval_s,
-            heartbeat_timeout_s=config.heartbeat_timeout_s,
+            heartbeats_missed=config.heartbeats_missed,
             clock=clock,
             request_counts=self._request_counts,
         )

@@ -4,17 +4,20 @@ Owns the way from a model folder to a runner and to the hello a router gets. Joi
 and transfer beyond shapes: that is for the roles.
 """
 
+import gc
 import logging
 import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from twinpool.v1 import common_pb2, worker_pb2
@@ -23,11 +26,19 @@ from engine.config import ModelConfig, load_config
 from engine.errors import EngineError
 from engine.runner import ModelRunner
 from engine.weights import fingerprint
-from kvtransfer import KVLayout, KVShape, uniform
+from kvtransfer import (
+    PROTOCOL_VERSION,
+    Identity,
+    KVLayout,
+    KVShape,
+    compatibility_hash,
+    uniform,
+)
 from service.errors import StartError
 from service.instance_config import InstanceConfig
-from service.lifecycle import join_address
+from service.lifecycle import Server, join_address
 from service.malloc import keep_freed_memory
+from service.metrics import MetricsEndpoint
 from service.version import server_version
 from service.wire import layout_to_wire
 from text.assets import TextAssets, load_assets
@@ -124,6 +135,17 @@ class Incarnation:
 def new_incarnation(settings: InstanceConfig, role: str) -> Incarnation:
     """Name this start of an instance; clocks are good enough for epochs to rise."""
     return Incarnation(name=_name(settings, role), epoch=time.time_ns())
+
+
+def make_identity(model: Model, who: Incarnation) -> Identity:
+    """Who the instance is on the data path, with a fresh secret for this epoch."""
+    shape, fingerprint = model.layout.shape, model.description.fingerprint
+    return Identity(
+        instance=who.name,
+        epoch=who.epoch,
+        compatibility=compatibility_hash(PROTOCOL_VERSION, fingerprint, shape),
+        token=secrets.token_bytes(16),
+    )
 
 
 def make_hello(
@@ -227,6 +249,24 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
             bar.update(task, completed=done_bytes, total=total_bytes)
 
         yield advance
+
+
+async def serve_instance(
+    settings: InstanceConfig,
+    server: Server,
+    registry: CollectorRegistry,
+    *,
+    drain: Callable[[], Awaitable[None]],
+    background: Iterable[Coroutine[Any, Any, None]],
+) -> None:
+    """Serve until told to stop, metrics included; `background` goes on until the drain is over."""
+    gc.freeze()  # the model is here to stay: collections need not look at it again
+    with ExitStack() as stack:
+        if settings.metrics_port:
+            stack.enter_context(MetricsEndpoint(registry, port=settings.metrics_port))
+        await server.serve_until_stopped(
+            drain=drain, drain_timeout_s=settings.drain_timeout_s, background=background
+        )
 
 
 def die(error: BaseException) -> None:
