@@ -1,0 +1,307 @@
+"""The receiver's connections: hello, staging slots, credits, liveness.
+
+Owns every link from its first byte to its last outstanding receive. Knows nothing of transfers:
+its owner is told what arrived, and which connections come and go.
+"""
+
+import hmac
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvtransfer import wire
+from kvtransfer.api import Identity, PeerStats
+from kvtransfer.errors import ConnectionRefused, PeerLost, StaleEpoch, TransferError
+from kvtransfer.settings import TransferSettings
+from kvtransfer.slots import ReceiveSlot, ReceiveSlots, SlotState
+from kvtransfer.stats import Counters
+from kvtransfer.transport import Link
+
+logger = logging.getLogger(__name__)
+
+_REMEMBERED_INSTANCES = 4096
+_HEARTBEAT = wire.encode(wire.Heartbeat())
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One source rank's link and the slots into which it may write."""
+
+    link: Link
+    number: int
+    instance: str
+    epoch: int
+    rank: int
+    slots: ReceiveSlots
+    heard_at: float
+    beat_at: float
+    bytes: int = 0
+    messages: int = 0
+
+
+class Owner(Protocol):
+    """Whom the connections serve."""
+
+    def connection_up(self, connection: Connection) -> None:
+        """A source rank may send."""
+        ...
+
+    def connection_down(self, connection: Connection, error: TransferError | None) -> None:
+        """A source rank is gone; None where it said goodbye."""
+        ...
+
+    def message(self, connection: Connection, slot: ReceiveSlot) -> None:
+        """A slot was filled; when this returns the slot is used anew."""
+        ...
+
+    def control(self, connection: Connection, message: wire.Control) -> None:
+        """A control message about a transfer came; raises ProtocolViolation for a wrong one."""
+        ...
+
+
+class Inbound:
+    """All connections of one receive agent; entered from the agent's thread only."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        rank: int,
+        settings: TransferSettings,
+        clock: Callable[[], float],
+        counters: Counters,
+        owner: Owner,
+    ) -> None:
+        self._identity = identity
+        self._rank = rank
+        self._settings = settings
+        self._clock = clock
+        self._counters = counters
+        self._owner = owner
+        self._pending: dict[Link, float] = {}
+        self._open: dict[Link, Connection] = {}
+        self._quarantine: set[Connection] = set()
+        self._numbers = 0
+        self._epochs: OrderedDict[str, int] = OrderedDict()
+        self._ticked_at = clock()
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(list(self._open.values()))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a stranger's hello is awaited."""
+        return bool(self._pending)
+
+    # ------------------------------------------------------------------------------- happenings
+
+    def accepted(self, link: Link) -> None:
+        """A stranger connected."""
+        if len(self._pending) + len(self._open) >= self._settings.max_connections:
+            self._refuse(link, TransferError("too many connections; try again later"))
+        else:
+            self._pending[link] = self._clock()
+
+    def arrived(self, link: Link, message: bytes) -> None:
+        """A control message came on `link`."""
+        if link in self._pending:
+            try:
+                self._hello(link, wire.decode_hello(message, self._identity.compatibility))
+            except TransferError as exc:
+                self._refuse(link, exc)
+            return
+        connection = self._open.get(link)
+        if connection is None:
+            return
+        connection.heard_at = self._clock()
+        try:
+            match wire.decode(message):
+                case wire.Heartbeat():
+                    pass
+                case wire.Bye():
+                    self._drop(connection, None)
+                case other:
+                    self._owner.control(connection, other)
+        except TransferError as exc:
+            self.lost(link, exc)
+
+    def received(self, connection: Connection, slot: ReceiveSlot, error: str | None) -> None:
+        """A posted receive is terminal."""
+        if slot.state is SlotState.QUARANTINED:
+            slot.become(SlotState.FREE)
+            if connection.slots.quiet:
+                self._quarantine.discard(connection)
+            return
+        slot.become(SlotState.FILLING)
+        if error is None:
+            connection.heard_at = self._clock()
+            try:
+                self._owner.message(connection, slot)
+            except Exception as exc:
+                # A bug of ours, met while the bytes of a transfer were handled: fail closed.
+                logger.exception("error while handling a message")
+                error = f"internal error {type(exc).__name__}"
+        slot.become(SlotState.FREE)
+        if error is not None:
+            self.lost(connection.link, PeerLost(f"receive failed: {error}"))
+        elif connection.link in self._open:
+            try:
+                self._grant(connection, [slot])
+            except OverflowError as exc:
+                self.lost(connection.link, PeerLost(str(exc)))
+
+    def lost(self, link: Link, error: TransferError) -> None:
+        """The link broke, or its peer misbehaved or fell silent."""
+        if self._pending.pop(link, None) is not None:
+            link.close()
+            return
+        connection = self._open.get(link)
+        if connection is None:
+            return
+        self._counters.lost(self._clock() - connection.heard_at)
+        logger.warning("lost %s rank %d: %s", connection.instance, connection.rank, error)
+        self._drop(connection, error)
+
+    def tick(self) -> None:
+        """Expire hellos and silent peers; send heartbeats."""
+        now = self._clock()
+        settings = self._settings
+        # A thread that was itself held up has heard nobody, and must not blame the peers.
+        held_up = now - self._ticked_at > settings.heartbeat_s + settings.silence_s / 2
+        self._ticked_at = now
+        for link, since in list(self._pending.items()):
+            if now - since > settings.hello_s:
+                self._refuse(link, ConnectionRefused("no hello came in time"))
+        for connection in self:
+            if held_up:
+                connection.heard_at = now
+            silence = now - connection.heard_at
+            if silence > settings.silence_s:
+                text = f"{connection.instance} rank {connection.rank} silent for {silence:.1f} s"
+                self.lost(connection.link, PeerLost(text))
+            elif now - connection.beat_at >= settings.heartbeat_s:
+                connection.beat_at = now
+                connection.link.send_control(_HEARTBEAT)
+
+    def shut(self) -> None:
+        """Say goodbye and close."""
+        for connection in self:
+            connection.link.send_control(wire.encode(wire.Bye()))
+            self._drop(connection, None)
+        for link in self._pending:
+            link.close()
+        self._pending.clear()
+
+    # ------------------------------------------------------------------------------------ hello
+
+    def _refuse(self, link: Link, error: TransferError) -> None:
+        self._counters.refused_hellos += 1
+        logger.warning("connection refused: %s", error)
+        self._pending.pop(link, None)
+        link.send_control(wire.encode(wire.Refused(error.code, str(error))))
+        link.close()
+
+    def _hello(self, link: Link, hello: wire.Hello) -> None:
+        self._check_hello(hello)
+        link.open_data(hello.data_address)
+        settings, now = self._settings, self._clock()
+        self._numbers += 1
+        fresh = Connection(
+            link=link,
+            number=self._numbers,
+            instance=hello.instance,
+            epoch=hello.epoch,
+            rank=hello.rank,
+            slots=ReceiveSlots(settings.slots_per_connection, settings.slot_bytes),
+            heard_at=now,
+            beat_at=now,
+        )
+        self._epochs[hello.instance] = hello.epoch
+        self._epochs.move_to_end(hello.instance)
+        if len(self._epochs) > _REMEMBERED_INSTANCES:
+            self._epochs.popitem(last=False)
+        del self._pending[link]
+        self._open[link] = fresh
+        welcome = wire.Welcome(
+            connection=fresh.number,
+            epoch=self._identity.epoch,
+            slots=settings.slots_per_connection,
+            slot_bytes=settings.slot_bytes,
+            checksum=settings.checksum,
+            data_address=link.data_address,
+        )
+        link.send_control(wire.encode(welcome))
+        self._grant(fresh, list(fresh.slots))
+        self._owner.connection_up(fresh)
+        self._supersede(fresh)
+
+    def _check_hello(self, hello: wire.Hello) -> None:
+        if not hmac.compare_digest(hello.token, self._identity.token):
+            raise ConnectionRefused("the token is not this instance's")
+        if hello.target_epoch != self._identity.epoch:
+            raise StaleEpoch(
+                f"meant for epoch {hello.target_epoch}, this is {self._identity.epoch}"
+            )
+        if hello.target_rank != self._rank:
+            raise ConnectionRefused(f"meant for rank {hello.target_rank}, this is {self._rank}")
+        if hello.epoch < self._epochs.get(hello.instance, 0):
+            raise StaleEpoch(f"{hello.instance} has been here with a later epoch")
+        if self._numbers + 1 >= wire.MAX_CONNECTION:
+            raise ConnectionRefused("connection numbers of this epoch are used up: restart it")
+
+    def _supersede(self, fresh: Connection) -> None:
+        """A rank that connects anew, or an instance that restarted, ends what it had before."""
+        for old in self:
+            if old is fresh or old.instance != fresh.instance:
+                continue
+            if old.epoch < fresh.epoch or old.rank == fresh.rank:
+                self.lost(old.link, PeerLost(f"{old.instance} connected anew"))
+
+    # ------------------------------------------------------------------------------------ slots
+
+    def _grant(self, connection: Connection, slots: list[ReceiveSlot]) -> None:
+        """Post a receive for each slot, then hand the credits over: in this order."""
+        credits = []
+        for slot in slots:
+            generation = connection.slots.grant(slot)
+            tag = wire.data_tag(self._identity.epoch, connection.number, slot.index, generation)
+            connection.link.receive(tag, slot.buffer, (connection, slot))
+            credits.append((slot.index, generation))
+        connection.link.send_control(wire.encode(wire.Credit(tuple(credits))))
+
+    def _drop(self, connection: Connection, error: TransferError | None) -> None:
+        """Close the link; slots with a receive outstanding are put aside, memory and all.
+
+        A remote write may still be in flight: no other connection ever gets these buffers.
+        """
+        del self._open[connection.link]
+        if connection.slots.quarantine():
+            self._quarantine.add(connection)
+        self._counters.bytes += connection.bytes
+        self._counters.messages += connection.messages
+        self._owner.connection_down(connection, error)
+        connection.link.close()
+
+    # ------------------------------------------------------------------------------------ stats
+
+    def slot_counts(self) -> dict[str, int]:
+        """Number of slots in each state, quarantined ones included."""
+        counts: Counter[SlotState] = Counter()
+        for connection in (*self._open.values(), *self._quarantine):
+            counts.update(connection.slots.counts())
+        return {str(state): count for state, count in counts.items()}
+
+    def peer_stats(self) -> list[PeerStats]:
+        """What each open connection has brought."""
+        return [
+            PeerStats(
+                instance=connection.instance,
+                rank=connection.rank,
+                transport=connection.link.carrier,
+                bytes=connection.bytes,
+                messages=connection.messages,
+            )
+            for connection in self._open.values()
+        ]

@@ -1,0 +1,407 @@
+"""The receiving side of KV transfers: one agent for each decode rank.
+
+Owns the granted transfers and all writes into the rank's KV memory: only this agent's thread
+scatters, so a transfer that this thread has closed cannot be written to any more. Grants come
+from the control path; nothing is accepted without one.
+"""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+
+from kvtransfer import wire
+from kvtransfer.api import (
+    AgentStats,
+    Closed,
+    Completed,
+    Failed,
+    Identity,
+    PeerDown,
+    PeerUp,
+    ReceiveGrant,
+    TransferEvent,
+    TransferStats,
+)
+from kvtransfer.errors import (
+    ChecksumMismatch,
+    GrantExpired,
+    GrantRefused,
+    ManifestMismatch,
+    PeerLost,
+    ProtocolViolation,
+    StaleEpoch,
+    TransferAborted,
+    TransferError,
+)
+from kvtransfer.inbound import Connection, Inbound
+from kvtransfer.incoming import Incoming, Source
+from kvtransfer.layout import KVLayout, check_compatible
+from kvtransfer.loop import AgentLoop
+from kvtransfer.memory import KVMemory
+from kvtransfer.plan import plan
+from kvtransfer.settings import TransferSettings
+from kvtransfer.slots import ReceiveSlot, SlotState
+from kvtransfer.stats import Counters
+from kvtransfer.transport import Accepted, ControlArrived, Done, Happening, Lost, Transport
+
+logger = logging.getLogger(__name__)
+
+_BUSY_TICK_S = 0.1
+_IDLE_TICK_S = 60.0
+_REMEMBERED_TRANSFERS = 1 << 16
+
+
+class ReceiveAgent:
+    """Takes granted KV from prefill ranks into one rank's blocks.
+
+    All methods are thread-safe and return at once; outcomes are events, given to `on_event` from
+    the agent's thread. Of each transfer comes at most one Completed or Failed; after it, and
+    after Closed, nothing writes to its blocks. Closed comes once for each `revoke`.
+    """
+
+    def __init__(
+        self,
+        *,
+        transport: Transport,
+        memory: torch.Tensor,
+        layout: KVLayout,
+        rank: int,
+        identity: Identity,
+        settings: TransferSettings,
+        on_event: Callable[[TransferEvent], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take `memory` [layers, 2, blocks, heads, block_size, head_size] of `rank` in `layout`.
+
+        Raises ValueError where the memory does not fit the layout.
+        """
+        self._memory = KVMemory(memory, layout, rank)
+        self._transport = transport
+        self._layout = layout
+        self._rank = rank
+        self._epoch = identity.epoch
+        self._settings = settings
+        self._on_event = on_event
+        self._clock = clock
+        self._transfers: dict[int, Incoming] = {}
+        self._over: OrderedDict[tuple[int, bytes], None] = OrderedDict()
+        self._counters = Counters()
+        self._inbound = Inbound(
+            identity=identity,
+            rank=rank,
+            settings=settings,
+            clock=clock,
+            counters=self._counters,
+            owner=self,
+        )
+        self._snapshot = AgentStats()
+        self._loop = AgentLoop(f"kv-receive-{rank}", transport, self, clock)
+
+    # ------------------------------------------------------------------ called from any thread
+
+    def start(self) -> tuple[str, int]:
+        """Start the agent; return (host, port) of its listener. Raises OSError where it cannot."""
+        return self._loop.start(self._listen, self._settings.connect_s)
+
+    def open(self, grant: ReceiveGrant) -> None:
+        """Accept data under `grant` until it is complete, fails, expires or is revoked."""
+        self._loop.call(lambda: self._open(grant))
+
+    def revoke(self, transfer_id: int) -> None:
+        """End a transfer; Closed follows, for an unknown or finished one too."""
+        self._loop.call(lambda: self._revoke(transfer_id))
+
+    def stats(self) -> AgentStats:
+        """Return counters and slot states, at most a tick old."""
+        return self._snapshot
+
+    def close(self) -> None:
+        """End all transfers (Failed) and connections; free threads, descriptors and slots."""
+        self._loop.close()
+
+    # --------------------------------------------------------------------------- loop's handler
+
+    def handle(self, happening: Happening) -> None:
+        """Act on one thing that the transport reports."""
+        match happening:
+            case Done(_, (connection, slot), error):
+                self._inbound.received(connection, slot, error)
+            case ControlArrived(link, message):
+                self._inbound.arrived(link, message)
+            case Accepted(link):
+                self._inbound.accepted(link)
+            case Lost(link, reason):
+                self._inbound.lost(link, PeerLost(reason))
+
+    def settle(self) -> bool:
+        """Nothing waits for a batch to end: credits leave as soon as a slot is free."""
+        return False
+
+    def tick(self) -> float:
+        """Expire grants, hellos and silent peers; send heartbeats."""
+        now = self._clock()
+        for incoming in list(self._transfers.values()):
+            self._check_deadlines(incoming, now)
+        self._inbound.tick()
+        self._snap()
+        if self._transfers or self._inbound.waiting:
+            return min(_BUSY_TICK_S, self._settings.heartbeat_s)
+        return self._settings.heartbeat_s if any(self._inbound) else _IDLE_TICK_S
+
+    def shut(self) -> None:
+        """Fail what is open and say goodbye."""
+        for incoming in list(self._transfers.values()):
+            self._fail(incoming, TransferAborted("the receiving agent closes"))
+        self._inbound.shut()
+        self._snap()
+
+    def _listen(self) -> tuple[str, int]:
+        return self._transport.listen(self._settings.host, self._settings.port)
+
+    # ------------------------------------------------------------------------------ transfers
+
+    def _open(self, grant: ReceiveGrant) -> None:
+        now = self._clock()
+        if grant.transfer_id in self._transfers:
+            logger.error("transfer %016x is open already: grant ignored", grant.transfer_id)
+            return
+        try:
+            incoming = self._begin(grant, now)
+        except TransferError as exc:
+            self._report_failed(grant.transfer_id, exc)
+            return
+        except ValueError as exc:
+            self._report_failed(grant.transfer_id, GrantRefused(str(exc)))
+            return
+        self._transfers[grant.transfer_id] = incoming
+        for connection in self._inbound:
+            self._expect(incoming, connection)
+        if incoming.complete:
+            self._complete(incoming, now)
+
+    def _begin(self, grant: ReceiveGrant, now: float) -> Incoming:
+        if grant.epoch != self._epoch:
+            raise StaleEpoch(f"the grant is of epoch {grant.epoch}, not {self._epoch}")
+        if (grant.transfer_id, grant.nonce) in self._over:
+            raise GrantRefused("a grant is good for one transfer")
+        if len(self._transfers) >= self._settings.max_transfers:
+            raise GrantRefused(f"{len(self._transfers)} transfers are open already")
+        check_compatible(self._layout, grant.source_layout)
+        table = self._memory.table(grant.block_ids, grant.total_tokens)
+        copies = plan(grant.source_layout, self._layout, grant.tokens, grant.total_tokens)
+        return Incoming.begin(grant, table, copies, self._rank, now)
+
+    def _expect(self, incoming: Incoming, connection: Connection) -> None:
+        """Tie a source that has sent nothing yet to the connection that will bring it."""
+        if connection.instance == incoming.grant.source_instance:
+            source = incoming.sources.get(connection.rank)
+            if source is not None and not source.checksums and source.manifest is None:
+                source.connection = connection.number
+
+    def _revoke(self, transfer_id: int) -> None:
+        incoming = self._transfers.get(transfer_id)
+        if incoming is not None:
+            self._end(incoming, TransferAborted("the receiver gave the transfer up"))
+        self._emit(Closed(transfer_id))
+
+    def _check_deadlines(self, incoming: Incoming, now: float) -> None:
+        if now > incoming.deadline:
+            ttl_s = incoming.grant.ttl_s
+            self._fail(incoming, GrantExpired(f"not complete within {ttl_s:.1f} s"))
+            return
+        for rank, source in incoming.sources.items():
+            waited = now - source.manifest_at
+            if source.manifest and not source.confirmed and waited > self._settings.credit_stall_s:
+                missing = source.coverage.missing_units
+                text = f"source rank {rank} says it sent all, {missing} units are missing"
+                self._fail(incoming, ManifestMismatch(text))
+                return
+
+    def _fail(self, incoming: Incoming, error: TransferError) -> None:
+        self._end(incoming, error)
+        self._report_failed(incoming.grant.transfer_id, error)
+
+    def _end(self, incoming: Incoming, error: TransferError | None) -> None:
+        """Forget the transfer: from here on its pieces are late ones. Tells the sources."""
+        grant = incoming.grant
+        del self._transfers[grant.transfer_id]
+        self._over[grant.transfer_id, grant.nonce] = None
+        if len(self._over) > _REMEMBERED_TRANSFERS:
+            self._over.popitem(last=False)
+        if error is None:
+            return
+        for connection in self._inbound:
+            if connection.instance == grant.source_instance and connection.rank in incoming.sources:
+                _answer(connection, grant.transfer_id, grant.nonce, error)
+
+    def _complete(self, incoming: Incoming, now: float) -> None:
+        self._end(incoming, None)
+        seconds = now - (incoming.started_at or now)
+        self._counters.completed += 1
+        self._counters.seconds += seconds
+        stats = TransferStats(
+            bytes=incoming.bytes,
+            messages=incoming.messages,
+            seconds=seconds,
+            transport=incoming.carrier,
+        )
+        self._emit(Completed(incoming.grant.transfer_id, stats))
+
+    def _report_failed(self, transfer_id: int, error: TransferError) -> None:
+        self._counters.failed += 1
+        self._emit(Failed(transfer_id, error, error.retryable))
+
+    def _emit(self, event: TransferEvent) -> None:
+        self._snap()
+        try:
+            self._on_event(event)
+        except Exception:
+            logger.exception("the callback failed for %s", type(event).__name__)
+
+    def _snap(self) -> None:
+        self._snapshot = self._counters.snapshot(
+            len(self._transfers), self._inbound.slot_counts(), self._inbound.peer_stats()
+        )
+
+    # ------------------------------------------------------------------- the connections' owner
+
+    def connection_up(self, connection: Connection) -> None:
+        """See inbound.Owner."""
+        for incoming in self._transfers.values():
+            self._expect(incoming, connection)
+        self._emit(PeerUp(connection.instance, connection.rank, connection.link.carrier))
+
+    def connection_down(self, connection: Connection, error: TransferError | None) -> None:
+        """See inbound.Owner: a transfer that still needs the connection fails with it."""
+        for incoming in list(self._transfers.values()):
+            if any(
+                source.connection == connection.number and not source.confirmed
+                for source in incoming.sources.values()
+            ):
+                self._fail(incoming, error or PeerLost(f"{connection.instance} closed"))
+        carrier = connection.link.carrier
+        self._emit(PeerDown(connection.instance, connection.rank, carrier, error))
+
+    def control(self, connection: Connection, message: wire.Control) -> None:
+        """See inbound.Owner."""
+        match message:
+            case wire.Manifest():
+                self._manifest(connection, message)
+            case wire.Abort(transfer_id, nonce):
+                found = self._find(connection, transfer_id, nonce)
+                if found is not None:
+                    self._fail(found[0], TransferAborted("the sender gave the transfer up"))
+            case _:
+                raise ProtocolViolation(f"{type(message).__name__} is not for a receiver")
+
+    def message(self, connection: Connection, slot: ReceiveSlot) -> None:
+        """See inbound.Owner: check against slot, grant and plan; scatter only if all agree."""
+        view = memoryview(slot.buffer.data)
+        try:
+            header, crc, checksummed = wire.unseal(view)
+        except ProtocolViolation as exc:
+            self._counters.refused_pieces += 1
+            logger.warning("refused from %s: %s", connection.instance, exc)
+            return
+        if header.epoch != self._epoch:
+            self._counters.stale_pieces += 1
+            stale = StaleEpoch(f"of epoch {header.epoch}, this is {self._epoch}")
+            _answer(connection, header.transfer_id, header.nonce, stale)
+            return
+        found = self._find(connection, header.transfer_id, header.nonce)
+        if found is None:
+            return
+        incoming, source = found
+        source.connection = connection.number
+        try:
+            self._check(header, crc if checksummed else None, view, connection, slot)
+            self._check_size(header, incoming)
+            incoming.accept(source, header, crc, self._clock())
+        except TransferError as exc:
+            self._counters.refused_pieces += 1
+            self._fail(incoming, exc)
+            return
+        slot.become(SlotState.VERIFIED)
+        payload = slot.buffer[wire.HEADER_BYTES : wire.HEADER_BYTES + header.payload_bytes]
+        self._memory.scatter(
+            payload, incoming.table, header.layers, header.heads, header.tokens, incoming.unit
+        )
+        connection.bytes += header.payload_bytes
+        connection.messages += 1
+        self._advance(connection, incoming, source)
+
+    # ---------------------------------------------------------------------------------- checks
+
+    def _find(
+        self, connection: Connection, transfer_id: int, nonce: bytes
+    ) -> tuple[Incoming, Source] | None:
+        """Return what a message belongs to; one that belongs to nothing is counted and answered."""
+        incoming = self._transfers.get(transfer_id)
+        if incoming is None and (transfer_id, nonce) in self._over:
+            self._counters.late_pieces += 1
+            return None
+        try:
+            if incoming is None:
+                raise GrantRefused("no such grant is open")
+            return incoming, incoming.source_for(connection.instance, connection.rank, nonce)
+        except GrantRefused as exc:
+            self._counters.refused_pieces += 1
+            _answer(connection, transfer_id, nonce, exc)
+            return None
+
+    def _check(
+        self,
+        header: wire.DataHeader,
+        crc: int | None,
+        view: memoryview,
+        connection: Connection,
+        slot: ReceiveSlot,
+    ) -> None:
+        if self._settings.checksum:
+            if crc is None:
+                raise ProtocolViolation("a message without the checksum that was asked for")
+            if not wire.intact(view, header.payload_bytes, crc):
+                raise ChecksumMismatch(f"message {header.sequence} arrived damaged")
+        if (header.slot, header.generation) != (slot.index, slot.generation):
+            raise ProtocolViolation("a message for another slot or generation")
+        if header.source_rank != connection.rank:
+            raise ProtocolViolation("a message in the name of another rank")
+
+    def _check_size(self, header: wire.DataHeader, incoming: Incoming) -> None:
+        want = self._memory.payload_bytes(header.layers, header.heads, header.tokens, incoming.unit)
+        if header.payload_bytes != want:
+            raise ProtocolViolation(f"{header.payload_bytes} payload bytes where {want} belong")
+
+    def _manifest(self, connection: Connection, manifest: wire.Manifest) -> None:
+        found = self._find(connection, manifest.transfer_id, manifest.nonce)
+        if found is None:
+            return
+        incoming, source = found
+        if source.manifest is not None or manifest.epoch != self._epoch:
+            self._fail(incoming, ProtocolViolation("a second or foreign manifest"))
+            return
+        source.manifest, source.manifest_at = manifest, self._clock()
+        source.connection = connection.number
+        self._advance(connection, incoming, source)
+
+    def _advance(self, connection: Connection, incoming: Incoming, source: Source) -> None:
+        try:
+            confirmed = incoming.confirm(source)
+        except ManifestMismatch as exc:
+            self._fail(incoming, exc)
+            return
+        if not confirmed:
+            return
+        incoming.carrier = connection.link.carrier
+        grant = incoming.grant
+        connection.link.send_control(wire.encode(wire.Ack(grant.transfer_id, grant.nonce)))
+        if incoming.complete:
+            self._complete(incoming, self._clock())
+
+
+def _answer(connection: Connection, transfer_id: int, nonce: bytes, error: TransferError) -> None:
+    message = wire.Fail(transfer_id, nonce, error.code, str(error))
+    connection.link.send_control(wire.encode(message))

@@ -1,0 +1,67 @@
+"""Bookkeeping of what is ready and what has arrived."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtransfer.coverage import Coverage, Ready
+from kvtransfer.layout import Span
+from kvtransfer.outgoing import Lane
+from kvtransfer.plan import Region
+
+REGION = Region(0, 0, Span(1, 4), Span(0, 2), Span(16, 61))
+
+
+@given(st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), max_size=20))
+@settings(max_examples=200)
+def test_ready_hands_out_whole_units_once(marks: list[tuple[int, int]]) -> None:
+    ready = Ready(Span(16, 61), 4)
+    final: set[int] = set()
+    sent: list[int] = []
+    for a, b in marks:
+        span = Span(min(a, b), max(a, b))
+        final |= set(span)
+        sent += [t for part in ready.add(span) for t in part]
+        assert len(sent) == len(set(sent))
+        assert set(sent) <= final
+        whole = {
+            t
+            for t in range(16, 61)
+            if all(u in final for u in range(t // 4 * 4, min(t // 4 * 4 + 4, 61)))
+        }
+        assert set(sent) == whole
+
+
+def test_coverage_takes_each_box_once_and_only_what_is_planned() -> None:
+    coverage = Coverage([REGION], 4)
+    assert coverage.missing_units == 3 * 12
+    assert coverage.take(Span(1, 3), Span(0, 2), Span(16, 32)) is None
+    for layers, heads, tokens in (
+        (Span(2, 4), Span(0, 2), Span(28, 40)),
+        (Span(0, 2), Span(0, 2), Span(32, 40)),
+        (Span(1, 2), Span(0, 1), Span(32, 40)),
+        (Span(1, 2), Span(0, 2), Span(33, 40)),
+        (Span(1, 2), Span(0, 2), Span(32, 39)),
+        (Span(1, 2), Span(0, 2), Span(56, 64)),
+    ):
+        assert coverage.take(layers, heads, tokens) is not None
+    assert coverage.missing_units == 3 * 12 - 2 * 4
+    assert coverage.take(Span(3, 4), Span(0, 2), Span(16, 61)) is None
+    assert coverage.take(Span(1, 3), Span(0, 2), Span(32, 61)) is None
+    assert coverage.missing_units == 0
+
+
+def test_ready_layers_of_the_same_tokens_share_a_message() -> None:
+    lane = Lane.of(0, (REGION,), 4)
+    lane.add_ready(Span(0, 9), Span(0, 61))
+    box = lane.next_box(100)
+    assert (box.layers, box.tokens) == (Span(1, 4), Span(16, 61))
+    assert lane.missing_units == 0
+
+
+def test_a_large_layer_is_cut_and_a_lone_one_is_not_held_back() -> None:
+    lane = Lane.of(0, (REGION,), 4)
+    lane.add_ready(Span(1, 2), Span(16, 61))
+    taken = [lane.next_box(5).tokens for _ in range(3)]
+    assert taken == [Span(16, 36), Span(36, 56), Span(56, 61)]
+    assert not lane.queue
+    assert lane.missing_units == 24
