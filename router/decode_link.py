@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 # A grpc.aio.StreamStreamCall and what it reads at its end; grpc's stubs have neither in full.
 _Stream = Any
-_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+_EOF: Any = grpc.aio.EOF
 
 
 class DecodeLink:
@@ -158,7 +158,7 @@ class DecodeLink:
 
     async def _serve_stream(self) -> bool:
         """Runs one stream to its end; returns whether it ever was one."""
-        call: _Stream = self._stub.Run()  # type: ignore[call-arg]
+        call: _Stream = self._stub.Run()
         writer: asyncio.Task[None] | None = None
         try:
             hello = worker_pb2.RouterHello(router_id=self._stream_id)

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 # A grpc.aio.StreamStreamCall and what it reads at its end; grpc's stubs have neither in full.
 _Stream = Any
-_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+_EOF: Any = grpc.aio.EOF
 
 
 class PrefillLink:
@@ -61,7 +61,7 @@ class PrefillLink:
             transfer=transfer,
         )
         timeout_s = remaining_s + _DEADLINE_SLACK_S
-        stream: _Stream = self._stub.Run(timeout=timeout_s)  # type: ignore[call-arg]
+        stream: _Stream = self._stub.Run(timeout=timeout_s)
         call = PrefillCall(self.instance, stream, start, inbox)
         self._calls.add(call)
         call.task.add_done_callback(lambda _: self._calls.discard(call))

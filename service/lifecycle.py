@@ -52,7 +52,7 @@ class Server:
         self.port = port
         self._reflection = reflection
         self._services: list[str] = []
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = health.aio.HealthServicer()
         self._stop_wanted = asyncio.Event()
         self._grpc = grpc.aio.server(
             interceptors=[StatusInterceptor()],

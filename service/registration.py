@@ -118,7 +118,7 @@ class Registration:
         began = time.monotonic()
         channel = dial(self.router_address)
         try:
-            call = MembershipStub(channel).Register()  # type: ignore[call-arg]
+            call = MembershipStub(channel).Register()
             await self._converse(call)
         except Exception as exc:
             self._lost(_problem_of(exc, self.router_address))
@@ -209,7 +209,7 @@ def _problem_of(exc: Exception, router_address: str) -> str:
 
 async def _read(call: _Call) -> RegisterResponse:
     response = await call.read()
-    if response is grpc.aio.EOF:  # type: ignore[attr-defined]
+    if response is grpc.aio.EOF:
         raise _Lost("ended the registration")
     return cast(RegisterResponse, response)
 

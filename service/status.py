@@ -144,7 +144,7 @@ async def abort_with(context: Any, error: ServiceError) -> None:
     await context.abort(code, message, trailing)
 
 
-class StatusInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+class StatusInterceptor(grpc.aio.ServerInterceptor):
     """Lets servicers raise: turns `ServiceError` into its status and defects into INTERNAL.
 
     Cancellation and `context.abort` pass through. `service.lifecycle.Server` installs it.

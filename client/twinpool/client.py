@@ -23,7 +23,7 @@ class Stream:
     """
 
     def __init__(
-        self, call: "grpc.CallIterator[inference_pb2.GenerateResponse]", address: str
+        self, call: "grpc._CallIterator[inference_pb2.GenerateResponse]", address: str
     ) -> None:
         self._call = call
         self._messages = iter(call)
@@ -40,7 +40,7 @@ class Stream:
     def close(self) -> None:
         """Abort the request if it has not ended; may be called from any thread."""
         self._closed = True
-        self._call.cancel()  # type: ignore[no-untyped-call]
+        self._call.cancel()
 
     def __iter__(self) -> Iterator[Chunk]:
         # A generator of its own, so that a loop that is left closes it, and with it the call.

@@ -26,7 +26,7 @@ from service.registration import Registration
 from service.status import StatusInterceptor, from_rpc_error
 from text import TextAssets, Tokenizer
 
-EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+EOF: Any = grpc.aio.EOF
 LENGTH = common_pb2.FINISH_REASON_LENGTH
 STOP = common_pb2.FINISH_REASON_STOP
 

@@ -30,7 +30,7 @@ from tests.unit.router.fakes import (
 
 async def register(system: System, *messages: worker_pb2.RegisterRequest) -> Any:
     """Opens a Register stream by hand and returns it with the messages sent."""
-    call = system.membership.Register()  # type: ignore[call-arg]
+    call = system.membership.Register()
     for message in messages:
         await call.write(message)
     return call

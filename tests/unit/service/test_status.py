@@ -214,7 +214,7 @@ def pushback(error: grpc.aio.AioRpcError) -> Any:
 
 
 def details(error: grpc.aio.AioRpcError, kind: type[Any]) -> Any:
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    status = rpc_status.from_call(error)
     assert status is not None
     for packed in status.details:
         if packed.Is(kind.DESCRIPTOR):
