@@ -51,6 +51,7 @@ class Instance:
         handoff = Handoff(self._agent)
         self._worker = Worker(
             runner=model.runner,
+            shape=model.layout.shape,
             pool=BlockPool(model.num_blocks),
             scheduler=Scheduler(max_batched_tokens=settings.max_batched_tokens),
             handoff=handoff,

@@ -18,11 +18,15 @@ from engine.blocks import BlockCounts, BlockPool
 from engine.runner import Chunk, ModelRunner
 from engine.sampling import Sampled, SamplingParams, SequenceState, sample
 from engine.stopping import StopCriteria
-from kvtransfer import Closed, Completed, Failed, Span, TransferEvent
+from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferEvent
 from prefill.handoff import Handoff
 from prefill.scheduler import Prompt, Scheduler, Step
 
 log = logging.getLogger(__name__)
+
+# What is worth waking the transfer for: two staging slots. Less costs the compute more, by threads
+# that compete for cores and the interpreter, than an earlier start gains the transfer.
+_WORTH_SENDING_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,12 @@ class Load:
     waiting: int
 
 
+def layers_at_once(shape: KVShape, tokens: int) -> int:
+    """How many layers of so many tokens to hand over together: 1 for long chunks, all for short."""
+    layer_bytes = 2 * shape.kv_heads * shape.head_size * shape.element_bytes * max(1, tokens)
+    return min(shape.layers, -(-_WORTH_SENDING_BYTES // layer_bytes))
+
+
 class Worker:
     """Runs prompts through the model, one step at a time, until it is stopped.
 
@@ -109,6 +119,7 @@ class Worker:
         self,
         *,
         runner: ModelRunner,
+        shape: KVShape,
         pool: BlockPool,
         scheduler: Scheduler,
         handoff: Handoff,
@@ -116,6 +127,7 @@ class Worker:
         on_fatal: Callable[[BaseException], None],
     ) -> None:
         self._runner = runner
+        self._shape = shape
         self._pool = pool
         self._scheduler = scheduler
         self._handoff = handoff
@@ -247,8 +259,13 @@ class Worker:
             if job.request.transfer
         ]
 
+        stride = layers_at_once(self._shape, sum(len(tokens) for _, tokens in sending))
+
         def on_layer(layer: int) -> None:
-            layers = Span(layer, layer + 1)
+            end = layer + 1
+            if end % stride and end != self._shape.layers:
+                return
+            layers = Span(layer // stride * stride, end)
             for request_id, tokens in sending:
                 self._handoff.ready(request_id, layers, tokens)
 

@@ -15,7 +15,15 @@ from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferStats, 
 from kvtransfer.errors import PeerLost
 from prefill.handoff import Grant, Handoff
 from prefill.scheduler import Scheduler
-from prefill.worker import FirstToken, Outcome, Request, RequestFailed, Transferred, Worker
+from prefill.worker import (
+    FirstToken,
+    Outcome,
+    Request,
+    RequestFailed,
+    Transferred,
+    Worker,
+    layers_at_once,
+)
 
 BLOCKS = 8
 LAYOUT = uniform(KVShape(layers=2, kv_heads=1, head_size=8, dtype="float32"), 4)
@@ -45,13 +53,14 @@ class FakeAgent:
 
     def __init__(self) -> None:
         self.begun: list[int] = []
+        self.ready_layers: list[Span] = []
         self.aborted: list[int] = []
 
     def begin(self, transfer: Any) -> None:
         self.begun.append(transfer.transfer_id)
 
     def ready(self, transfer_id: int, layers: Span, tokens: Span) -> None:
-        pass
+        self.ready_layers.append(layers)
 
     def abort(self, transfer_id: int) -> None:
         self.aborted.append(transfer_id)
@@ -70,6 +79,7 @@ class Bench:
         self._changed = threading.Condition()
         self.worker = Worker(
             runner=self.runner,  # type: ignore[arg-type]
+            shape=LAYOUT.shape,
             pool=self.pool,
             scheduler=Scheduler(max_batched_tokens=16),
             handoff=self.handoff,
@@ -209,3 +219,20 @@ def test_broken_engine_is_reported_once(bench: Bench) -> None:
     bench.runner.broken = True
     bench.submit(1)
     bench.wait(lambda: len(bench.fatal) == 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layers"), [(1, 8), (512, 8), (1024, 4), (2048, 2), (4096, 1), (9999, 1)]
+)
+def test_layers_are_handed_over_in_groups_worth_a_message(tokens: int, layers: int) -> None:
+    shape = KVShape(layers=8, kv_heads=2, head_size=32, dtype="bfloat16")
+    assert layers_at_once(shape, tokens) == layers
+
+
+def test_every_layer_is_handed_over_once(bench: Bench) -> None:
+    bench.submit(1)
+    bench.grant(1)
+    bench.wait_outcomes(1)
+    covered = [layer for span in bench.agent.ready_layers for layer in span]
+    assert covered == list(range(LAYOUT.shape.layers))
+    bench.worker.transfer_event(Closed(101))
