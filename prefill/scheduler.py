@@ -33,6 +33,11 @@ class Slice:
     start: int
     length: int
 
+    @property
+    def end(self) -> int:
+        """One past the last token."""
+        return self.start + self.length
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:

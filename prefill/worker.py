@@ -20,7 +20,7 @@ from engine.sampling import Sampled, SamplingParams, SequenceState, sample
 from engine.stopping import StopCriteria
 from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferEvent
 from prefill.handoff import Handoff
-from prefill.scheduler import Prompt, Scheduler, Step
+from prefill.scheduler import Prompt, Scheduler, Slice, Step
 
 log = logging.getLogger(__name__)
 
@@ -244,21 +244,33 @@ class Worker:
             self._enter(self._jobs[request_id])
         if not step.slices:
             return
-        jobs = [self._jobs[piece.request_id] for piece in step.slices]
+        work = [(self._jobs[piece.request_id], piece) for piece in step.slices]
         chunks = [
             Chunk(
-                token_ids=job.request.prompt[piece.start : piece.start + piece.length],
+                token_ids=job.request.prompt[piece.start : piece.end],
                 start=piece.start,
                 block_table=job.blocks,
             )
-            for job, piece in zip(jobs, step.slices, strict=True)
+            for job, piece in work
         ]
+        logits_SV = self._runner.forward(chunks, self._hand_over(work))
+        computed_s = time.monotonic()
+        rows, done = [], []
+        for row, (job, piece) in enumerate(work):
+            if piece.end == len(job.request.prompt):
+                job.computed_s = computed_s
+                rows.append(row)
+                done.append(job)
+        if done:
+            self._first_tokens(done, logits_SV[rows])
+
+    def _hand_over(self, work: Sequence[tuple[_Job, Slice]]) -> Callable[[int], None]:
+        """What to do when a layer of the step is in the cache."""
         sending = [
-            (piece.request_id, Span(piece.start, piece.start + piece.length))
-            for job, piece in zip(jobs, step.slices, strict=True)
+            (piece.request_id, Span(piece.start, piece.end))
+            for job, piece in work
             if job.request.transfer
         ]
-
         stride = layers_at_once(self._shape, sum(len(tokens) for _, tokens in sending))
 
         def on_layer(layer: int) -> None:
@@ -269,17 +281,7 @@ class Worker:
             for request_id, tokens in sending:
                 self._handoff.ready(request_id, layers, tokens)
 
-        logits_SV = self._runner.forward(chunks, on_layer)
-        computed_s = time.monotonic()
-        done = [
-            index
-            for index, (job, piece) in enumerate(zip(jobs, step.slices, strict=True))
-            if piece.start + piece.length == len(job.request.prompt)
-        ]
-        if done:
-            for index in done:
-                jobs[index].computed_s = computed_s
-            self._first_tokens([jobs[index] for index in done], logits_SV[done])
+        return on_layer
 
     def _enter(self, job: _Job) -> None:
         request = job.request
