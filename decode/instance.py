@@ -3,6 +3,8 @@
 Owns the order in which they start and stop.
 """
 
+import logging
+
 from prometheus_client import CollectorRegistry
 from twinpool.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
@@ -14,7 +16,8 @@ from decode.server import DecodeService
 from decode.worker import Worker
 from engine.blocks import BlockPool
 from kvtransfer import ReceiveAgent, TransferSettings
-from kvtransfer.ucx import UcxTransport
+from kvtransfer.hardware import describe_rdma
+from kvtransfer.network import NetworkTransport
 from service.instance import (
     Incarnation,
     Model,
@@ -32,6 +35,8 @@ from service.pool_metrics import PoolMetrics
 from service.registration import Registration
 from service.wire import counts_to_wire
 
+log = logging.getLogger(__name__)
+
 
 class Instance:
     """The transfer agent, the reservations, the step loop and the gRPC service, joined."""
@@ -40,14 +45,19 @@ class Instance:
         self, settings: DecodeConfig, model: Model, who: Incarnation, registry: CollectorRegistry
     ) -> None:
         self.identity = make_identity(model, who)
+        transport = NetworkTransport()
+        log.info(describe_rdma(driven=transport.rdma))
         self._agent = ReceiveAgent(
-            transport=UcxTransport(),
-            memory=model.runner.cache.tensor,
+            transport=transport,
+            memories=(model.runner.cache.tensor,),
             layout=model.layout,
             rank=0,
             identity=self.identity,
             settings=TransferSettings(
-                host=settings.data_host, port=settings.data_port, checksum=settings.checksum
+                host=settings.data_host,
+                port=settings.data_port,
+                lane=settings.kv_lane,
+                checksum=settings.checksum,
             ),
             on_event=lambda event: self.service.transfer_event(event),
         )

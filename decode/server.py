@@ -100,7 +100,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                 nonce=record.nonce,
                 tokens=tokens,
                 total_tokens=tokens.end,
-                block_ids=tuple(record.blocks),
+                block_ids=(tuple(record.blocks),),
                 source_layout=source,
                 source_instance=request.prefill_instance,
                 ttl_s=record.reservation.ttl_s,

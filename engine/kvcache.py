@@ -10,6 +10,8 @@ block_size * H for each (K or V, block, head). Indices into either are made once
 and serve every layer.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.parallel import Layout
+
+Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 
 
 class KVCache:
@@ -31,7 +35,9 @@ class KVCache:
         num_blocks: int,
         block_size: int,
         layout: Layout,
+        allocate: Allocate | None = None,
     ) -> None:
+        """`allocate` gives zeroed memory, where it is to be of a special kind."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a cache of {num_blocks} blocks of {block_size} tokens is empty")
         heads = layout.tensor_part(config.num_kv_heads)
@@ -40,7 +46,10 @@ class KVCache:
         self.num_heads = heads.stop - heads.start
         shape = (config.num_layers, 2, num_blocks, self.num_heads, block_size, config.head_size)
         # Zeros, not empty: a stray NaN in a block's unwritten tail would pass through a mask.
-        self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+        if allocate is None:
+            self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+        else:
+            self.tensor = allocate(shape, dtype)
         self.cells = list(self.tensor.view(config.num_layers, -1, config.head_size))
         self.runs = list(self.tensor.view(config.num_layers, -1, block_size * config.head_size))
 

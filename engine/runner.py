@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.batch import Batch, Chunk, make_batch
 from engine.config import ModelConfig
-from engine.kvcache import KVCache
+from engine.kvcache import Allocate, KVCache
 from engine.layers.attention import Pass
 from engine.layers.layer import Placement
 from engine.models import MODELS
@@ -44,6 +44,7 @@ class ModelRunner:
         block_size: int,
         layout: Layout | None = None,
         progress: Progress | None = None,
+        allocate: Allocate | None = None,
     ) -> None:
         layout = layout or Layout()
         self.config = config
@@ -62,6 +63,7 @@ class ModelRunner:
             num_blocks=num_blocks,
             block_size=block_size,
             layout=layout,
+            allocate=allocate,
         )
 
     def forward(self, chunks: Sequence[Chunk], on_layer: OnLayer | None = None) -> Tensor:

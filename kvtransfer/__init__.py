@@ -9,8 +9,10 @@ from kvtransfer.api import (
     Completed,
     Failed,
     Identity,
+    Kept,
     PeerAddress,
     PeerDown,
+    PeerProbed,
     PeerStats,
     PeerUp,
     ReceiveGrant,
@@ -19,7 +21,9 @@ from kvtransfer.api import (
     TransferStats,
 )
 from kvtransfer.errors import TransferError
+from kvtransfer.header import NONCE_BYTES, PROTOCOL_VERSION
 from kvtransfer.layout import (
+    CacheLayout,
     KVLayout,
     KVShape,
     Shard,
@@ -27,34 +31,39 @@ from kvtransfer.layout import (
     check_compatible,
     compatibility_hash,
     uniform,
+    uniform_cache,
 )
-from kvtransfer.plan import Piece, Plan, plan
+from kvtransfer.plan import Plan, Region, plan
 from kvtransfer.receive import ReceiveAgent
 from kvtransfer.send import SendAgent
 from kvtransfer.settings import TransferSettings
-from kvtransfer.wire import NONCE_BYTES, PROTOCOL_VERSION
+from kvtransfer.shared import SharedRegion
 
 __all__ = [
     "NONCE_BYTES",
     "PROTOCOL_VERSION",
     "AgentStats",
+    "CacheLayout",
     "Closed",
     "Completed",
     "Failed",
     "Identity",
     "KVLayout",
     "KVShape",
+    "Kept",
     "PeerAddress",
     "PeerDown",
+    "PeerProbed",
     "PeerStats",
     "PeerUp",
-    "Piece",
     "Plan",
     "ReceiveAgent",
     "ReceiveGrant",
+    "Region",
     "SendAgent",
     "SendTransfer",
     "Shard",
+    "SharedRegion",
     "Span",
     "TransferError",
     "TransferEvent",
@@ -64,4 +73,5 @@ __all__ = [
     "compatibility_hash",
     "plan",
     "uniform",
+    "uniform_cache",
 ]

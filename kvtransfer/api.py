@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvtransfer.errors import TransferError
-from kvtransfer.layout import KVLayout, Span
-from kvtransfer.wire import (
-    COMPATIBILITY_BYTES,
-    MAX_NAME_BYTES,
-    MAX_TOKEN_BYTES,
-    NONCE_BYTES,
-)
+from kvtransfer.header import NONCE_BYTES
+from kvtransfer.layout import CacheLayout, Span
+from kvtransfer.wire import COMPATIBILITY_BYTES, MAX_NAME_BYTES, MAX_TOKEN_BYTES
+
+# What the target holds already: per cache group and layer, tokens from the sequence's start. Both
+# sides of a transfer must be given the same; () means nothing.
+Kept = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,9 @@ class Identity:
 class ReceiveGrant:
     """Leave for one source instance to write one sequence's KV into this rank's blocks, once.
 
-    `block_ids` are the sequence's blocks on this rank, in the order of the tokens it holds, from
-    the sequence's first token on; only those of `tokens` are written. The nonce has 16 bytes.
+    `block_ids` are, for each cache group, the sequence's blocks on this rank, in the order of the
+    tokens it holds, from the sequence's first token on; only those of `tokens` are written, and
+    of these not what is `kept`. The nonce has 16 bytes.
     """
 
     transfer_id: int
@@ -47,10 +48,11 @@ class ReceiveGrant:
     nonce: bytes = field(repr=False)
     tokens: Span
     total_tokens: int
-    block_ids: Sequence[int] = field(repr=False)
-    source_layout: KVLayout = field(repr=False)
+    block_ids: Sequence[Sequence[int]] = field(repr=False)
+    source_layout: CacheLayout = field(repr=False)
     source_instance: str
     ttl_s: float
+    kept: Kept = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         _check_nonce(self.nonce)
@@ -62,7 +64,7 @@ class PeerAddress:
 
     instance: str
     epoch: int
-    layout: KVLayout = field(repr=False)
+    layout: CacheLayout = field(repr=False)
     ranks: tuple[tuple[int, str, int], ...]
     token: bytes = field(repr=False)
 
@@ -83,9 +85,10 @@ class SendTransfer:
     target_instance: str
     tokens: Span
     total_tokens: int
-    block_ids: Sequence[int] = field(repr=False)
-    target_layout: KVLayout = field(repr=False)
+    block_ids: Sequence[Sequence[int]] = field(repr=False)
+    target_layout: CacheLayout = field(repr=False)
     ttl_s: float
+    kept: Kept = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         _check_nonce(self.nonce)
@@ -106,12 +109,14 @@ class TransferStats:
     """What one finished transfer moved through this rank.
 
     `seconds` runs from the first piece to the manifest (sender: to the last acknowledgement).
+    `hidden_bytes` left before the last layer was ready; only a sender knows.
     """
 
     bytes: int
     messages: int
     seconds: float
     transport: str
+    hidden_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +129,15 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The transfer is over without success; nothing touches the blocks any more."""
+    """The transfer is over without success; nothing touches the blocks any more.
+
+    `kept` is what of the sequence is complete on the receiving rank all the same, for a next grant.
+    """
 
     transfer_id: int
     error: TransferError
     retryable: bool
+    kept: Kept = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +157,18 @@ class PeerUp:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerProbed:
+    """A connection to one rank of a peer was tried out; `note` says what is wrong with it."""
+
+    instance: str
+    rank: int
+    transport: str
+    rtt_s: float
+    bytes_per_s: float | None
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
 class PeerDown:
     """A connection to (from) one rank of a peer ended; an orderly end has no error."""
 
@@ -157,23 +178,35 @@ class PeerDown:
     error: TransferError | None
 
 
-TransferEvent = Completed | Failed | Closed | PeerUp | PeerDown
+TransferEvent = Completed | Failed | Closed | PeerUp | PeerProbed | PeerDown
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerStats:
-    """One connection's part of AgentStats."""
+    """One connection's part of AgentStats; `seconds` are those in which its transfers ran."""
 
     instance: str
     rank: int
     transport: str
     bytes: int
     messages: int
+    seconds: float = 0.0
+    rtt_s: float | None = None
+    probe_bytes_per_s: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentStats:
-    """Counters since start, and what is held right now."""
+    """Counters since start, and what is held right now.
+
+    `seconds` are those of completed transfers. Of the time that pieces took, `pack_s` went into
+    copying to a buffer, `checksum_s` into checksums, `scatter_s` into copying to the cache (on a
+    mapped lane with its checksum), `wire_s` is from a piece's start to its end, summed over pieces
+    that overlap. A stall is a time in which pieces were ready and none could leave. `hidden_bytes`
+    left before the last layer was ready: compute hid them. Detection is from the last word of a
+    peer to the loss of its connection.
+    """
 
     bytes: int = 0
     messages: int = 0
@@ -185,7 +218,15 @@ class AgentStats:
     refused_pieces: int = 0
     refused_hellos: int = 0
     lost_connections: int = 0
+    detection_s: float = 0.0
     slowest_detection_s: float = 0.0
+    pack_s: float = 0.0
+    checksum_s: float = 0.0
+    wire_s: float = 0.0
+    scatter_s: float = 0.0
+    stalls: int = 0
+    stalled_s: float = 0.0
+    hidden_bytes: int = 0
     active_transfers: int = 0
     connections: int = 0
     slots: dict[str, int] = field(default_factory=dict)

@@ -86,6 +86,12 @@ class AckTimeout(TransferError):
     code = 13
 
 
+class StaleRead(TransferError):
+    """The sender let its blocks go before the receiver had read them."""
+
+    code = 14
+
+
 _BY_CODE: dict[int, type[TransferError]] = {
     cls.code: cls
     for cls in (
@@ -101,6 +107,7 @@ _BY_CODE: dict[int, type[TransferError]] = {
         ConnectionRefused,
         ProtocolViolation,
         AckTimeout,
+        StaleRead,
     )
 }
 

@@ -1,4 +1,4 @@
-"""The receiver's connections: hello, staging slots, credits, liveness.
+"""The receiver's connections: hello, choice of a lane, liveness.
 
 Owns every link from its first byte to its last outstanding receive. Knows nothing of transfers:
 its owner is told what arrived, and which connections come and go.
@@ -9,15 +9,25 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from kvtransfer import wire
+from kvtransfer import receive_lanes, wire
 from kvtransfer.api import Identity, PeerStats
 from kvtransfer.errors import ConnectionRefused, PeerLost, StaleEpoch, TransferError
+from kvtransfer.lane_choice import in_common, usable
+from kvtransfer.receive_lanes import (
+    MappedReceive,
+    Place,
+    ReceiveLane,
+    StreamReceive,
+    TaggedReceive,
+)
 from kvtransfer.settings import TransferSettings
-from kvtransfer.slots import ReceiveSlot, ReceiveSlots, SlotState
+from kvtransfer.shared import MappedRegion, NotMappable, boot_id
+from kvtransfer.slots import MAX_CONNECTION, SlotState
 from kvtransfer.stats import Counters
-from kvtransfer.transport import Link
+from kvtransfer.transport import Link, Transport
+from kvtransfer.wire import LaneKind
 
 logger = logging.getLogger(__name__)
 
@@ -27,21 +37,26 @@ _HEARTBEAT = wire.encode(wire.Heartbeat())
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """One source rank's link and the slots into which it may write."""
+    """One source rank's link and the lane on which its payload comes."""
 
     link: Link
     number: int
     instance: str
     epoch: int
     rank: int
-    slots: ReceiveSlots
+    lane: ReceiveLane
+    carrier: str
+    note: str
     heard_at: float
     beat_at: float
     bytes: int = 0
     messages: int = 0
+    seconds: float = 0.0
+    # A probe to be answered when its bytes are here: (number, bytes, microseconds).
+    ping: tuple[int, int, int] | None = None
 
 
-class Owner(Protocol):
+class Owner(receive_lanes.Owner, Protocol):
     """Whom the connections serve."""
 
     def connection_up(self, connection: Connection) -> None:
@@ -50,10 +65,6 @@ class Owner(Protocol):
 
     def connection_down(self, connection: Connection, error: TransferError | None) -> None:
         """A source rank is gone; None where it said goodbye."""
-        ...
-
-    def message(self, connection: Connection, slot: ReceiveSlot) -> None:
-        """A slot was filled; when this returns the slot is used anew."""
         ...
 
     def control(self, connection: Connection, message: wire.Control) -> None:
@@ -67,6 +78,7 @@ class Inbound:
     def __init__(
         self,
         *,
+        transport: Transport,
         identity: Identity,
         rank: int,
         settings: TransferSettings,
@@ -74,6 +86,7 @@ class Inbound:
         counters: Counters,
         owner: Owner,
     ) -> None:
+        self._transport = transport
         self._identity = identity
         self._rank = rank
         self._settings = settings
@@ -82,6 +95,7 @@ class Inbound:
         self._owner = owner
         self._pending: dict[Link, float] = {}
         self._open: dict[Link, Connection] = {}
+        self._numbered: dict[int, Connection] = {}
         self._quarantine: set[Connection] = set()
         self._numbers = 0
         self._epochs: OrderedDict[str, int] = OrderedDict()
@@ -89,6 +103,10 @@ class Inbound:
 
     def __iter__(self) -> Iterator[Connection]:
         return iter(list(self._open.values()))
+
+    def of(self, number: int) -> Connection:
+        """Return an open connection by its number."""
+        return self._numbered[number]
 
     @property
     def waiting(self) -> bool:
@@ -117,40 +135,57 @@ class Inbound:
             return
         connection.heard_at = self._clock()
         try:
-            match wire.decode(message):
-                case wire.Heartbeat():
-                    pass
-                case wire.Bye():
-                    self._drop(connection, None)
-                case other:
-                    self._owner.control(connection, other)
+            self._told(connection, wire.decode(message))
         except TransferError as exc:
             self.lost(link, exc)
 
-    def received(self, connection: Connection, slot: ReceiveSlot, error: str | None) -> None:
-        """A posted receive is terminal."""
-        if slot.state is SlotState.QUARANTINED:
-            slot.become(SlotState.FREE)
-            if connection.slots.quiet:
-                self._quarantine.discard(connection)
+    def _told(self, connection: Connection, message: wire.Control) -> None:
+        started = self._clock()
+        if connection.lane.told(message):
             return
-        slot.become(SlotState.FILLING)
-        if error is None:
+        match message:
+            case wire.Heartbeat():
+                pass
+            case wire.Bye():
+                self._drop(connection, None)
+            case wire.Ping(number, probe_bytes):
+                micros = int((self._clock() - started) * 1e6) if probe_bytes else 0
+                connection.ping = (number, probe_bytes, micros)
+                self._pong(connection)
+            case other:
+                self._owner.control(connection, other)
+
+    def _pong(self, connection: Connection) -> None:
+        if connection.ping is None or connection.lane.probed_bytes < connection.ping[1]:
+            return
+        number, _, micros = connection.ping
+        connection.ping = None
+        connection.link.send_control(wire.encode(wire.Pong(number, micros)))
+
+    def done(self, number: int, key: Any, error: str | None) -> None:
+        """Something that a connection's lane started is terminal."""
+        connection = self._numbered.get(number)
+        if connection is None:
+            return
+        is_open = connection.link in self._open
+        if is_open and error is None:
             connection.heard_at = self._clock()
-            try:
-                self._owner.message(connection, slot)
-            except Exception as exc:
-                # A bug of ours, met while the bytes of a transfer were handled: fail closed.
-                logger.exception("error while handling a message")
-                error = f"internal error {type(exc).__name__}"
-        slot.become(SlotState.FREE)
-        if error is not None:
-            self.lost(connection.link, PeerLost(f"receive failed: {error}"))
-        elif connection.link in self._open:
-            try:
-                self._grant(connection, [slot])
-            except OverflowError as exc:
-                self.lost(connection.link, PeerLost(str(exc)))
+        try:
+            connection.lane.done(key, error)
+        except TransferError as exc:
+            self.lost(connection.link, exc)
+        except Exception as exc:
+            # A bug of ours, met while the bytes of a transfer were handled: fail closed.
+            logger.exception("error while handling a message")
+            self.lost(connection.link, PeerLost(f"internal error {type(exc).__name__}"))
+        self._pong(connection)
+        if not is_open:
+            self._settle_quarantine(connection)
+
+    def settle(self) -> None:
+        """Everything that came in one batch has been handled."""
+        for connection in self:
+            connection.lane.settle()
 
     def lost(self, link: Link, error: TransferError) -> None:
         """The link broke, or its peer misbehaved or fell silent."""
@@ -205,16 +240,27 @@ class Inbound:
 
     def _hello(self, link: Link, hello: wire.Hello) -> None:
         self._check_hello(hello)
-        link.open_data(hello.data_address)
         settings, now = self._settings, self._clock()
         self._numbers += 1
+        place = Place(
+            link=link,
+            number=self._numbers,
+            rank=hello.rank,
+            epoch=self._identity.epoch,
+            settings=settings,
+            counters=self._counters,
+            owner=self._owner,
+        )
+        kind, lane, note = self._lane(place, hello)
         fresh = Connection(
             link=link,
             number=self._numbers,
             instance=hello.instance,
             epoch=hello.epoch,
             rank=hello.rank,
-            slots=ReceiveSlots(settings.slots_per_connection, settings.slot_bytes),
+            lane=lane,
+            carrier=lane.carrier,
+            note=note,
             heard_at=now,
             beat_at=now,
         )
@@ -223,19 +269,44 @@ class Inbound:
         if len(self._epochs) > _REMEMBERED_INSTANCES:
             self._epochs.popitem(last=False)
         del self._pending[link]
-        self._open[link] = fresh
+        self._open[link] = self._numbered[fresh.number] = fresh
+        tagged = kind is LaneKind.TAGGED
         welcome = wire.Welcome(
             connection=fresh.number,
             epoch=self._identity.epoch,
-            slots=settings.slots_per_connection,
+            lane=kind,
+            window=settings.slots_per_connection if tagged else settings.window,
             slot_bytes=settings.slot_bytes,
             checksum=settings.checksum,
-            data_address=link.data_address,
+            data_address=link.tagged.address if tagged else b"",
+            note=note,
         )
         link.send_control(wire.encode(welcome))
-        self._grant(fresh, list(fresh.slots))
+        lane.start()
         self._owner.connection_up(fresh)
         self._supersede(fresh)
+
+    def _lane(self, place: Place, hello: wire.Hello) -> tuple[LaneKind, ReceiveLane, str]:
+        """Return the best lane that works, and why it is none of the better ones of this host."""
+        here = usable(self._settings.lane, rdma=self._transport.rdma)
+        note = ""
+        for kind in in_common(here, hello.lanes):
+            if kind is LaneKind.TAGGED:
+                place.link.tagged.open(hello.data_address)
+                return kind, TaggedReceive(place), note
+            if kind is LaneKind.STREAM:
+                if hello.boot_id == boot_id() and self._settings.lane == "auto":
+                    note = f"TCP between processes of one host: {note or 'no memory is shared'}"
+                return kind, StreamReceive(place), note
+            try:
+                if hello.share is None:
+                    raise NotMappable("the peer shares no memory")
+                region = MappedRegion(hello.share)
+            except NotMappable as exc:
+                note = str(exc)
+            else:
+                return kind, MappedReceive(place, region, hello.offsets), note
+        raise ConnectionRefused(f"no lane for KV works: {note}")
 
     def _check_hello(self, hello: wire.Hello) -> None:
         if not hmac.compare_digest(hello.token, self._identity.token):
@@ -248,7 +319,7 @@ class Inbound:
             raise ConnectionRefused(f"meant for rank {hello.target_rank}, this is {self._rank}")
         if hello.epoch < self._epochs.get(hello.instance, 0):
             raise StaleEpoch(f"{hello.instance} has been here with a later epoch")
-        if self._numbers + 1 >= wire.MAX_CONNECTION:
+        if self._numbers + 1 >= MAX_CONNECTION:
             raise ConnectionRefused("connection numbers of this epoch are used up: restart it")
 
     def _supersede(self, fresh: Connection) -> None:
@@ -259,30 +330,26 @@ class Inbound:
             if old.epoch < fresh.epoch or old.rank == fresh.rank:
                 self.lost(old.link, PeerLost(f"{old.instance} connected anew"))
 
-    # ------------------------------------------------------------------------------------ slots
-
-    def _grant(self, connection: Connection, slots: list[ReceiveSlot]) -> None:
-        """Post a receive for each slot, then hand the credits over: in this order."""
-        credits = []
-        for slot in slots:
-            generation = connection.slots.grant(slot)
-            tag = wire.data_tag(self._identity.epoch, connection.number, slot.index, generation)
-            connection.link.receive(tag, slot.buffer, (connection, slot))
-            credits.append((slot.index, generation))
-        connection.link.send_control(wire.encode(wire.Credit(tuple(credits))))
-
     def _drop(self, connection: Connection, error: TransferError | None) -> None:
-        """Close the link; slots with a receive outstanding are put aside, memory and all.
+        """Close the link; what can still be written to is put aside, memory and all.
 
         A remote write may still be in flight: no other connection ever gets these buffers.
         """
         del self._open[connection.link]
-        if connection.slots.quarantine():
-            self._quarantine.add(connection)
+        connection.lane.close()
+        self._quarantine.add(connection)
         self._counters.bytes += connection.bytes
         self._counters.messages += connection.messages
         self._owner.connection_down(connection, error)
         connection.link.close()
+        self._settle_quarantine(connection)
+
+    def _settle_quarantine(self, connection: Connection) -> None:
+        """Forget a closed connection when nothing can be written to its slots any more."""
+        states = connection.lane.states()
+        if not states[SlotState.GRANTED] and not states[SlotState.QUARANTINED]:
+            self._quarantine.discard(connection)
+            self._numbered.pop(connection.number, None)
 
     # ------------------------------------------------------------------------------------ stats
 
@@ -290,7 +357,7 @@ class Inbound:
         """Number of slots in each state, quarantined ones included."""
         counts: Counter[SlotState] = Counter()
         for connection in (*self._open.values(), *self._quarantine):
-            counts.update(connection.slots.counts())
+            counts.update(connection.lane.states())
         return {str(state): count for state, count in counts.items()}
 
     def peer_stats(self) -> list[PeerStats]:
@@ -299,9 +366,11 @@ class Inbound:
             PeerStats(
                 instance=connection.instance,
                 rank=connection.rank,
-                transport=connection.link.carrier,
+                transport=connection.carrier,
                 bytes=connection.bytes,
                 messages=connection.messages,
+                seconds=connection.seconds,
+                note=connection.note,
             )
             for connection in self._open.values()
         ]

@@ -4,21 +4,24 @@ Owns the checks of one transfer. Pure bookkeeping: no I/O, no events, no clock o
 """
 
 import hmac
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvtransfer.api import ReceiveGrant
-from kvtransfer.coverage import Coverage
+from kvtransfer.api import Kept, ReceiveGrant
+from kvtransfer.coverage import Coverage, kept_tokens
 from kvtransfer.errors import GrantRefused, ManifestMismatch, ProtocolViolation
+from kvtransfer.header import DataHeader, manifest_crc
+from kvtransfer.layout import CacheLayout
 from kvtransfer.memory import BlockTable
-from kvtransfer.plan import Plan, regions
-from kvtransfer.wire import DataHeader, Manifest, manifest_crc
+from kvtransfer.plan import Plan
+from kvtransfer.wire import Manifest
 
 
 @dataclass(slots=True)
 class Source:
-    """What one source rank owes under the grant."""
+    """What one source rank owes under the grant, by cache group."""
 
-    coverage: Coverage
+    coverage: tuple[Coverage, ...]
     checksums: dict[int, int] = field(default_factory=dict)
     bytes: int = 0
     manifest: Manifest | None = None
@@ -26,14 +29,21 @@ class Source:
     connection: int | None = None
     confirmed: bool = False
 
+    @property
+    def missing_units(self) -> int:
+        """Units of layers that have not arrived."""
+        return sum(coverage.missing_units for coverage in self.coverage)
+
 
 @dataclass(slots=True)
 class Incoming:
     """One grant, its blocks, and the state of every source rank."""
 
     grant: ReceiveGrant
-    table: BlockTable
-    unit: int
+    layout: CacheLayout
+    tables: tuple[BlockTable, ...]
+    plans: tuple[Plan, ...]
+    rank: int
     deadline: float
     sources: dict[int, Source]
     started_at: float = 0.0
@@ -41,16 +51,34 @@ class Incoming:
 
     @classmethod
     def begin(
-        cls, grant: ReceiveGrant, table: BlockTable, plan: Plan, rank: int, now: float
+        cls,
+        grant: ReceiveGrant,
+        layout: CacheLayout,
+        tables: tuple[BlockTable, ...],
+        plans: tuple[Plan, ...],
+        rank: int,
+        now: float,
     ) -> "Incoming":
         """Return the transfer with nothing arrived yet."""
-        boxes = regions(plan.for_target(rank))
-        ranks = {box.source_rank for box in boxes}
+        ranks = {box.source_rank for plan in plans for box in plan.for_target(rank)}
         sources = {
-            source: Source(Coverage([b for b in boxes if b.source_rank == source], plan.unit))
+            source: Source(
+                tuple(
+                    Coverage(
+                        [box for box in plan.for_target(rank) if box.source_rank == source],
+                        plan.unit,
+                    )
+                    for plan in plans
+                )
+            )
             for source in sorted(ranks)
         }
-        return cls(grant, table, plan.unit, now + grant.ttl_s, sources)
+        return cls(grant, layout, tables, plans, rank, now + grant.ttl_s, sources)
+
+    @property
+    def units(self) -> Sequence[int]:
+        """Each cache group's unit: tokens of the smallest grain both sides share."""
+        return [plan.unit for plan in self.plans]
 
     def source_for(self, instance: str, rank: int, nonce: bytes) -> Source:
         """Return the source that a message belongs to; raises GrantRefused for a forged one."""
@@ -63,23 +91,37 @@ class Incoming:
             raise GrantRefused(f"rank {rank} has nothing to send under this grant")
         return source
 
-    def accept(self, source: Source, header: DataHeader, crc: int, now: float) -> None:
-        """Count one checked message; raises ProtocolViolation for one that must not come (again).
-
-        After this the payload must be scattered.
-        """
+    def check(self, source: Source, header: DataHeader) -> None:
+        """Raise ProtocolViolation for a piece that must not come, or not again."""
         if source.confirmed or header.sequence in source.checksums:
-            raise ProtocolViolation(f"message {header.sequence} arrived already")
-        wrong = source.coverage.take(header.layers, header.heads, header.tokens)
+            raise ProtocolViolation(f"piece {header.sequence} arrived already")
+        coverage = source.coverage[header.group]
+        wrong = coverage.refusal(header.layers, header.heads, header.tokens)
         if wrong:
             raise ProtocolViolation(wrong)
+
+    def accept(self, source: Source, header: DataHeader, crc: int) -> None:
+        """Count a checked piece whose bytes are in place."""
+        source.coverage[header.group].take(header.layers, header.heads, header.tokens)
         source.checksums[header.sequence] = crc
         source.bytes += header.payload_bytes
-        self.started_at = self.started_at or now
+
+    def kept(self) -> Kept:
+        """What of the sequence is complete on this rank: tokens by cache group and layer."""
+        grant = self.grant
+        return tuple(
+            kept_tokens(
+                layout,
+                grant.tokens,
+                grant.total_tokens,
+                [source.coverage[group] for source in self.sources.values()],
+            )
+            for group, layout in enumerate(self.layout.groups)
+        )
 
     def confirm(self, source: Source) -> bool:
         """Whether the source is complete; raises ManifestMismatch where its manifest is wrong."""
-        if source.manifest is None or source.coverage.missing_units:
+        if source.manifest is None or source.missing_units:
             return False
         count = len(source.checksums)
         in_order = [source.checksums.get(i) for i in range(count)]

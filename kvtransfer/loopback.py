@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from kvtransfer.transport import (
     Lost,
 )
 
-Lane = Literal["control", "data"]
+Lane = Literal["control", "data", "stream"]
 MAX_UNEXPECTED = 1024
 
 
@@ -53,17 +53,20 @@ class Network:
     """What loopback transports are plugged into; `fault` decides what becomes of each message.
 
     With `hold_receives`, receives of a closed link stay outstanding until `release_receives`, as
-    on hardware that may still write.
+    on hardware that may still write. With `hold_streams`, stream sends are not read from their
+    buffers before `release_streams`, as by a kernel whose socket is full.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.fault: Fault | None = None
         self.hold_receives = False
+        self.hold_streams = False
         self._ports: dict[int, LoopbackTransport] = {}
         self._addresses: dict[bytes, LoopbackTransport] = {}
         self._numbers = itertools.count(1)
         self._held: list[_Receive] = []
+        self.streams: list[LoopbackStream] = []
 
     def transport(self) -> "LoopbackTransport":
         """Return a new transport on this network."""
@@ -78,6 +81,13 @@ class Network:
             for receive in self._held:
                 receive.link.owner.report(Done(receive.link, receive.key, "canceled"))
             self._held.clear()
+
+    def release_streams(self) -> None:
+        """Let the stream sends go that `hold_streams` kept back."""
+        with self.lock:
+            self.hold_streams = False
+            for stream in self.streams:
+                stream.flush()
 
     def bind(self, transport: "LoopbackTransport", port: int) -> int:
         """Give `transport` a port; raises OSError where it is taken."""
@@ -125,20 +135,18 @@ class Network:
             )
 
 
-@dataclass(slots=True, eq=False)
 class LoopbackLink:
     """One end of a link."""
 
-    owner: "LoopbackTransport"
-    far: "LoopbackLink | None" = None
-    closed: bool = False
-    target: "LoopbackTransport | None" = None
-    carrier: str = field(default="loopback")
+    stream_carrier = "loopback"
 
-    @property
-    def data_address(self) -> bytes:
-        """See Link."""
-        return self.owner.data_address
+    def __init__(self, owner: "LoopbackTransport", far: "LoopbackLink | None" = None) -> None:
+        self.owner = owner
+        self.far = far
+        self.closed = False
+        self.stream = LoopbackStream(self)
+        self.tagged = LoopbackTagged(self)
+        owner.network.streams.append(self.stream)
 
     def send_control(self, message: bytes) -> None:
         """See Link."""
@@ -157,31 +165,6 @@ class LoopbackLink:
         if not self.closed:
             self.owner.report(ControlArrived(self, message))
 
-    def open_data(self, address: bytes) -> None:
-        """See Link."""
-        with self.owner.network.lock:
-            self.target = self.owner.network.at_address(address)
-            if self.target is None:
-                raise PeerLost("no loopback transport has this data address")
-
-    def send(self, tag: int, message: Bytes, key: Any) -> None:
-        """See Link."""
-        with self.owner.network.lock:
-            target = self.target
-            if not self.closed and target is not None:
-                copied = message.tobytes()
-                self.owner.act(
-                    lambda: self.owner.network.deliver(
-                        "data", copied, target, lambda m: target.data_arrives(tag, m)
-                    )
-                )
-            self.owner.report(Done(self, key, "closed" if self.closed else None))
-
-    def receive(self, tag: int, into: Bytes, key: Any) -> None:
-        """See Link."""
-        with self.owner.network.lock:
-            self.owner.post(tag, _Receive(self, into, key))
-
     def close(self) -> None:
         """See Link."""
         with self.owner.network.lock:
@@ -189,6 +172,7 @@ class LoopbackLink:
                 return
             self.closed = True
             self.owner.network.cancel(self.owner.withdraw(self))
+            self.stream.close()
             far = self.far
             if far is not None:
                 self.owner.act(
@@ -200,6 +184,141 @@ class LoopbackLink:
         if not self.closed and self.far is not None:
             self.far = None
             self.owner.report(Lost(self, reason))
+
+
+class LoopbackTagged:
+    """A link's tagged messages."""
+
+    carrier = "loopback"
+
+    def __init__(self, link: LoopbackLink) -> None:
+        self._link = link
+        self._target: LoopbackTransport | None = None
+
+    @property
+    def address(self) -> bytes:
+        """See Tagged."""
+        return self._link.owner.data_address
+
+    def open(self, address: bytes) -> None:
+        """See Tagged."""
+        network = self._link.owner.network
+        with network.lock:
+            self._target = network.at_address(address)
+            if self._target is None:
+                raise PeerLost("no loopback transport has this data address")
+
+    def send(self, tag: int, message: Bytes, key: Any) -> None:
+        """See Tagged."""
+        link = self._link
+        owner = link.owner
+        with owner.network.lock:
+            target = self._target
+            if not link.closed and target is not None:
+                copied = message.tobytes()
+                owner.act(
+                    lambda: owner.network.deliver(
+                        "data", copied, target, lambda m: target.data_arrives(tag, m)
+                    )
+                )
+            owner.report(Done(link, key, "closed" if link.closed else None))
+
+    def receive(self, tag: int, into: Bytes, key: Any) -> None:
+        """See Tagged."""
+        with self._link.owner.network.lock:
+            self._link.owner.post(tag, _Receive(self._link, into, key))
+
+
+@dataclass(slots=True, eq=False)
+class _Operation:
+    parts: list[memoryview]
+    key: Any
+
+    @property
+    def left(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def take_out(self, *, keep_first: bool) -> None:
+        kept = self.parts[:1] if keep_first else []
+        rest = memoryview(bytearray(self.left - sum(map(len, kept))))
+        self.parts = [*kept, rest] if len(rest) else kept
+
+
+class LoopbackStream:
+    """A link's byte stream."""
+
+    def __init__(self, link: LoopbackLink) -> None:
+        self._link = link
+        self._out: list[_Operation] = []
+        self._in: deque[_Operation] = deque()
+        self._arrived = bytearray()
+
+    def send(self, parts: Sequence[memoryview], key: Any) -> None:
+        """See Stream."""
+        with self._link.owner.network.lock:
+            self._out.append(_Operation(list(parts), key))
+            if not self._link.owner.network.hold_streams:
+                self.flush()
+
+    def receive(self, parts: Sequence[memoryview], key: Any) -> None:
+        """See Stream."""
+        with self._link.owner.network.lock:
+            if self._link.closed:
+                self._link.owner.report(Done(self._link, key, "closed"))
+                return
+            self._in.append(_Operation(list(parts), key))
+            self._fill()
+
+    def divert(self, key: Any) -> None:
+        """See Stream."""
+        with self._link.owner.network.lock:
+            for operation in self._out:
+                if operation.key == key:
+                    operation.take_out(keep_first=True)
+            for operation in self._in:
+                if operation.key == key:
+                    operation.take_out(keep_first=False)
+
+    def flush(self) -> None:
+        """Read the buffers of what is to be sent, now."""
+        link, out = self._link, self._out
+        self._out = []
+        for operation in out:
+            far = link.far
+            message = b"".join(operation.parts)
+            if not link.closed and far is not None:
+                link.owner.act(partial(self._deliver, message, far))
+            link.owner.report(Done(link, operation.key, "closed" if link.closed else None))
+
+    def _deliver(self, message: bytes, far: LoopbackLink) -> None:
+        self._link.owner.network.deliver("stream", message, far.owner, far.stream.arrives)
+
+    def arrives(self, message: bytes) -> None:
+        """Bytes reach this end."""
+        self._arrived += message
+        self._fill()
+
+    def close(self) -> None:
+        """The link is closed."""
+        for operation in self._in:
+            self._link.owner.report(Done(self._link, operation.key, "closed"))
+        self._in.clear()
+        self.flush()
+
+    def _fill(self) -> None:
+        while self._in and self._arrived:
+            operation = self._in[0]
+            while operation.parts and self._arrived:
+                part = operation.parts[0]
+                count = min(len(part), len(self._arrived))
+                part[:count] = self._arrived[:count]
+                del self._arrived[:count]
+                operation.parts[0] = part[count:]
+                if not len(operation.parts[0]):
+                    operation.parts.pop(0)
+            if not operation.parts:
+                self._in.popleft()
+                self._link.owner.report(Done(self._link, operation.key, None))
 
 
 class LoopbackTransport:
@@ -260,6 +379,8 @@ class LoopbackTransport:
                     return []
                 due = self._late[0][0] if self._late else until
                 self._changed.wait(max(0.0, min(until, due) - now))
+
+    rdma = False
 
     def wake(self) -> None:
         """See Transport."""

@@ -5,45 +5,46 @@ routes come and go, and what the receiver says about a transfer.
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from kvtransfer import wire
 from kvtransfer.api import Identity, PeerAddress, PeerStats
 from kvtransfer.errors import PeerLost, ProtocolViolation, StaleEpoch, TransferError, from_code
-from kvtransfer.settings import MAX_SLOTS, TransferSettings
-from kvtransfer.slots import SendSlots
+from kvtransfer.probe import Probe
+from kvtransfer.send_lanes import MappedSend, SendLane, StreamSend, TaggedSend
+from kvtransfer.settings import TransferSettings
 from kvtransfer.stats import Counters
-from kvtransfer.transport import Bytes, Link, Transport
+from kvtransfer.transport import Link, Transport
+from kvtransfer.wire import LaneKind
 
 logger = logging.getLogger(__name__)
 
 _BACKOFF_S = (0.05, 2.0)
 _HEARTBEAT = wire.encode(wire.Heartbeat())
+_LANES: dict[LaneKind, Callable[[Link, wire.Welcome, TransferSettings, Counters], SendLane]] = {
+    LaneKind.MAPPED: MappedSend,
+    LaneKind.STREAM: StreamSend,
+    LaneKind.TAGGED: TaggedSend,
+}
 
 
 @dataclass(slots=True)
 class Session:
-    """What the receiver's welcome gave: the window in which a route may send."""
+    """What the receiver's welcome gave: the lane on which a route may send."""
 
     link: Link
-    connection: int
-    checksum: bool
-    slot_bytes: int
-    slots: SendSlots
+    lane: SendLane
+    carrier: str
+    probe: Probe
     heard_at: float
     beat_at: float
     moved_at: float
-    credits: deque[tuple[int, int]] = field(default_factory=deque)
     bytes: int = 0
     messages: int = 0
-
-    @property
-    def can_send(self) -> bool:
-        """Whether a message could leave at once."""
-        return bool(self.credits) and bool(self.slots.free)
+    seconds: float = 0.0
+    stalled_at: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +74,10 @@ class Owner(Protocol):
         """The route lost its session, or was refused one for good."""
         ...
 
+    def probed(self, route: Route) -> None:
+        """The route's session has been tried out."""
+        ...
+
     def control(self, route: Route, message: wire.Control) -> None:
         """A control message about a transfer came; raises ProtocolViolation for a wrong one."""
         ...
@@ -91,7 +96,10 @@ class Outbound:
         clock: Callable[[], float],
         counters: Counters,
         owner: Owner,
+        hello: Callable[[Link], wire.Hello],
     ) -> None:
+        """`hello` makes what is said of this rank; the receiver's part is filled in here."""
+        self._hello = hello
         self._transport = transport
         self._identity = identity
         self._rank = rank
@@ -168,11 +176,10 @@ class Outbound:
         if link is None:
             return
         del self._links[link]
-        carrier = link.carrier
         if session is not None:
             self._counters.bytes += session.bytes
             self._counters.messages += session.messages
-            self._owner.route_down(route, carrier, error)
+            self._owner.route_down(route, session.carrier, error)
         link.close()
 
     # ------------------------------------------------------------------------------- happenings
@@ -182,14 +189,11 @@ class Outbound:
         route = self._links.get(link)
         if route is None:
             return
-        hello = wire.Hello(
-            instance=self._identity.instance,
-            epoch=self._identity.epoch,
-            rank=self._rank,
+        hello = replace(
+            self._hello(link),
             target_epoch=route.peer.epoch,
             target_rank=route.rank,
             token=route.peer.token,
-            data_address=link.data_address,
         )
         link.send_control(wire.encode_hello(hello, self._identity.compatibility))
 
@@ -218,19 +222,21 @@ class Outbound:
                 # A peer of another epoch is not there any more: only a new address helps.
                 if not error.retryable or isinstance(error, StaleEpoch):
                     route.refused = error
-                    self._owner.route_down(route, link.carrier, error)
+                    self._owner.route_down(route, "", error)
             case _:
                 raise ProtocolViolation(f"{type(message).__name__} where a welcome belongs")
 
     def _told(self, route: Route, session: Session, message: wire.Control) -> None:
+        if session.lane.told(message):
+            session.moved_at = session.heard_at
+            self._pump_probe(route, session)
+            return
         match message:
             case wire.Heartbeat():
                 pass
-            case wire.Credit(slots):
-                if len(session.credits) + len(slots) > session.slots.count:
-                    raise ProtocolViolation("more credits than slots")
-                session.credits.extend(slots)
-                session.moved_at = session.heard_at
+            case wire.Pong(number, micros):
+                session.probe.answered(number, micros, self._clock())
+                self._pump_probe(route, session)
             case wire.Bye():
                 logger.info("%s rank %d says goodbye", route.peer.instance, route.rank)
                 self._close(route, None)
@@ -238,36 +244,42 @@ class Outbound:
             case _:
                 self._owner.control(route, message)
 
+    def _pump_probe(self, route: Route, session: Session) -> None:
+        probe = session.probe
+        if not probe.over and probe.go_on(self._clock()):
+            self._owner.probed(route)
+
     def _welcome(self, route: Route, link: Link, welcome: wire.Welcome) -> None:
         if welcome.epoch != route.peer.epoch:
             raise StaleEpoch(f"epoch {welcome.epoch} answers for {route.peer.epoch}")
-        if not 0 < welcome.slots <= MAX_SLOTS:
-            raise ProtocolViolation(f"a window of {welcome.slots} slots")
-        link.open_data(welcome.data_address)
+        lane = _LANES[welcome.lane](link, welcome, self._settings, self._counters)
         now = self._clock()
-        slot_bytes = min(welcome.slot_bytes, self._settings.slot_bytes)
         route.session = Session(
             link=link,
-            connection=welcome.connection,
-            checksum=welcome.checksum,
-            slot_bytes=slot_bytes,
-            slots=SendSlots(welcome.slots, slot_bytes),
+            lane=lane,
+            carrier=lane.carrier,
+            probe=Probe(link, lane, welcome, self._settings.probe_bytes),
             heard_at=now,
             beat_at=now,
             moved_at=now,
         )
         route.attempt, route.backoff_s = None, _BACKOFF_S[0]
+        if welcome.note:
+            logger.warning("%s rank %d: %s", route.peer.instance, route.rank, welcome.note)
         self._owner.route_up(route)
+        self._pump_probe(route, route.session)
 
-    def sent(self, link: Link, slots: SendSlots, buffer: Bytes, error: str | None) -> None:
-        """A send is terminal: its buffer is free again."""
-        slots.give_back(buffer)
+    def done(self, link: Link, lane: SendLane, key: Any, error: str | None) -> None:
+        """Something that a lane started is terminal: its buffer is free again."""
+        lane.done(key)
         route = self._links.get(link)
         if route is None or route.session is None:
             return
         route.session.moved_at = self._clock()
         if error is not None:
             self.lost(link, PeerLost(f"send failed: {error}"))
+        else:
+            self._pump_probe(route, route.session)
 
     def lost(self, link: Link, error: TransferError) -> None:
         """The link broke, or its peer misbehaved or fell silent."""
@@ -314,9 +326,13 @@ class Outbound:
 
     def slot_counts(self) -> dict[str, int]:
         """Number of send slots by use."""
-        sessions = [route.session for route in self if route.session is not None]
-        free = sum(session.slots.free for session in sessions)
-        return {"free": free, "sending": sum(s.slots.count for s in sessions) - free}
+        slots = [
+            route.session.lane.slots
+            for route in self
+            if route.session is not None and isinstance(route.session.lane, TaggedSend | StreamSend)
+        ]
+        free = sum(each.free for each in slots)
+        return {"free": free, "sending": sum(each.count for each in slots) - free}
 
     def peer_stats(self) -> list[PeerStats]:
         """What went out in each open session."""
@@ -324,9 +340,13 @@ class Outbound:
             PeerStats(
                 instance=route.peer.instance,
                 rank=route.rank,
-                transport=route.session.link.carrier,
+                transport=route.session.carrier,
                 bytes=route.session.bytes,
                 messages=route.session.messages,
+                seconds=route.session.seconds,
+                rtt_s=route.session.probe.rtt_s,
+                probe_bytes_per_s=route.session.probe.bytes_per_s,
+                note=route.session.probe.note,
             )
             for route in self
             if route.session is not None

@@ -1,26 +1,34 @@
-"""One transfer as the sender sees it: what is ready, what is cut into messages, what is left.
+"""One transfer as the sender sees it: what is ready, what is cut into pieces, what is left.
 
 Owns cutting and merging of boxes. Pure bookkeeping: no I/O, no events, no clock of its own.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvtransfer.api import SendTransfer
 from kvtransfer.coverage import Ready
-from kvtransfer.layout import Span
+from kvtransfer.header import manifest_crc
+from kvtransfer.layout import CacheLayout, Span
 from kvtransfer.memory import BlockTable
-from kvtransfer.plan import Plan, Region, regions
-from kvtransfer.wire import manifest_crc
+from kvtransfer.plan import Plan, Region
+from kvtransfer.shared import Lease
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """K and V of some layers, heads and tokens: what one message carries."""
+    """Layers, heads and tokens of one cache group: what one piece carries."""
 
+    group: int
+    unit: int
     region: Region
     layers: Span
     tokens: Span
+
+    @property
+    def layer_units(self) -> int:
+        """Units of one layer; a last, part-filled one counts whole."""
+        return -(-len(self.tokens) // self.unit)
 
 
 @dataclass(slots=True)
@@ -28,65 +36,72 @@ class Lane:
     """What one transfer owes to one target rank."""
 
     target_rank: int
-    unit: int
-    regions: tuple[Region, ...]
-    ready: dict[tuple[Region, int], Ready]
+    ready: list[tuple[int, int, Region, dict[int, Ready]]]
     missing_units: int
     queue: deque[Box] = field(default_factory=deque)
     checksums: list[int] = field(default_factory=list)
     bytes: int = 0
     manifest_at: float | None = None
     acked: bool = False
+    named: bool = False
 
     @classmethod
-    def of(cls, target_rank: int, boxes: tuple[Region, ...], unit: int) -> "Lane":
-        """Return a lane with nothing ready yet."""
+    def of(cls, target_rank: int, owed: list[tuple[int, int, Region]]) -> "Lane":
+        """Return a lane that owes (group, unit, region)s, with nothing ready yet."""
         return cls(
             target_rank,
-            unit,
-            boxes,
-            {(box, layer): Ready(box.tokens, unit) for box in boxes for layer in box.layers},
-            sum(len(box.layers) * -(-len(box.tokens) // unit) for box in boxes),
+            [
+                (group, unit, box, {layer: Ready(box.tokens, unit) for layer in box.layers})
+                for group, unit, box in owed
+            ],
+            sum(len(r.layers) * -(-len(r.tokens) // unit) for _, unit, r in owed),
         )
 
-    def add_ready(self, layers: Span, tokens: Span) -> None:
+    def add_ready(self, group: int, layers: Span, tokens: Span) -> None:
         """Queue what has become sendable because compute finished `tokens` of `layers`."""
-        for region in self.regions:
+        for of_group, unit, region, ready in self.ready:
+            if of_group != group:
+                continue
             for layer in region.layers.meet(layers):
-                for part in self.ready[region, layer].add(tokens):
-                    self.queue.append(Box(region, Span(layer, layer + 1), part))
+                for part in ready[layer].add(tokens):
+                    whole = part.begin + len(part) // unit * unit
+                    # A last, part-filled unit goes by itself: it has to be packed, the rest not.
+                    for span in (Span(part.begin, whole), Span(whole, part.end)):
+                        if len(span):
+                            box = Box(group, unit, region, Span(layer, layer + 1), span)
+                            self.queue.append(box)
 
     def next_box(self, max_units: int) -> Box:
-        """Take the next message off the queue, at most `max_units` layer-units.
+        """Take the next piece off the queue, at most `max_units` layer-units.
 
         A box too large is cut; a small one takes the following layers of the same tokens along
         if they are ready. Nothing waits for more to become ready.
         """
         box = self.queue.popleft()
-        units = self._units(box.tokens)
+        units = box.layer_units
         if units > max_units:
-            at = box.tokens.begin + max_units * self.unit
-            self.queue.appendleft(Box(box.region, box.layers, Span(at, box.tokens.end)))
-            box = Box(box.region, box.layers, Span(box.tokens.begin, at))
+            at = box.tokens.begin + max_units * box.unit
+            self.queue.appendleft(replace(box, tokens=Span(at, box.tokens.end)))
+            box = replace(box, tokens=Span(box.tokens.begin, at))
             units = max_units
         layers = box.layers
+        skipped: list[Box] = []
         while self.queue and (len(layers) + 1) * units <= max_units:
             following = self.queue[0]
-            if following.region is not box.region or following.tokens != box.tokens:
+            if following.region is not box.region or following.layers.begin > layers.end:
                 break
-            if following.layers.begin != layers.end:
-                break
-            layers = Span(layers.begin, following.layers.end)
             self.queue.popleft()
+            if following.tokens == box.tokens and following.layers.begin == layers.end:
+                layers = Span(layers.begin, following.layers.end)
+            else:
+                skipped.append(following)
+        self.queue.extendleft(reversed(skipped))
         self.missing_units -= len(layers) * units
-        return Box(box.region, layers, box.tokens)
-
-    def _units(self, tokens: Span) -> int:
-        return -(-len(tokens) // self.unit)
+        return replace(box, layers=layers)
 
     @property
     def checksum(self) -> int:
-        """The manifest's crc32 over all messages' checksums."""
+        """The manifest's crc32 over all pieces' checksums."""
         return manifest_crc(self.checksums)
 
 
@@ -95,25 +110,39 @@ class Outgoing:
     """One sequence's KV on its way to every target rank that the plan names."""
 
     transfer: SendTransfer
-    table: BlockTable
-    unit: int
+    layout: CacheLayout
+    tables: tuple[BlockTable, ...]
     began_at: float
     deadline: float
     lanes: dict[int, Lane]
+    lease: Lease | None = None
     started_at: float = 0.0
+    hidden_bytes: int = 0
     carrier: str = ""
 
     @classmethod
     def begin(
-        cls, transfer: SendTransfer, table: BlockTable, plan: Plan, rank: int, now: float
+        cls,
+        transfer: SendTransfer,
+        layout: CacheLayout,
+        tables: tuple[BlockTable, ...],
+        plans: tuple[Plan, ...],
+        rank: int,
+        now: float,
     ) -> "Outgoing":
         """Return the transfer with nothing ready yet."""
-        boxes = regions(plan.for_source(rank))
-        lanes = {
-            target: Lane.of(target, tuple(b for b in boxes if b.target_rank == target), plan.unit)
-            for target in sorted({box.target_rank for box in boxes})
-        }
-        return cls(transfer, table, plan.unit, now, now + transfer.ttl_s, lanes)
+        owed: dict[int, list[tuple[int, int, Region]]] = {}
+        for group, plan in enumerate(plans):
+            for region in plan.for_source(rank):
+                owed.setdefault(region.target_rank, []).append((group, plan.unit, region))
+        lanes = {target: Lane.of(target, owed[target]) for target in sorted(owed)}
+        return cls(transfer, layout, tables, now, now + transfer.ttl_s, lanes)
+
+    def add_ready(self, layers: Span, tokens: Span, group: int) -> None:
+        """Note what compute has finished of one group: `tokens` are the sequence's."""
+        part, _ = self.layout.groups[group].group_tokens(tokens, self.transfer.total_tokens)
+        for lane in self.lanes.values():
+            lane.add_ready(group, layers, part)
 
     @property
     def complete(self) -> bool:
@@ -127,5 +156,5 @@ class Outgoing:
 
     @property
     def messages(self) -> int:
-        """Messages sent so far."""
+        """Pieces sent so far."""
         return sum(len(lane.checksums) for lane in self.lanes.values())

@@ -8,7 +8,7 @@ from the control path; nothing is accepted without one.
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ from kvtransfer.api import (
     Completed,
     Failed,
     Identity,
+    Kept,
     PeerDown,
     PeerUp,
     ReceiveGrant,
@@ -26,7 +27,6 @@ from kvtransfer.api import (
     TransferStats,
 )
 from kvtransfer.errors import (
-    ChecksumMismatch,
     GrantExpired,
     GrantRefused,
     ManifestMismatch,
@@ -36,14 +36,15 @@ from kvtransfer.errors import (
     TransferAborted,
     TransferError,
 )
+from kvtransfer.header import DataHeader
 from kvtransfer.inbound import Connection, Inbound
 from kvtransfer.incoming import Incoming, Source
-from kvtransfer.layout import KVLayout, check_compatible
+from kvtransfer.layout import CacheLayout, check_compatible
 from kvtransfer.loop import AgentLoop
-from kvtransfer.memory import KVMemory
-from kvtransfer.plan import plan
+from kvtransfer.memory import KVMemory, memories_of, tables_of
+from kvtransfer.plan import plan_cache
+from kvtransfer.receive_lanes import Landing
 from kvtransfer.settings import TransferSettings
-from kvtransfer.slots import ReceiveSlot, SlotState
 from kvtransfer.stats import Counters
 from kvtransfer.transport import Accepted, ControlArrived, Done, Happening, Lost, Transport
 
@@ -66,19 +67,20 @@ class ReceiveAgent:
         self,
         *,
         transport: Transport,
-        memory: torch.Tensor,
-        layout: KVLayout,
+        memories: Sequence[torch.Tensor],
+        layout: CacheLayout,
         rank: int,
         identity: Identity,
         settings: TransferSettings,
         on_event: Callable[[TransferEvent], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take `memory` [layers, 2, blocks, heads, block_size, head_size] of `rank` in `layout`.
+        """Take each cache group's memory of `rank`: [layers, planes, blocks, heads, block_size,
+        head_size].
 
-        Raises ValueError where the memory does not fit the layout.
+        Raises ValueError where a memory does not fit the layout.
         """
-        self._memory = KVMemory(memory, layout, rank)
+        self._memories: tuple[KVMemory, ...] = memories_of(memories, layout, rank)
         self._transport = transport
         self._layout = layout
         self._rank = rank
@@ -90,6 +92,7 @@ class ReceiveAgent:
         self._over: OrderedDict[tuple[int, bytes], None] = OrderedDict()
         self._counters = Counters()
         self._inbound = Inbound(
+            transport=transport,
             identity=identity,
             rank=rank,
             settings=settings,
@@ -127,8 +130,8 @@ class ReceiveAgent:
     def handle(self, happening: Happening) -> None:
         """Act on one thing that the transport reports."""
         match happening:
-            case Done(_, (connection, slot), error):
-                self._inbound.received(connection, slot, error)
+            case Done(_, (number, key), error):
+                self._inbound.done(number, key, error)
             case ControlArrived(link, message):
                 self._inbound.arrived(link, message)
             case Accepted(link):
@@ -137,7 +140,8 @@ class ReceiveAgent:
                 self._inbound.lost(link, PeerLost(reason))
 
     def settle(self) -> bool:
-        """Nothing waits for a batch to end: credits leave as soon as a slot is free."""
+        """Say what has been taken of a batch that was handled."""
+        self._inbound.settle()
         return False
 
     def tick(self) -> float:
@@ -190,9 +194,11 @@ class ReceiveAgent:
         if len(self._transfers) >= self._settings.max_transfers:
             raise GrantRefused(f"{len(self._transfers)} transfers are open already")
         check_compatible(self._layout, grant.source_layout)
-        table = self._memory.table(grant.block_ids, grant.total_tokens)
-        copies = plan(grant.source_layout, self._layout, grant.tokens, grant.total_tokens)
-        return Incoming.begin(grant, table, copies, self._rank, now)
+        tables = tables_of(self._memories, grant.block_ids, grant.total_tokens)
+        plans = plan_cache(
+            grant.source_layout, self._layout, grant.tokens, grant.total_tokens, grant.kept
+        )
+        return Incoming.begin(grant, self._layout, tables, plans, self._rank, now)
 
     def _expect(self, incoming: Incoming, connection: Connection) -> None:
         """Tie a source that has sent nothing yet to the connection that will bring it."""
@@ -215,18 +221,20 @@ class ReceiveAgent:
         for rank, source in incoming.sources.items():
             waited = now - source.manifest_at
             if source.manifest and not source.confirmed and waited > self._settings.credit_stall_s:
-                missing = source.coverage.missing_units
+                missing = source.missing_units
                 text = f"source rank {rank} says it sent all, {missing} units are missing"
                 self._fail(incoming, ManifestMismatch(text))
                 return
 
     def _fail(self, incoming: Incoming, error: TransferError) -> None:
         self._end(incoming, error)
-        self._report_failed(incoming.grant.transfer_id, error)
+        self._report_failed(incoming.grant.transfer_id, error, incoming.kept())
 
     def _end(self, incoming: Incoming, error: TransferError | None) -> None:
         """Forget the transfer: from here on its pieces are late ones. Tells the sources."""
         grant = incoming.grant
+        for connection in self._inbound:
+            connection.lane.drop(grant.transfer_id)
         del self._transfers[grant.transfer_id]
         self._over[grant.transfer_id, grant.nonce] = None
         if len(self._over) > _REMEMBERED_TRANSFERS:
@@ -250,9 +258,9 @@ class ReceiveAgent:
         )
         self._emit(Completed(incoming.grant.transfer_id, stats))
 
-    def _report_failed(self, transfer_id: int, error: TransferError) -> None:
+    def _report_failed(self, transfer_id: int, error: TransferError, kept: Kept = ()) -> None:
         self._counters.failed += 1
-        self._emit(Failed(transfer_id, error, error.retryable))
+        self._emit(Failed(transfer_id, error, error.retryable, kept))
 
     def _emit(self, event: TransferEvent) -> None:
         self._snap()
@@ -272,7 +280,7 @@ class ReceiveAgent:
         """See inbound.Owner."""
         for incoming in self._transfers.values():
             self._expect(incoming, connection)
-        self._emit(PeerUp(connection.instance, connection.rank, connection.link.carrier))
+        self._emit(PeerUp(connection.instance, connection.rank, connection.carrier))
 
     def connection_down(self, connection: Connection, error: TransferError | None) -> None:
         """See inbound.Owner: a transfer that still needs the connection fails with it."""
@@ -282,8 +290,7 @@ class ReceiveAgent:
                 for source in incoming.sources.values()
             ):
                 self._fail(incoming, error or PeerLost(f"{connection.instance} closed"))
-        carrier = connection.link.carrier
-        self._emit(PeerDown(connection.instance, connection.rank, carrier, error))
+        self._emit(PeerDown(connection.instance, connection.rank, connection.carrier, error))
 
     def control(self, connection: Connection, message: wire.Control) -> None:
         """See inbound.Owner."""
@@ -297,41 +304,56 @@ class ReceiveAgent:
             case _:
                 raise ProtocolViolation(f"{type(message).__name__} is not for a receiver")
 
-    def message(self, connection: Connection, slot: ReceiveSlot) -> None:
-        """See inbound.Owner: check against slot, grant and plan; scatter only if all agree."""
-        view = memoryview(slot.buffer.data)
-        try:
-            header, crc, checksummed = wire.unseal(view)
-        except ProtocolViolation as exc:
-            self._counters.refused_pieces += 1
-            logger.warning("refused from %s: %s", connection.instance, exc)
-            return
+    # ------------------------------------------------------------------------ the lanes' owner
+
+    def announced(
+        self, source: int, header: DataHeader, crc: int, checksummed: bool
+    ) -> Landing | None:
+        """See receive_lanes.Owner: a piece is checked against grant and plan, all but its bytes."""
+        connection = self._inbound.of(source)
         if header.epoch != self._epoch:
             self._counters.stale_pieces += 1
             stale = StaleEpoch(f"of epoch {header.epoch}, this is {self._epoch}")
             _answer(connection, header.transfer_id, header.nonce, stale)
-            return
+            return None
         found = self._find(connection, header.transfer_id, header.nonce)
         if found is None:
-            return
-        incoming, source = found
-        source.connection = connection.number
+            return None
+        incoming, owed = found
+        owed.connection = connection.number
         try:
-            self._check(header, crc if checksummed else None, view, connection, slot)
-            self._check_size(header, incoming)
-            incoming.accept(source, header, crc, self._clock())
+            self._check(header, checksummed, connection, incoming)
+            incoming.check(owed, header)
         except TransferError as exc:
             self._counters.refused_pieces += 1
             self._fail(incoming, exc)
-            return
-        slot.become(SlotState.VERIFIED)
-        payload = slot.buffer[wire.HEADER_BYTES : wire.HEADER_BYTES + header.payload_bytes]
-        self._memory.scatter(
-            payload, incoming.table, header.layers, header.heads, header.tokens, incoming.unit
+            return None
+        incoming.started_at = incoming.started_at or self._clock()
+        return Landing(
+            header=header,
+            crc=crc,
+            memory=self._memories[header.group],
+            table=incoming.tables[header.group],
+            unit=incoming.units[header.group],
+            source_layout=incoming.grant.source_layout,
+            total_tokens=incoming.grant.total_tokens,
+            owner_key=(incoming, owed),
         )
-        connection.bytes += header.payload_bytes
+
+    def landed(self, source: int, landing: Landing) -> None:
+        """See receive_lanes.Owner."""
+        connection = self._inbound.of(source)
+        incoming, owed = landing.owner_key
+        incoming.accept(owed, landing.header, landing.crc)
+        connection.bytes += landing.header.payload_bytes
         connection.messages += 1
-        self._advance(connection, incoming, source)
+        self._advance(connection, incoming, owed)
+
+    def refuse(self, source: int, landing: Landing, error: TransferError) -> None:
+        """See receive_lanes.Owner."""
+        incoming, _ = landing.owner_key
+        self._counters.refused_pieces += 1
+        self._fail(incoming, error)
 
     # ---------------------------------------------------------------------------------- checks
 
@@ -353,25 +375,16 @@ class ReceiveAgent:
             return None
 
     def _check(
-        self,
-        header: wire.DataHeader,
-        crc: int | None,
-        view: memoryview,
-        connection: Connection,
-        slot: ReceiveSlot,
+        self, header: DataHeader, checksummed: bool, connection: Connection, incoming: Incoming
     ) -> None:
-        if self._settings.checksum:
-            if crc is None:
-                raise ProtocolViolation("a message without the checksum that was asked for")
-            if not wire.intact(view, header.payload_bytes, crc):
-                raise ChecksumMismatch(f"message {header.sequence} arrived damaged")
-        if (header.slot, header.generation) != (slot.index, slot.generation):
-            raise ProtocolViolation("a message for another slot or generation")
+        if self._settings.checksum and not checksummed:
+            raise ProtocolViolation("a piece without the checksum that was asked for")
         if header.source_rank != connection.rank:
-            raise ProtocolViolation("a message in the name of another rank")
-
-    def _check_size(self, header: wire.DataHeader, incoming: Incoming) -> None:
-        want = self._memory.payload_bytes(header.layers, header.heads, header.tokens, incoming.unit)
+            raise ProtocolViolation("a piece in the name of another rank")
+        if header.group >= len(self._memories):
+            raise ProtocolViolation(f"cache group {header.group} does not exist")
+        memory, unit = self._memories[header.group], incoming.units[header.group]
+        want = memory.payload_bytes(header.layers, header.heads, header.tokens, unit)
         if header.payload_bytes != want:
             raise ProtocolViolation(f"{header.payload_bytes} payload bytes where {want} belong")
 
@@ -395,7 +408,8 @@ class ReceiveAgent:
             return
         if not confirmed:
             return
-        incoming.carrier = connection.link.carrier
+        incoming.carrier = connection.carrier
+        connection.seconds += self._clock() - (incoming.started_at or self._clock())
         grant = incoming.grant
         connection.link.send_control(wire.encode(wire.Ack(grant.transfer_id, grant.nonce)))
         if incoming.complete:

@@ -1,14 +1,15 @@
 """The sending side of KV transfers: one agent for each prefill rank.
 
 Owns the transfers under way and all reads of this rank's KV memory for them: only this agent's
-thread packs, so a transfer that this thread has closed is not read any more (what is in flight
-then lies in send slots).
+thread packs and sends, so of a transfer that this thread has closed nothing is sent any more. Where
+the receiver reads the memory for itself, the end of the transfer's lease tells it that what it
+read from then on is worth nothing.
 """
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,6 +22,7 @@ from kvtransfer.api import (
     Identity,
     PeerAddress,
     PeerDown,
+    PeerProbed,
     PeerUp,
     SendTransfer,
     TransferEvent,
@@ -39,23 +41,29 @@ from kvtransfer.errors import (
     TransferError,
     from_code,
 )
-from kvtransfer.layout import KVLayout, Span, check_compatible
+from kvtransfer.header import DataHeader
+from kvtransfer.lane_choice import usable
+from kvtransfer.layout import CacheLayout, Span, check_compatible
 from kvtransfer.loop import AgentLoop
-from kvtransfer.memory import KVMemory
+from kvtransfer.memory import KVMemory, memories_of, tables_of
 from kvtransfer.outbound import Outbound, Route, Session
 from kvtransfer.outgoing import Lane, Outgoing
-from kvtransfer.plan import plan
+from kvtransfer.plan import plan_cache
+from kvtransfer.probe import lagging
+from kvtransfer.send_lanes import MappedSend, Outpiece
 from kvtransfer.settings import TransferSettings
+from kvtransfer.shared import SharedRegion, boot_id
 from kvtransfer.stats import Counters
 from kvtransfer.transport import (
-    Bytes,
     Connected,
     ControlArrived,
     Done,
     Happening,
+    Link,
     Lost,
     Transport,
 )
+from kvtransfer.wire import LaneKind
 
 logger = logging.getLogger(__name__)
 
@@ -77,19 +85,28 @@ class SendAgent:
         self,
         *,
         transport: Transport,
-        memory: torch.Tensor,
-        layout: KVLayout,
+        memories: Sequence[torch.Tensor],
+        layout: CacheLayout,
         rank: int,
         identity: Identity,
         settings: TransferSettings,
         on_event: Callable[[TransferEvent], None],
+        region: SharedRegion | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take `memory` [layers, 2, blocks, heads, block_size, head_size] of `rank` in `layout`.
+        """Take each cache group's memory of `rank`: [layers, planes, blocks, heads, block_size,
+        head_size]. With a `region` from which they were allocated, receivers on this host may map
+        them.
 
-        Raises ValueError where the memory does not fit the layout.
+        Raises ValueError where a memory does not fit the layout or is not of the region.
         """
-        self._memory = KVMemory(memory, layout, rank)
+        self._memories: tuple[KVMemory, ...] = memories_of(memories, layout, rank)
+        self._region = region
+        self._offsets = tuple(
+            (region.offset_of(memory), memory.shape[2]) for memory in memories if region
+        )
+        self._transport = transport
+        self._identity = identity
         self._layout = layout
         self._rank = rank
         self._settings = settings
@@ -106,6 +123,7 @@ class SendAgent:
             clock=clock,
             counters=self._counters,
             owner=self,
+            hello=self._hello,
         )
         self._snapshot = AgentStats()
         self._loop = AgentLoop(f"kv-send-{rank}", transport, self, clock)
@@ -128,9 +146,12 @@ class SendAgent:
         """Take a transfer on; what is ready goes out as soon as the peer is connected."""
         self._loop.call(lambda: self._begin(transfer))
 
-    def ready(self, transfer_id: int, layers: Span, tokens: Span) -> None:
-        """Say that the KV of these (global) layers and tokens is final in memory."""
-        self._loop.call(lambda: self._ready(transfer_id, layers, tokens))
+    def ready(self, transfer_id: int, layers: Span, tokens: Span, group: int = 0) -> None:
+        """Say that the cache of these layers (of a group) and tokens is final in memory.
+
+        A group's fixed state is final with the sequence's last token.
+        """
+        self._loop.call(lambda: self._ready(transfer_id, layers, tokens, group))
 
     def abort(self, transfer_id: int) -> None:
         """End a transfer; Closed follows, for an unknown or finished one too."""
@@ -149,8 +170,8 @@ class SendAgent:
     def handle(self, happening: Happening) -> None:
         """Act on one thing that the transport reports."""
         match happening:
-            case Done(link, (slots, buffer), error):
-                self._outbound.sent(link, slots, buffer, error)
+            case Done(link, (lane, key), error):
+                self._outbound.done(link, lane, key, error)
             case ControlArrived(link, message):
                 self._outbound.arrived(link, message)
             case Connected(link):
@@ -183,6 +204,26 @@ class SendAgent:
         for instance in {route.peer.instance for route in self._outbound}:
             self._outbound.forget(instance, None)
         self._snap()
+
+    def _hello(self, link: Link) -> wire.Hello:
+        """Say who this rank is and which lanes it can use; whom it talks to is not known here."""
+        lanes = usable(
+            self._settings.lane, rdma=self._transport.rdma, shares=self._region is not None
+        )
+        mapped = self._region is not None and LaneKind.MAPPED in lanes
+        return wire.Hello(
+            instance=self._identity.instance,
+            epoch=self._identity.epoch,
+            rank=self._rank,
+            target_epoch=0,
+            target_rank=0,
+            token=b"",
+            lanes=frozenset(lanes),
+            boot_id=boot_id(),
+            data_address=link.tagged.address if LaneKind.TAGGED in lanes else b"",
+            share=self._region.handle if self._region is not None and mapped else None,
+            offsets=self._offsets if mapped else (),
+        )
 
     # ------------------------------------------------------------------------------ transfers
 
@@ -223,9 +264,15 @@ class SendAgent:
         if len(self._transfers) >= self._settings.max_transfers:
             raise GrantRefused(f"{len(self._transfers)} transfers run already")
         check_compatible(self._layout, transfer.target_layout)
-        table = self._memory.table(transfer.block_ids, transfer.total_tokens)
-        copies = plan(self._layout, transfer.target_layout, transfer.tokens, transfer.total_tokens)
-        return Outgoing.begin(transfer, table, copies, self._rank, now)
+        tables = tables_of(self._memories, transfer.block_ids, transfer.total_tokens)
+        plans = plan_cache(
+            self._layout,
+            transfer.target_layout,
+            transfer.tokens,
+            transfer.total_tokens,
+            transfer.kept,
+        )
+        return Outgoing.begin(transfer, self._layout, tables, plans, self._rank, now)
 
     def _attach(self, outgoing: Outgoing) -> None:
         """Give every lane its route, or fail where there can be none; a stranger may yet come."""
@@ -249,13 +296,13 @@ class SendAgent:
             if not any(other is lane for _, other in turn):
                 turn.append((outgoing, lane))
 
-    def _ready(self, transfer_id: int, layers: Span, tokens: Span) -> None:
+    def _ready(self, transfer_id: int, layers: Span, tokens: Span, group: int) -> None:
         outgoing = self._transfers.get(transfer_id)
         if outgoing is None:
             return
         outgoing.started_at = outgoing.started_at or self._clock()
-        for lane in outgoing.lanes.values():
-            lane.add_ready(layers, tokens)
+        outgoing.hidden_bytes = outgoing.bytes
+        outgoing.add_ready(layers, tokens, group)
 
     def _abort(self, transfer_id: int) -> None:
         outgoing = self._transfers.get(transfer_id)
@@ -283,7 +330,7 @@ class SendAgent:
                     error = AckTimeout(f"rank {rank} did not confirm within {settings.ack_s:.1f} s")
             elif (
                 lane.queue
-                and not session.can_send
+                and not session.lane.can_send
                 and now - session.moved_at > settings.credit_stall_s
             ):
                 error = CreditStalled(f"rank {rank} gives no slot back")
@@ -300,11 +347,15 @@ class SendAgent:
         """Forget the transfer; with `tell`, targets that are not done hear that no more comes."""
         transfer = outgoing.transfer
         del self._transfers[transfer.transfer_id]
+        if outgoing.lease is not None and self._region is not None:
+            self._region.end(outgoing.lease)
         for rank, lane in outgoing.lanes.items():
             route = self._outbound.route(transfer.target_instance, rank)
             if route is None:
                 continue
             self._leave(route, lane)
+            if route.session is not None:
+                route.session.lane.drop(transfer.transfer_id)
             if tell and route.session is not None and not lane.acked:
                 message = wire.Abort(transfer.transfer_id, transfer.nonce)
                 route.session.link.send_control(wire.encode(message))
@@ -327,7 +378,9 @@ class SendAgent:
             messages=outgoing.messages,
             seconds=seconds,
             transport=outgoing.carrier,
+            hidden_bytes=outgoing.hidden_bytes,
         )
+        self._counters.hidden_bytes += outgoing.hidden_bytes
         self._emit(Completed(outgoing.transfer.transfer_id, stats))
 
     def _report_failed(self, transfer_id: int, error: TransferError) -> None:
@@ -351,7 +404,7 @@ class SendAgent:
     def route_up(self, route: Route) -> None:
         """See outbound.Owner."""
         assert route.session is not None
-        self._emit(PeerUp(route.peer.instance, route.rank, route.session.link.carrier))
+        self._emit(PeerUp(route.peer.instance, route.rank, route.session.carrier))
 
     def route_down(self, route: Route, carrier: str, error: TransferError | None) -> None:
         """See outbound.Owner: every transfer that still needs the route fails with it."""
@@ -365,6 +418,38 @@ class SendAgent:
                 self._fail(outgoing, error or PeerLost(f"{instance} closed"))
         self._turns.pop(route, None)
         self._emit(PeerDown(instance, route.rank, carrier, error))
+
+    def probed(self, route: Route) -> None:
+        """See outbound.Owner: tell what was measured, and whether the pair lags behind others."""
+        session = route.session
+        assert session is not None
+        others = [
+            other.session.probe.bytes_per_s
+            for other in self._outbound
+            if other is not route and other.session and other.session.carrier == session.carrier
+        ]
+        probe = session.probe
+        probe.note = probe.note or lagging(probe.bytes_per_s, others)
+        if probe.note:
+            logger.warning("%s rank %d: %s", route.peer.instance, route.rank, probe.note)
+        logger.info(
+            "KV to %s rank %d: %s, %.2f ms there and back, %s",
+            route.peer.instance,
+            route.rank,
+            session.carrier,
+            1e3 * (probe.rtt_s or 0.0),
+            f"{probe.bytes_per_s / 1e9:.2f} GB/s" if probe.bytes_per_s else "bandwidth not probed",
+        )
+        self._emit(
+            PeerProbed(
+                instance=route.peer.instance,
+                rank=route.rank,
+                transport=session.carrier,
+                rtt_s=probe.rtt_s or 0.0,
+                bytes_per_s=probe.bytes_per_s,
+                note=probe.note,
+            )
+        )
 
     def control(self, route: Route, message: wire.Control) -> None:
         """See outbound.Owner."""
@@ -386,15 +471,17 @@ class SendAgent:
         if lane is None or lane.manifest_at is None:
             raise ProtocolViolation("an acknowledgement of what was not sent")
         lane.acked = True
+        if route.session is not None:
+            route.session.seconds += self._clock() - (outgoing.started_at or self._clock())
         if outgoing.complete:
             self._complete(outgoing, self._clock())
 
     # ----------------------------------------------------------------------------------- data
 
     def _send_one(self, route: Route) -> bool:
-        """Pack and send one message, round robin over transfers; whether another could follow."""
+        """Send one piece, round robin over transfers; whether another could follow at once."""
         session, turn = route.session, self._turns[route]
-        if session is None or not session.can_send:
+        if session is None or self._stalled(session, turn):
             return False
         for _ in range(len(turn)):
             if turn[0][1].queue:
@@ -404,59 +491,77 @@ class SendAgent:
             return False
         outgoing, lane = turn[0]
         turn.rotate(-1)
-        buffer = session.slots.take()
-        assert buffer is not None
         try:
-            self._pack_and_send(route, session, outgoing, lane, buffer)
+            self._send_piece(route, session, outgoing, lane)
         except (TransferError, ValueError) as exc:
-            session.slots.give_back(buffer)
             error = exc if isinstance(exc, TransferError) else GrantRefused(str(exc))
             self._fail(outgoing, error)
-        return session.can_send and any(lane.queue for _, lane in self._turns.get(route, ()))
+        return session.lane.can_send and any(x.queue for _, x in self._turns.get(route, ()))
 
-    def _pack_and_send(
-        self, route: Route, session: Session, outgoing: Outgoing, lane: Lane, buffer: Bytes
-    ) -> None:
-        transfer, unit, heads = outgoing.transfer, outgoing.unit, lane.queue[0].region.heads
-        max_units = session.slot_bytes // (unit * self._memory.token_bytes(heads))
-        if not max_units:
-            text = f"slots of {session.slot_bytes} bytes do not hold {unit} tokens of one layer"
-            raise LayoutMismatch(text)
-        box = lane.next_box(max_units)
-        length = self._memory.payload_bytes(box.layers, heads, box.tokens, unit)
-        message = buffer[: wire.HEADER_BYTES + length]
-        payload = message[wire.HEADER_BYTES :]
-        self._memory.pack(payload, outgoing.table, box.layers, heads, box.tokens, unit)
-        slot, generation = session.credits.popleft()
-        header = wire.DataHeader(
+    def _stalled(self, session: Session, turn: _Turn) -> bool:
+        """Whether nothing can leave; counts for how long something was held up by it."""
+        now = self._clock()
+        if not session.lane.can_send:
+            if session.stalled_at is None and any(lane.queue for _, lane in turn):
+                session.stalled_at = now
+                self._counters.stalls += 1
+            return True
+        if session.stalled_at is not None:
+            self._counters.stalled_s += now - session.stalled_at
+            session.stalled_at = None
+        return False
+
+    def _send_piece(self, route: Route, session: Session, outgoing: Outgoing, lane: Lane) -> None:
+        self._name_blocks(session, outgoing, lane)
+        transfer, first = outgoing.transfer, lane.queue[0]
+        memory, heads, unit = self._memories[first.group], first.region.heads, first.unit
+        layer_unit = memory.payload_bytes(Span(0, 1), heads, Span(0, unit), unit)
+        # A part-filled unit is packed whatever its runs: it has to fit a buffer.
+        run_bytes = 0 if len(first.tokens) % unit else memory.run_bytes(heads, unit)
+        limit = session.lane.limit(run_bytes, layer_unit)
+        if limit < layer_unit:
+            raise LayoutMismatch(f"pieces of {limit} bytes do not hold {unit} tokens of one layer")
+        box = lane.next_box(limit // layer_unit)
+        header = DataHeader(
             epoch=transfer.epoch,
             transfer_id=transfer.transfer_id,
             nonce=transfer.nonce,
             source_rank=self._rank,
-            slot=slot,
-            generation=generation,
+            slot=0,
+            generation=0,
             sequence=len(lane.checksums),
+            group=box.group,
             layers=box.layers,
             heads=heads,
             tokens=box.tokens,
-            payload_bytes=length,
+            payload_bytes=len(box.layers) * box.layer_units * layer_unit,
         )
-        crc = wire.seal(memoryview(message.data), header, checksum=session.checksum)
-        lane.checksums.append(crc)
-        lane.bytes += length
-        session.bytes += length
+        piece = Outpiece(header, memory, outgoing.tables[box.group], unit)
+        lane.checksums.append(session.lane.send(piece))
+        lane.bytes += header.payload_bytes
+        session.bytes += header.payload_bytes
         session.messages += 1
         session.moved_at = self._clock()
-        tag = wire.data_tag(transfer.epoch, session.connection, slot, generation)
-        session.link.send(tag, message, (session.slots, buffer))
         if not lane.missing_units:
             self._send_manifest(session, outgoing, lane)
             self._leave(route, lane)
 
+    def _name_blocks(self, session: Session, outgoing: Outgoing, lane: Lane) -> None:
+        """Where the receiver reads for itself, tell it the blocks, under a lease."""
+        if lane.named or not isinstance(session.lane, MappedSend) or self._region is None:
+            return
+        lane.named = True
+        if outgoing.lease is None:
+            outgoing.lease = self._region.lease()
+        transfer = outgoing.transfer
+        for group, table in enumerate(outgoing.tables):
+            ids = table.ids.tolist()
+            session.lane.name(transfer.transfer_id, transfer.nonce, outgoing.lease, group, ids)
+
     def _send_manifest(self, session: Session, outgoing: Outgoing, lane: Lane) -> None:
         transfer = outgoing.transfer
         lane.manifest_at = self._clock()
-        outgoing.carrier = session.link.carrier
+        outgoing.carrier = session.carrier
         manifest = wire.Manifest(
             transfer_id=transfer.transfer_id,
             epoch=transfer.epoch,

@@ -3,6 +3,7 @@
 Owns slot memory and each slot's state. Knows nothing of what the bytes mean.
 """
 
+import mmap
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +12,34 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from kvtransfer.wire import HEADER_BYTES, MAX_GENERATION
+from kvtransfer.header import HEADER_BYTES
 
 Bytes = npt.NDArray[np.uint8]
+
+EPOCH_BITS, CONNECTION_BITS, SLOT_BITS, GENERATION_BITS, KIND_BITS = 8, 22, 6, 26, 2
+MAX_CONNECTION = 1 << CONNECTION_BITS
+MAX_GENERATION = 1 << GENERATION_BITS
+_DATA_KIND = 1
+
+
+def data_tag(epoch: int, connection: int, slot: int, generation: int) -> int:
+    """Return the 64-bit tag of one use of one slot; no tag comes twice in an epoch.
+
+    UCX matches tags per worker and not per endpoint, so the receiver's connection number is in
+    every tag: one sender can never hit another's slot.
+    """
+    if not (connection < MAX_CONNECTION and generation < MAX_GENERATION):
+        raise OverflowError("tags of this connection are used up")
+    tag = epoch & ((1 << EPOCH_BITS) - 1)
+    tag = tag << CONNECTION_BITS | connection
+    tag = tag << SLOT_BITS | slot
+    tag = tag << GENERATION_BITS | generation
+    return tag << KIND_BITS | _DATA_KIND
+
+
+def page_aligned(size: int) -> Bytes:
+    """Return zeroed bytes; memory that is not aligned is copied far more slowly."""
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8, count=size)
 
 
 class SlotState(StrEnum):
@@ -61,8 +87,7 @@ class ReceiveSlots:
 
     def __init__(self, count: int, slot_bytes: int) -> None:
         self._slots = [
-            ReceiveSlot(index, np.zeros(HEADER_BYTES + slot_bytes, dtype=np.uint8))
-            for index in range(count)
+            ReceiveSlot(index, page_aligned(HEADER_BYTES + slot_bytes)) for index in range(count)
         ]
 
     def __iter__(self) -> Iterator[ReceiveSlot]:
@@ -105,7 +130,7 @@ class SendSlots:
 
     def __init__(self, count: int, slot_bytes: int) -> None:
         self._free: deque[Bytes] = deque(
-            np.zeros(HEADER_BYTES + slot_bytes, dtype=np.uint8) for _ in range(count)
+            page_aligned(HEADER_BYTES + slot_bytes) for _ in range(count)
         )
         self.count = count
 

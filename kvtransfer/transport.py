@@ -1,14 +1,16 @@
-"""The seam between the agents and what carries their bytes.
+"""The seam between the agents and whatever carries bytes.
 
-Owns the interface only. An implementation owns connections and outstanding operations; agents
-own buffers and meaning. Everything but `wake` is called from one thread, the agent's.
+Owns the contract: every operation that was started is reported terminal exactly once, and a
+buffer belongs to the transport until then. A transport is entered from one thread only, the
+agent's.
 
-A link has two lanes. The control lane carries small ordered messages (at most
-wire.MAX_CONTROL_BYTES); it is separate so that an abort passes while data is stalled, and so that
-a stranger is refused before the data lane knows of it. The data lane carries tagged messages into
-receives that were posted before.
+A link has a control lane and up to two ways for data. The control lane carries small ordered
+messages (at most wire.MAX_CONTROL_BYTES); it is separate so that an abort passes while data is
+stalled. The stream is a plain ordered run of bytes from sender to receiver. Tagged messages go
+into receives that were posted before.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,25 +20,37 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 
 
-class Link(Protocol):
-    """One connection. After `close` no new operation starts; those posted still complete."""
+class Stream(Protocol):
+    """Ordered bytes, scattered and gathered without a copy on the way."""
+
+    def send(self, parts: Sequence[memoryview], key: Any) -> None:
+        """Send the parts after what was sent before; they must not change until Done(key)."""
+        ...
+
+    def receive(self, parts: Sequence[memoryview], key: Any) -> None:
+        """Fill the parts with the bytes that come next; they are the stream's until Done(key)."""
+        ...
+
+    def divert(self, key: Any) -> None:
+        """Take the buffers out of an operation now, for good; Done(key) still comes in its turn.
+
+        What is left to be sent goes as zeros, all but the operation's first part, which is no
+        payload; what is left to be received is thrown away. So the order of bytes stays whole, and
+        nobody touches the buffers any more.
+        """
+        ...
+
+
+class Tagged(Protocol):
+    """Messages that land where a receive of the same tag was posted."""
 
     @property
-    def data_address(self) -> bytes:
-        """Where this side's data lane is reached; goes to the peer in hello or welcome."""
+    def address(self) -> bytes:
+        """Where this side is reached; goes to the peer in hello or welcome."""
         ...
 
-    @property
-    def carrier(self) -> str:
-        """What carries the data, as far as the transport knows: "ucx/posix", "loopback"."""
-        ...
-
-    def send_control(self, message: bytes) -> None:
-        """Queue a control message; a broken link swallows it and reports Lost."""
-        ...
-
-    def open_data(self, address: bytes) -> None:
-        """Bind the data lane to the peer's data address; raises TransferError where it cannot."""
+    def open(self, address: bytes) -> None:
+        """Bind to the peer's address; raises TransferError where it cannot."""
         ...
 
     def send(self, tag: int, message: Bytes, key: Any) -> None:
@@ -47,8 +61,36 @@ class Link(Protocol):
         """Post a receive; `into` belongs to the transport until Done(key) arrives."""
         ...
 
+    @property
+    def carrier(self) -> str:
+        """What carries the messages, as far as it is known: "ucx/posix", "loopback"."""
+        ...
+
+
+class Link(Protocol):
+    """One connection. After `close` no new operation starts; those posted still complete."""
+
+    @property
+    def stream(self) -> Stream:
+        """The link's byte stream."""
+        ...
+
+    @property
+    def tagged(self) -> Tagged:
+        """The link's tagged messages; raises TransferError where the transport has none."""
+        ...
+
+    @property
+    def stream_carrier(self) -> str:
+        """What carries the stream: "tcp", "loopback"."""
+        ...
+
+    def send_control(self, message: bytes) -> None:
+        """Queue a control message; a broken link swallows it and reports Lost."""
+        ...
+
     def close(self) -> None:
-        """Close both lanes without waiting; Done still comes for every operation posted."""
+        """Close all lanes without waiting; Done still comes for every operation posted."""
         ...
 
 
@@ -61,7 +103,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """The control lane of a link from `connect` is up."""
+    """A link from `connect` is up."""
 
     link: Link
 
@@ -107,6 +149,11 @@ class Transport(Protocol):
 
     def poll(self, timeout_s: float) -> list[Happening]:
         """Make progress; return what happened, waiting up to `timeout_s` only if nothing did."""
+        ...
+
+    @property
+    def rdma(self) -> bool:
+        """Whether tagged messages can go over hardware that writes into remote memory."""
         ...
 
     def wake(self) -> None:

@@ -5,6 +5,10 @@ Owns the environment variables that UCX reads; values that the operator has set 
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
+
+_DEVICES = Path("/sys/class/infiniband")
+_DRIVER = "libuct_ib"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,3 +54,17 @@ def apply(settings: UcxSettings) -> None:
     """Put the variables into this process's environment; must precede the first UCX context."""
     for name, value in environment(settings).items():
         os.environ.setdefault(name, value)
+
+
+def rdma_devices() -> list[str]:
+    """Return the names of the host's InfiniBand and RoCE devices."""
+    return sorted(path.name for path in _DEVICES.iterdir()) if _DEVICES.is_dir() else []
+
+
+def drives_rdma() -> bool:
+    """Whether the UCX in this process (once its context is made) has loaded what drives them.
+
+    The wheels of UCX carry no such part: a node's own UCX does
+    (RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true).
+    """
+    return _DRIVER in Path("/proc/self/maps").read_text()

@@ -1,175 +1,33 @@
-"""The bytes on the data path: slot headers, control messages and tags.
+"""The bytes on the control lane.
 
-Owns formats and their strict decoding (a malformed message is a ProtocolViolation, never a
-guess). Decides nothing about transfers.
+Owns the messages, their format and its strict decoding (a malformed message is a
+ProtocolViolation, never a guess). Decides nothing about transfers.
 """
 
 import struct
-import zlib
-from dataclasses import astuple, dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar
 
 from kvtransfer.errors import LayoutMismatch, ProtocolViolation
-from kvtransfer.layout import Span
+from kvtransfer.header import HEADER_BYTES, PROTOCOL_VERSION
+from kvtransfer.shared import BOOT_ID_BYTES, MAX_LEASES, Lease, ShareHandle
 
-PROTOCOL_VERSION = 1
 COMPATIBILITY_BYTES = 32
-NONCE_BYTES = 16
 MAX_TOKEN_BYTES = 64
 MAX_NAME_BYTES = 255
 MAX_ADDRESS_BYTES = 8192
 MAX_REASON_BYTES = 512
 MAX_CONTROL_BYTES = 16384
 
-# ---------------------------------------------------------------------------------- data messages
 
-_HEADER = struct.Struct("<4sHHQQ16sHHIIHHHHIIII")
-_MAGIC = b"TPKV"
-HEADER_BYTES = 128
-_CRC_AT = _HEADER.size - 4
+class LaneKind(IntEnum):
+    """How a connection's payload travels."""
 
-
-@dataclass(frozen=True, slots=True)
-class DataHeader:
-    """What stands in front of the payload of each slot message."""
-
-    epoch: int
-    transfer_id: int
-    nonce: bytes
-    source_rank: int
-    slot: int
-    generation: int
-    sequence: int
-    layers: Span
-    heads: Span
-    tokens: Span
-    payload_bytes: int
-
-
-def seal(message: memoryview, header: DataHeader, *, checksum: bool) -> int:
-    """Write `header` in front of the payload already in `message`; return the checksum.
-
-    The crc32 covers the header and the payload; it is 0 where checksums are off.
-    """
-    h = header
-    _HEADER.pack_into(
-        message,
-        0,
-        _MAGIC,
-        PROTOCOL_VERSION,
-        1 if checksum else 0,
-        h.epoch,
-        h.transfer_id,
-        h.nonce,
-        h.source_rank,
-        h.slot,
-        h.generation,
-        h.sequence,
-        h.layers.begin,
-        h.layers.end,
-        h.heads.begin,
-        h.heads.end,
-        h.tokens.begin,
-        h.tokens.end,
-        h.payload_bytes,
-        0,
-    )
-    crc = _crc(message, h.payload_bytes) if checksum else 0
-    struct.pack_into("<I", message, _CRC_AT, crc)
-    return crc
-
-
-def unseal(message: memoryview) -> tuple[DataHeader, int, bool]:
-    """Read the header: (header, crc32 as sent, whether a checksum was made).
-
-    Raises ProtocolViolation for anything that `seal` cannot have written.
-    """
-    (
-        magic,
-        version,
-        flags,
-        epoch,
-        transfer_id,
-        nonce,
-        source_rank,
-        slot,
-        generation,
-        sequence,
-        layer_begin,
-        layer_end,
-        head_begin,
-        head_end,
-        token_begin,
-        token_end,
-        payload_bytes,
-        crc,
-    ) = _HEADER.unpack_from(message)
-    if magic != _MAGIC or version != PROTOCOL_VERSION or flags > 1:
-        raise ProtocolViolation(
-            f"no slot header: magic {magic!r}, version {version}, flags {flags}"
-        )
-    if payload_bytes > len(message) - HEADER_BYTES:
-        raise ProtocolViolation(
-            f"{payload_bytes} payload bytes in a slot of {len(message) - HEADER_BYTES}"
-        )
-    if layer_begin >= layer_end or head_begin >= head_end or token_begin >= token_end:
-        raise ProtocolViolation("a slot header with an empty range")
-    header = DataHeader(
-        epoch=epoch,
-        transfer_id=transfer_id,
-        nonce=nonce,
-        source_rank=source_rank,
-        slot=slot,
-        generation=generation,
-        sequence=sequence,
-        layers=Span(layer_begin, layer_end),
-        heads=Span(head_begin, head_end),
-        tokens=Span(token_begin, token_end),
-        payload_bytes=payload_bytes,
-    )
-    return header, crc, flags == 1
-
-
-def intact(message: memoryview, payload_bytes: int, crc: int) -> bool:
-    """Whether header and payload are the bytes that the sender sealed with `crc`."""
-    return _crc(message, payload_bytes) == crc
-
-
-def _crc(message: memoryview, payload_bytes: int) -> int:
-    head = zlib.crc32(message[:_CRC_AT])
-    return zlib.crc32(message[HEADER_BYTES : HEADER_BYTES + payload_bytes], head)
-
-
-def manifest_crc(checksums: list[int]) -> int:
-    """Return the crc32 over the messages' own checksums, in sequence order."""
-    return zlib.crc32(struct.pack(f"<{len(checksums)}I", *checksums))
-
-
-# ------------------------------------------------------------------------------------------- tags
-
-EPOCH_BITS, CONNECTION_BITS, SLOT_BITS, GENERATION_BITS, KIND_BITS = 8, 22, 6, 26, 2
-MAX_CONNECTION = 1 << CONNECTION_BITS
-MAX_GENERATION = 1 << GENERATION_BITS
-_DATA_KIND = 1
-
-
-def data_tag(epoch: int, connection: int, slot: int, generation: int) -> int:
-    """Return the 64-bit tag of one use of one slot; no tag comes twice in an epoch.
-
-    UCX matches tags per worker and not per endpoint, so the receiver's connection number is in
-    every tag: one sender can never hit another's slot.
-    """
-    if not (connection < MAX_CONNECTION and generation < MAX_GENERATION):
-        raise OverflowError("tags of this connection are used up")
-    tag = epoch & ((1 << EPOCH_BITS) - 1)
-    tag = tag << CONNECTION_BITS | connection
-    tag = tag << SLOT_BITS | slot
-    tag = tag << GENERATION_BITS | generation
-    return tag << KIND_BITS | _DATA_KIND
-
-
-# ------------------------------------------------------------------------------- control messages
+    MAPPED = 1  # the receiver reads it out of the sender's cache, which it has mapped
+    STREAM = 2  # over the link's byte stream, header first
+    TAGGED = 3  # as tagged messages into granted slots (UCX)
 
 
 class Kind(IntEnum):
@@ -184,31 +42,50 @@ class Kind(IntEnum):
     ABORT = 7
     HEARTBEAT = 8
     BYE = 9
+    TABLE = 10
+    PIECE = 11
+    TAKEN = 12
+    PING = 13
+    PONG = 14
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Opens a connection; compared field by field before anything is granted."""
+    """Opens a connection; compared field by field before anything is granted.
+
+    `lanes` are those that the sender can use: with TAGGED comes its `data_address`, with MAPPED
+    its `share`, in which `offsets` gives each cache group's (offset in bytes, number of blocks).
+    """
 
     instance: str
     epoch: int
     rank: int
     target_epoch: int
     target_rank: int
-    token: bytes
-    data_address: bytes
+    token: bytes = field(repr=False)
+    lanes: frozenset[LaneKind]
+    boot_id: bytes
+    data_address: bytes = b""
+    share: ShareHandle | None = None
+    offsets: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The receiver's answer: this connection's number and what it may send at once."""
+    """The receiver's answer: this connection's number, its lane, and how much may be under way.
+
+    `window` counts slots on a tagged lane, pieces not yet taken on a mapped one. `note` says why
+    the lane is slower than one would expect, for whoever looks after the pair.
+    """
 
     connection: int
     epoch: int
-    slots: int
+    lane: LaneKind
+    window: int
     slot_bytes: int
     checksum: bool
-    data_address: bytes
+    data_address: bytes = b""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +144,48 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """Where a transfer's blocks lie in the sender's mapped memory: ids from the `first`-th on."""
+
+    transfer_id: int
+    nonce: bytes
+    lease: Lease
+    group: int
+    first: int
+    block_ids: tuple[int, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece is ready to be read from the sender's mapped memory; `head` is its sealed header."""
+
+    head: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The receiver is done with so many more pieces, whatever it thought of them."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Asks for a Pong: with bytes, after so many of the lane's own have been taken as a probe."""
+
+    number: int
+    probe_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The answer; what the receiver itself measured in microseconds, or 0."""
+
+    number: int
+    micros: int
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """Alive."""
 
@@ -276,21 +195,45 @@ class Bye:
     """The other side closes in order."""
 
 
-Control = Welcome | Refused | Credit | Manifest | Ack | Fail | Abort | Heartbeat | Bye
+Control = (
+    Welcome
+    | Refused
+    | Credit
+    | Manifest
+    | Ack
+    | Fail
+    | Abort
+    | Table
+    | Piece
+    | Taken
+    | Ping
+    | Pong
+    | Heartbeat
+    | Bye
+)
 
 _PREAMBLE = struct.Struct(f"<4sH{COMPATIBILITY_BYTES}s")
 _HELLO_MAGIC = b"TPHI"
-_HELLO = struct.Struct("<QIQIBBH")
-_WELCOME = struct.Struct("<IQHIBH")
+_HELLO = struct.Struct(f"<QIQIBB{BOOT_ID_BYTES}sBHBB")
+_SHARE = struct.Struct("<IIQ")
+_OFFSET = struct.Struct("<QI")
+_WELCOME = struct.Struct("<IQBHIBHH")
 _PAIR = struct.Struct("<II")
 _TRANSFER = struct.Struct("<Q16s")
+_TABLE = struct.Struct("<Q16sIQBII")
+_COUNT = struct.Struct("<I")
+_PING = struct.Struct("<II")
+TABLE_IDS = (MAX_CONTROL_BYTES - 1 - _TABLE.size) // 4
 _FAIL = struct.Struct("<Q16sBH")
 _REFUSED = struct.Struct("<BH")
 
 
 def encode_hello(hello: Hello, compatibility: bytes) -> bytes:
     """Return the first message of a connection."""
-    name = hello.instance.encode()
+    name, share = hello.instance.encode(), b""
+    if hello.share is not None:
+        at = hello.share
+        share = _SHARE.pack(at.pid, at.descriptor, at.size) + at.name.encode()
     return b"".join(
         (
             _PREAMBLE.pack(_HELLO_MAGIC, PROTOCOL_VERSION, compatibility),
@@ -301,11 +244,17 @@ def encode_hello(hello: Hello, compatibility: bytes) -> bytes:
                 hello.target_rank,
                 len(name),
                 len(hello.token),
+                hello.boot_id,
+                sum(1 << lane for lane in hello.lanes),
                 len(hello.data_address),
+                len(share),
+                len(hello.offsets),
             ),
             name,
             hello.token,
             hello.data_address,
+            share,
+            *(_OFFSET.pack(*offset) for offset in hello.offsets),
         )
     )
 
@@ -328,7 +277,9 @@ def decode_hello(message: bytes, compatibility: bytes) -> Hello:
             "model, KV shape or element type differ between the pools"
         )
     reader = _Reader(message, _PREAMBLE.size)
-    epoch, rank, target_epoch, target_rank, name, token, address = reader.fields(_HELLO)
+    fields = reader.fields(_HELLO)
+    epoch, rank, target_epoch, target_rank, name, token, boot_id, lanes, address = fields[:9]
+    share, offsets = fields[9:]
     hello = Hello(
         instance=reader.text(name),
         epoch=epoch,
@@ -336,18 +287,32 @@ def decode_hello(message: bytes, compatibility: bytes) -> Hello:
         target_epoch=target_epoch,
         target_rank=target_rank,
         token=reader.raw(token),
+        lanes=frozenset(lane for lane in LaneKind if lanes & 1 << lane),
+        boot_id=boot_id,
         data_address=reader.raw(address),
+        share=_share(reader, boot_id, share) if share else None,
+        offsets=tuple(_OFFSET.iter_unpack(reader.raw(offsets * _OFFSET.size))),
     )
     reader.end()
     return hello
 
 
+def _share(reader: "_Reader", boot_id: bytes, length: int) -> ShareHandle:
+    pid, descriptor, size = reader.fields(_SHARE)
+    if length < _SHARE.size:
+        raise ProtocolViolation("a hello with half a share")
+    name = reader.text(length - _SHARE.size)
+    return ShareHandle(boot_id=boot_id, pid=pid, descriptor=descriptor, size=size, name=name)
+
+
 def encode(message: Control) -> bytes:
     """Return one control message's bytes, at most MAX_CONTROL_BYTES."""
     match message:
-        case Welcome(connection, epoch, slots, slot_bytes, checksum, address):
-            head = _WELCOME.pack(connection, epoch, slots, slot_bytes, checksum, len(address))
-            return bytes((Kind.WELCOME,)) + head + address
+        case Welcome(connection, epoch, lane, window, slot_bytes, checksum, address, note):
+            text = _clipped(note)
+            sizes = (len(address), len(text))
+            head = _WELCOME.pack(connection, epoch, lane, window, slot_bytes, checksum, *sizes)
+            return b"".join((bytes((Kind.WELCOME,)), head, address, text))
         case Refused(code, reason):
             text = _clipped(reason)
             return bytes((Kind.REFUSED,)) + _REFUSED.pack(code, len(text)) + text
@@ -362,6 +327,18 @@ def encode(message: Control) -> bytes:
             return bytes((Kind.FAIL,)) + _FAIL.pack(transfer_id, nonce, code, len(text)) + text
         case Abort(transfer_id, nonce):
             return bytes((Kind.ABORT,)) + _TRANSFER.pack(transfer_id, nonce)
+        case Table(transfer_id, nonce, lease, group, first, ids):
+            told = (transfer_id, nonce, lease.index, lease.value, group, first, len(ids))
+            rest = struct.pack(f"<{len(ids)}I", *ids)
+            return bytes((Kind.TABLE,)) + _TABLE.pack(*told) + rest
+        case Piece(head):
+            return bytes((Kind.PIECE,)) + head
+        case Taken(count):
+            return bytes((Kind.TAKEN,)) + _COUNT.pack(count)
+        case Ping(number, probe_bytes):
+            return bytes((Kind.PING,)) + _PING.pack(number, probe_bytes)
+        case Pong(number, micros):
+            return bytes((Kind.PONG,)) + _PING.pack(number, micros)
         case Heartbeat():
             return bytes((Kind.HEARTBEAT,))
         case Bye():
@@ -371,36 +348,55 @@ def encode(message: Control) -> bytes:
 def decode(message: bytes) -> Control:
     """Read one control message; raises ProtocolViolation for anything `encode` did not write."""
     reader = _Reader(message, 1)
-    kind = message[0] if message else 0
-    decoded: Control
-    if kind == Kind.WELCOME:
-        connection, epoch, slots, slot_bytes, checksum, address = reader.fields(_WELCOME)
-        raw = reader.raw(address)
-        decoded = Welcome(connection, epoch, slots, slot_bytes, bool(checksum), raw)
-    elif kind == Kind.REFUSED:
-        code, length = reader.fields(_REFUSED)
-        decoded = Refused(code, reader.text(length))
-    elif kind == Kind.CREDIT:
-        if (len(message) - 1) % _PAIR.size:
-            raise ProtocolViolation("a credit of half a slot")
-        decoded = Credit(tuple(_PAIR.iter_unpack(reader.raw(len(message) - 1))))
-    elif kind == Kind.MANIFEST:
-        decoded = Manifest(*reader.fields(Manifest.format))
-    elif kind == Kind.ACK:
-        decoded = Ack(*reader.fields(_TRANSFER))
-    elif kind == Kind.FAIL:
-        transfer_id, nonce, code, length = reader.fields(_FAIL)
-        decoded = Fail(transfer_id, nonce, code, reader.text(length))
-    elif kind == Kind.ABORT:
-        decoded = Abort(*reader.fields(_TRANSFER))
-    elif kind == Kind.HEARTBEAT:
-        decoded = Heartbeat()
-    elif kind == Kind.BYE:
-        decoded = Bye()
-    else:
-        raise ProtocolViolation(f"control message of unknown kind {kind}")
+    read = _READ.get(message[0] if message else 0)
+    if read is None:
+        raise ProtocolViolation(f"control message of unknown kind {message[:1]!r}")
+    decoded = read(reader)
     reader.end()
     return decoded
+
+
+def _welcome(reader: "_Reader") -> Welcome:
+    fields = reader.fields(_WELCOME)
+    connection, epoch, lane, window, slot_bytes, checksum, address, note = fields
+    if lane not in set(LaneKind):
+        raise ProtocolViolation(f"a welcome to the unknown lane {lane}")
+    return Welcome(
+        connection=connection,
+        epoch=epoch,
+        lane=LaneKind(lane),
+        window=window,
+        slot_bytes=slot_bytes,
+        checksum=bool(checksum),
+        data_address=reader.raw(address),
+        note=reader.text(note),
+    )
+
+
+def _refused(reader: "_Reader") -> Refused:
+    code, length = reader.fields(_REFUSED)
+    return Refused(code, reader.text(length))
+
+
+def _credit(reader: "_Reader") -> Credit:
+    if reader.left % _PAIR.size:
+        raise ProtocolViolation("a credit of half a slot")
+    return Credit(tuple(_PAIR.iter_unpack(reader.raw(reader.left))))
+
+
+def _fail(reader: "_Reader") -> Fail:
+    transfer_id, nonce, code, length = reader.fields(_FAIL)
+    return Fail(transfer_id, nonce, code, reader.text(length))
+
+
+def _table(reader: "_Reader") -> Table:
+    transfer_id, nonce, index, value, group, first, count = reader.fields(_TABLE)
+    if reader.left != 4 * count:
+        raise ProtocolViolation(f"a table of {count} blocks in {reader.left} bytes")
+    ids = struct.unpack(f"<{count}I", reader.raw(4 * count))
+    if index >= MAX_LEASES:
+        raise ProtocolViolation(f"lease word {index} does not exist")
+    return Table(transfer_id, nonce, Lease(index, value), group, first, ids)
 
 
 def _clipped(text: str) -> bytes:
@@ -417,6 +413,10 @@ class _Reader:
 
     def fields(self, layout: struct.Struct) -> tuple[Any, ...]:
         return layout.unpack(self.raw(layout.size))
+
+    @property
+    def left(self) -> int:
+        return len(self._message) - self._at
 
     def raw(self, length: int) -> bytes:
         end = self._at + length
@@ -439,3 +439,21 @@ class _Reader:
             raise ProtocolViolation(
                 f"control message with {len(self._message) - self._at} bytes more"
             )
+
+
+_READ: dict[int, Callable[[_Reader], Control]] = {
+    Kind.WELCOME: _welcome,
+    Kind.REFUSED: _refused,
+    Kind.CREDIT: _credit,
+    Kind.MANIFEST: lambda reader: Manifest(*reader.fields(Manifest.format)),
+    Kind.ACK: lambda reader: Ack(*reader.fields(_TRANSFER)),
+    Kind.FAIL: _fail,
+    Kind.ABORT: lambda reader: Abort(*reader.fields(_TRANSFER)),
+    Kind.HEARTBEAT: lambda _: Heartbeat(),
+    Kind.BYE: lambda _: Bye(),
+    Kind.TABLE: _table,
+    Kind.PIECE: lambda reader: Piece(reader.raw(HEADER_BYTES)),
+    Kind.TAKEN: lambda reader: Taken(*reader.fields(_COUNT)),
+    Kind.PING: lambda reader: Ping(*reader.fields(_PING)),
+    Kind.PONG: lambda reader: Pong(*reader.fields(_PING)),
+}

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvtransfer import KVLayout, SendAgent, SendTransfer, Span
+from kvtransfer import CacheLayout, SendAgent, SendTransfer, Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Grant:
     tokens: Span
     ttl_s: float
     instance: str
-    layout: KVLayout
+    layout: CacheLayout
 
 
 @dataclass(kw_only=True)
@@ -109,7 +109,7 @@ class Handoff:
                 target_layout=grant.layout,
                 tokens=grant.tokens,
                 total_tokens=outgoing.tokens,
-                block_ids=tuple(block_ids),
+                block_ids=(tuple(block_ids),),
                 ttl_s=grant.ttl_s,
             )
         )

@@ -3,12 +3,15 @@
 Owns the order in which they start and stop.
 """
 
+import logging
+
 from prometheus_client import CollectorRegistry
 from twinpool.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from engine.blocks import BlockPool
-from kvtransfer import SendAgent, TransferSettings
-from kvtransfer.ucx import UcxTransport
+from kvtransfer import SendAgent, SharedRegion, TransferSettings
+from kvtransfer.hardware import describe_rdma
+from kvtransfer.network import NetworkTransport
 from prefill.config import PrefillConfig
 from prefill.handoff import Handoff
 from prefill.metrics import Metrics
@@ -32,26 +35,37 @@ from service.pool_metrics import PoolMetrics
 from service.registration import Registration
 from service.wire import counts_to_wire
 
+log = logging.getLogger(__name__)
+
 
 class Instance:
     """The transfer agent, the engine's thread and the gRPC service, joined."""
 
     def __init__(
-        self, settings: PrefillConfig, model: Model, who: Incarnation, registry: CollectorRegistry
+        self,
+        settings: PrefillConfig,
+        model: Model,
+        who: Incarnation,
+        registry: CollectorRegistry,
+        region: SharedRegion,
     ) -> None:
+        """`region` is where the model's cache was allocated."""
+        transport = NetworkTransport()
+        log.info(describe_rdma(driven=transport.rdma))
         self._agent = SendAgent(
-            transport=UcxTransport(),
-            memory=model.runner.cache.tensor,
+            transport=transport,
+            memories=(model.runner.cache.tensor,),
             layout=model.layout,
             rank=0,
             identity=make_identity(model, who),
-            settings=TransferSettings(host=settings.data_host, checksum=settings.checksum),
+            settings=TransferSettings(host=settings.data_host, lane=settings.kv_lane),
             on_event=lambda event: self._worker.transfer_event(event),
+            region=region,
         )
         handoff = Handoff(self._agent)
         self._worker = Worker(
             runner=model.runner,
-            shape=model.layout.shape,
+            shape=model.layout.groups[0].shape,
             pool=BlockPool(model.num_blocks),
             scheduler=Scheduler(max_batched_tokens=settings.max_batched_tokens),
             handoff=handoff,
@@ -98,9 +112,10 @@ async def main(settings: PrefillConfig) -> None:
     configure_logging(
         role="prefill", instance=who.name, level=settings.log_level, as_json=settings.log_json
     )
-    model = load_model(settings)
+    region = SharedRegion()  # so that a decode instance on this host can read the cache itself
+    model = load_model(settings, region.allocate)
     registry = new_registry()
-    instance = Instance(settings, model, who, registry)
+    instance = Instance(settings, model, who, registry, region)
     server = Server(
         "prefill", host=settings.host, port=settings.port, reflection=settings.reflection
     )
@@ -134,3 +149,4 @@ async def main(settings: PrefillConfig) -> None:
         )
     finally:
         instance.close()
+        region.close()

@@ -12,7 +12,7 @@ from typing import Any
 from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
 from engine.config import ModelConfig
-from kvtransfer import KVLayout, PeerAddress, SendAgent
+from kvtransfer import CacheLayout, PeerAddress, SendAgent
 from prefill.handoff import Grant, Handoff
 from prefill.metrics import Metrics
 from prefill.worker import FirstToken, Outcome, Request, RequestFailed, Transferred, Worker
@@ -37,7 +37,7 @@ class Peers:
 
     def __init__(self, agent: SendAgent) -> None:
         self._agent = agent
-        self._known: dict[str, tuple[int, KVLayout]] = {}
+        self._known: dict[str, tuple[int, CacheLayout]] = {}
 
     def update(self, peers: list[worker_pb2.Peer]) -> None:
         """Connect to new peers and newer epochs, and let go of those that are gone."""
@@ -57,7 +57,7 @@ class Peers:
                 )
             )
 
-    def layout(self, grant: kv_pb2.Grant) -> KVLayout:
+    def layout(self, grant: kv_pb2.Grant) -> CacheLayout:
         """The layout of a grant's instance.
 
         Raises:

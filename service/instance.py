@@ -24,16 +24,18 @@ from twinpool.v1 import common_pb2, worker_pb2
 
 from engine.config import ModelConfig, load_config
 from engine.errors import EngineError
+from engine.kvcache import Allocate
 from engine.runner import ModelRunner
 from engine.weights import fingerprint
 from kvtransfer import (
     PROTOCOL_VERSION,
+    CacheLayout,
     Identity,
-    KVLayout,
     KVShape,
     compatibility_hash,
-    uniform,
+    uniform_cache,
 )
+from kvtransfer.hardware import SlowMemory, check_device_memory
 from service.errors import StartError
 from service.instance_config import InstanceConfig
 from service.lifecycle import Server, join_address
@@ -56,7 +58,7 @@ class Model:
 
     config: ModelConfig
     runner: ModelRunner
-    layout: KVLayout
+    layout: CacheLayout
     description: worker_pb2.ModelDescription
     assets: TextAssets
 
@@ -68,11 +70,11 @@ class Model:
     @property
     def max_sequence_tokens(self) -> int:
         """Tokens of a sequence at most: what the model and the cache allow."""
-        return min(self.description.max_model_len, self.num_blocks * self.layout.block_size)
+        return min(self.description.max_model_len, self.num_blocks * self.runner.cache.block_size)
 
 
-def load_model(settings: InstanceConfig) -> Model:
-    """Read a model folder and get it ready to run.
+def load_model(settings: InstanceConfig, allocate: Allocate | None = None) -> Model:
+    """Read a model folder and get it ready to run; `allocate` gives the cache its memory.
 
     Raises:
         StartError: The folder, the device or the memory does not do; the message says which.
@@ -95,6 +97,7 @@ def load_model(settings: InstanceConfig) -> Model:
                 num_blocks=_num_blocks(settings, config, dtype),
                 block_size=settings.block_size,
                 progress=progress,
+                allocate=allocate,
             )
         runner.warm_up()
         description = _describe(settings, folder, config, dtype, assets)
@@ -118,7 +121,7 @@ def load_model(settings: InstanceConfig) -> Model:
     return Model(
         config=config,
         runner=runner,
-        layout=uniform(shape, settings.block_size),
+        layout=uniform_cache((shape,), settings.block_size),
         description=description,
         assets=assets,
     )
@@ -139,11 +142,11 @@ def new_incarnation(settings: InstanceConfig, role: str) -> Incarnation:
 
 def make_identity(model: Model, who: Incarnation) -> Identity:
     """Who the instance is on the data path, with a fresh secret for this epoch."""
-    shape, fingerprint = model.layout.shape, model.description.fingerprint
+    shapes = [layout.shape for layout in model.layout.groups]
     return Identity(
         instance=who.name,
         epoch=who.epoch,
-        compatibility=compatibility_hash(PROTOCOL_VERSION, fingerprint, shape),
+        compatibility=compatibility_hash(PROTOCOL_VERSION, model.description.fingerprint, shapes),
         token=secrets.token_bytes(16),
     )
 
@@ -190,6 +193,11 @@ def _name(settings: InstanceConfig, role: str) -> str:
 
 
 def _device(name: str) -> torch.device:
+    if name == "cuda":
+        try:
+            check_device_memory(os.environ)
+        except SlowMemory as error:
+            raise StartError(f"--device cuda: {error}") from error
     if name == "cuda" and not torch.cuda.is_available():
         raise StartError("--device cuda: found no CUDA device that torch can use; use --device cpu")
     return torch.device(name)

@@ -53,6 +53,10 @@ class InstanceConfig(BaseModel):
     data_host: str = Field(
         default="127.0.0.1", description="Address that KV data is sent from or taken on."
     )
+    kv_lane: Literal["auto", "mapped", "stream", "ucx"] = Field(
+        default="auto",
+        description="How KV travels: mapped (memory of one host), ucx, stream (TCP), or auto.",
+    )
     checksum: bool = Field(default=True, description="Check every piece of KV with a crc32.")
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="Seconds that open requests may take after SIGTERM."

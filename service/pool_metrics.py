@@ -23,6 +23,17 @@ _TRANSFER_COUNTERS = {
     "refused_pieces": "Pieces that no grant allowed.",
     "refused_hellos": "Connections refused.",
     "lost_connections": "Connections lost.",
+    "stalls": "Times in which pieces were ready and none could leave.",
+    "hidden_bytes": "KV bytes that left before the last layer was computed.",
+}
+_TRANSFER_SECONDS = {
+    "seconds": "Seconds that completed transfers took.",
+    "pack_s": "Seconds of copying KV into buffers.",
+    "checksum_s": "Seconds of making and verifying checksums.",
+    "wire_s": "Seconds from the start of pieces to their end, summed over pieces.",
+    "scatter_s": "Seconds of copying KV into the cache.",
+    "stalled_s": "Seconds in which pieces were ready and none could leave.",
+    "detection_s": "Seconds from a lost peer's last word to the loss, summed over losses.",
 }
 
 
@@ -70,3 +81,40 @@ class PoolMetrics(Collector):
         for state, count in stats.slots.items():
             slots.add_metric([state], count)
         yield slots
+        for field, text in _TRANSFER_SECONDS.items():
+            name = "seconds" if field == "seconds" else field.removesuffix("_s") + "_seconds"
+            yield CounterMetricFamily(f"{prefix}_{name}", text, getattr(stats, field))
+        text = "Longest seconds from a lost peer's last word to the loss."
+        yield GaugeMetricFamily(
+            f"{prefix}_slowest_detection_seconds", text, stats.slowest_detection_s
+        )
+        yield from self._peer_families(f"{prefix}_peer", stats)
+
+    def _peer_families(self, prefix: str, stats: AgentStats) -> Iterable[Metric]:
+        labels = ["instance", "rank", "transport"]
+        counters = {
+            "bytes": "KV bytes moved on an open connection.",
+            "messages": "Data messages moved on an open connection.",
+            "seconds": "Seconds in which an open connection's transfers ran.",
+        }
+        for name, text in counters.items():
+            family = CounterMetricFamily(f"{prefix}_{name}", text, labels=labels)
+            for peer in stats.peers:
+                family.add_metric(
+                    [peer.instance, str(peer.rank), peer.transport], getattr(peer, name)
+                )
+            yield family
+        gauges = {
+            "rtt_s": ("rtt_seconds", "Round trip of a word when the connection was made."),
+            "probe_bytes_per_s": (
+                "probe_bytes_per_second",
+                "Bandwidth found when the connection was made.",
+            ),
+        }
+        for field, (name, text) in gauges.items():
+            gauge = GaugeMetricFamily(f"{prefix}_{name}", text, labels=labels)
+            for peer in stats.peers:
+                value = getattr(peer, field)
+                if value is not None:
+                    gauge.add_metric([peer.instance, str(peer.rank), peer.transport], value)
+            yield gauge

@@ -12,7 +12,7 @@ from engine.blocks import BlockCounts
 from engine.errors import SamplingError
 from engine.sampling import Sampled, SamplingParams
 from engine.stopping import StopCriteria
-from kvtransfer import KVLayout, KVShape, Shard, Span
+from kvtransfer import CacheLayout, KVLayout, KVShape, Shard, Span
 from kvtransfer.layout import CpOrder
 from service.errors import InvalidRequest
 
@@ -84,22 +84,19 @@ def counts_to_wire(counts: BlockCounts) -> worker_pb2.BlockCounts:
     )
 
 
-def layout_to_wire(layout: KVLayout, addresses: Sequence[tuple[str, int]] = ()) -> kv_pb2.KvLayout:
+def layout_to_wire(
+    layout: CacheLayout, addresses: Sequence[tuple[str, int]] = ()
+) -> kv_pb2.KvLayout:
     """A layout, with each rank's data address where its ranks listen."""
-    shards = []
-    for index, shard in enumerate(layout.shards):
-        host, port = addresses[index] if addresses else ("", 0)
-        shards.append(
-            kv_pb2.KvShard(
-                rank=shard.rank,
-                layers=span_to_wire(shard.layers),
-                heads=span_to_wire(shard.heads),
-                cp_rank=shard.cp_rank,
-                cp_size=shard.cp_size,
-                data_host=host,
-                data_port=port,
-            )
-        )
+    first, *others = layout.groups
+    message = _group_to_wire(first)
+    for shard, (host, port) in zip(message.shards, addresses, strict=False):
+        shard.data_host, shard.data_port = host, port
+    message.more_groups.extend(_group_to_wire(group) for group in others)
+    return message
+
+
+def _group_to_wire(layout: KVLayout) -> kv_pb2.KvLayout:
     shape = layout.shape
     return kv_pb2.KvLayout(
         shape=kv_pb2.KvShape(
@@ -107,45 +104,70 @@ def layout_to_wire(layout: KVLayout, addresses: Sequence[tuple[str, int]] = ()) 
             kv_heads=shape.kv_heads,
             head_size=shape.head_size,
             dtype=shape.dtype,
+            name=shape.name,
+            planes=shape.planes,
+            window=shape.window or 0,
+            state=shape.state,
         ),
         block_size=layout.block_size,
-        shards=shards,
+        shards=[
+            kv_pb2.KvShard(
+                rank=shard.rank,
+                layers=span_to_wire(shard.layers),
+                heads=span_to_wire(shard.heads),
+                cp_rank=shard.cp_rank,
+                cp_size=shard.cp_size,
+            )
+            for shard in layout.shards
+        ],
         cp_order=_CP_ORDERS[layout.cp_order],
+        cp_grain=layout.cp_grain or 0,
     )
 
 
-def layout_from_wire(message: kv_pb2.KvLayout) -> KVLayout:
+def layout_from_wire(message: kv_pb2.KvLayout) -> CacheLayout:
     """A layout without its addresses.
 
     Raises:
         InvalidRequest: The message does not describe a layout.
     """
     try:
-        order = next(k for k, v in _CP_ORDERS.items() if v == message.cp_order)
-        return KVLayout(
-            shape=KVShape(
-                layers=message.shape.layers,
-                kv_heads=message.shape.kv_heads,
-                head_size=message.shape.head_size,
-                dtype=message.shape.dtype,
-            ),
-            block_size=message.block_size,
-            shards=tuple(
-                Shard(
-                    rank=shard.rank,
-                    layers=span_from_wire(shard.layers),
-                    heads=span_from_wire(shard.heads),
-                    cp_rank=shard.cp_rank,
-                    cp_size=shard.cp_size,
-                )
-                for shard in message.shards
-            ),
-            cp_order=order,
+        return CacheLayout(
+            tuple(_group_from_wire(group) for group in (message, *message.more_groups))
         )
     except (ValueError, StopIteration) as error:
         raise InvalidRequest(
             "layout", found=str(error), hint="run the same version of Twinpool in both pools"
         ) from error
+
+
+def _group_from_wire(message: kv_pb2.KvLayout) -> KVLayout:
+    shape = message.shape
+    return KVLayout(
+        shape=KVShape(
+            name=shape.name,
+            layers=shape.layers,
+            kv_heads=shape.kv_heads,
+            head_size=shape.head_size,
+            dtype=shape.dtype,
+            planes=shape.planes,
+            window=shape.window or None,
+            state=shape.state,
+        ),
+        block_size=message.block_size,
+        shards=tuple(
+            Shard(
+                rank=shard.rank,
+                layers=span_from_wire(shard.layers),
+                heads=span_from_wire(shard.heads),
+                cp_rank=shard.cp_rank,
+                cp_size=shard.cp_size,
+            )
+            for shard in message.shards
+        ),
+        cp_order=next(k for k, v in _CP_ORDERS.items() if v == message.cp_order),
+        cp_grain=message.cp_grain or None,
+    )
 
 
 def addresses_from_wire(message: kv_pb2.KvLayout) -> list[tuple[int, str, int]]:

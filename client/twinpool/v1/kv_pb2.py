@@ -24,27 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14twinpool/v1/kv.proto\x12\x0btwinpool.v1\"M\n\x07KvShape\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x10\n\x08kv_heads\x18\x02 \x01(\r\x12\x11\n\thead_size\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\"#\n\x05Range\x12\r\n\x05\x62\x65gin\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"\xa6\x01\n\x07KvShard\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\"\n\x06layers\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Range\x12!\n\x05heads\x18\x03 \x01(\x0b\x32\x12.twinpool.v1.Range\x12\x0f\n\x07\x63p_rank\x18\x04 \x01(\r\x12\x0f\n\x07\x63p_size\x18\x05 \x01(\r\x12\x11\n\tdata_host\x18\x06 \x01(\t\x12\x11\n\tdata_port\x18\x07 \x01(\r\"\x91\x01\n\x08KvLayout\x12#\n\x05shape\x18\x01 \x01(\x0b\x32\x14.twinpool.v1.KvShape\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12$\n\x06shards\x18\x03 \x03(\x0b\x32\x14.twinpool.v1.KvShard\x12&\n\x08\x63p_order\x18\x04 \x01(\x0e\x32\x14.twinpool.v1.CpOrder\"\x80\x01\n\x05Grant\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\"\n\x06tokens\x18\x04 \x01(\x0b\x32\x12.twinpool.v1.Range\x12\x0e\n\x06ttl_ms\x18\x05 \x01(\r\x12\x10\n\x08instance\x18\x06 \x01(\t\"\x80\x01\n\x08Manifest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x13\n\x0bsource_rank\x18\x04 \x01(\r\x12\x0e\n\x06pieces\x18\x05 \x01(\r\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\r\n\x05\x63rc32\x18\x07 \x01(\x07\"`\n\tDataHello\x12\x15\n\rcompatibility\x18\x01 \x01(\x0c\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\r\n\x05token\x18\x05 \x01(\x0c*Q\n\x07\x43pOrder\x12\x18\n\x14\x43P_ORDER_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43P_ORDER_CONTIGUOUS\x10\x01\x12\x13\n\x0f\x43P_ORDER_ZIGZAG\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14twinpool/v1/kv.proto\x12\x0btwinpool.v1\"\x8a\x01\n\x07KvShape\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x10\n\x08kv_heads\x18\x02 \x01(\r\x12\x11\n\thead_size\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x0e\n\x06planes\x18\x06 \x01(\r\x12\x0e\n\x06window\x18\x07 \x01(\r\x12\r\n\x05state\x18\x08 \x01(\x08\"#\n\x05Range\x12\r\n\x05\x62\x65gin\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"\xa6\x01\n\x07KvShard\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\"\n\x06layers\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Range\x12!\n\x05heads\x18\x03 \x01(\x0b\x32\x12.twinpool.v1.Range\x12\x0f\n\x07\x63p_rank\x18\x04 \x01(\r\x12\x0f\n\x07\x63p_size\x18\x05 \x01(\r\x12\x11\n\tdata_host\x18\x06 \x01(\t\x12\x11\n\tdata_port\x18\x07 \x01(\r\"\xcf\x01\n\x08KvLayout\x12#\n\x05shape\x18\x01 \x01(\x0b\x32\x14.twinpool.v1.KvShape\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12$\n\x06shards\x18\x03 \x03(\x0b\x32\x14.twinpool.v1.KvShard\x12&\n\x08\x63p_order\x18\x04 \x01(\x0e\x32\x14.twinpool.v1.CpOrder\x12\x10\n\x08\x63p_grain\x18\x05 \x01(\r\x12*\n\x0bmore_groups\x18\x06 \x03(\x0b\x32\x15.twinpool.v1.KvLayout\"\x80\x01\n\x05Grant\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\"\n\x06tokens\x18\x04 \x01(\x0b\x32\x12.twinpool.v1.Range\x12\x0e\n\x06ttl_ms\x18\x05 \x01(\r\x12\x10\n\x08instance\x18\x06 \x01(\t\"\x80\x01\n\x08Manifest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x13\n\x0bsource_rank\x18\x04 \x01(\r\x12\x0e\n\x06pieces\x18\x05 \x01(\r\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\r\n\x05\x63rc32\x18\x07 \x01(\x07\"`\n\tDataHello\x12\x15\n\rcompatibility\x18\x01 \x01(\x0c\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\r\n\x05token\x18\x05 \x01(\x0c*Q\n\x07\x43pOrder\x12\x18\n\x14\x43P_ORDER_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43P_ORDER_CONTIGUOUS\x10\x01\x12\x13\n\x0f\x43P_ORDER_ZIGZAG\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'twinpool.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CPORDER']._serialized_start=830
-  _globals['_CPORDER']._serialized_end=911
-  _globals['_KVSHAPE']._serialized_start=37
-  _globals['_KVSHAPE']._serialized_end=114
-  _globals['_RANGE']._serialized_start=116
-  _globals['_RANGE']._serialized_end=151
-  _globals['_KVSHARD']._serialized_start=154
-  _globals['_KVSHARD']._serialized_end=320
-  _globals['_KVLAYOUT']._serialized_start=323
-  _globals['_KVLAYOUT']._serialized_end=468
-  _globals['_GRANT']._serialized_start=471
-  _globals['_GRANT']._serialized_end=599
-  _globals['_MANIFEST']._serialized_start=602
-  _globals['_MANIFEST']._serialized_end=730
-  _globals['_DATAHELLO']._serialized_start=732
-  _globals['_DATAHELLO']._serialized_end=828
+  _globals['_CPORDER']._serialized_start=954
+  _globals['_CPORDER']._serialized_end=1035
+  _globals['_KVSHAPE']._serialized_start=38
+  _globals['_KVSHAPE']._serialized_end=176
+  _globals['_RANGE']._serialized_start=178
+  _globals['_RANGE']._serialized_end=213
+  _globals['_KVSHARD']._serialized_start=216
+  _globals['_KVSHARD']._serialized_end=382
+  _globals['_KVLAYOUT']._serialized_start=385
+  _globals['_KVLAYOUT']._serialized_end=592
+  _globals['_GRANT']._serialized_start=595
+  _globals['_GRANT']._serialized_end=723
+  _globals['_MANIFEST']._serialized_start=726
+  _globals['_MANIFEST']._serialized_end=854
+  _globals['_DATAHELLO']._serialized_start=856
+  _globals['_DATAHELLO']._serialized_end=952
 # @@protoc_insertion_point(module_scope)

@@ -38,7 +38,9 @@ Global___CpOrder: _TypeAlias = CpOrder  # noqa: Y015
 
 @_typing.final
 class KvShape(_message.Message):
-    """The part of the model's shape that KV memory depends on, the same for every rank of both pools."""
+    """The part of the model's shape that the memory of one cache group depends on, the same for every
+    rank of both pools.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -46,11 +48,23 @@ class KvShape(_message.Message):
     KV_HEADS_FIELD_NUMBER: _builtins.int
     HEAD_SIZE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    PLANES_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     layers: _builtins.int
     kv_heads: _builtins.int
     head_size: _builtins.int
     dtype: _builtins.str
     """Element type by its torch name: bfloat16, float16 or float32."""
+    name: _builtins.str
+    """The group's name; "kv" where there is one group only."""
+    planes: _builtins.int
+    """Tensors of one entry: 2 for K and V, 1 for a latent or a state."""
+    window: _builtins.int
+    """Sliding window in tokens; 0 for none."""
+    state: _builtins.bool
+    """One entry for each sequence instead of one for each token."""
     def __init__(
         self,
         *,
@@ -58,10 +72,14 @@ class KvShape(_message.Message):
         kv_heads: _builtins.int = ...,
         head_size: _builtins.int = ...,
         dtype: _builtins.str = ...,
+        name: _builtins.str = ...,
+        planes: _builtins.int = ...,
+        window: _builtins.int = ...,
+        state: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "head_size", b"head_size", "kv_heads", b"kv_heads", "layers", b"layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "head_size", b"head_size", "kv_heads", b"kv_heads", "layers", b"layers", "name", b"name", "planes", b"planes", "state", b"state", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -136,7 +154,7 @@ Global___KvShard: _TypeAlias = KvShard  # noqa: Y015
 
 @_typing.final
 class KvLayout(_message.Message):
-    """How an instance splits the KV cache over its ranks."""
+    """How an instance splits the KV cache, or one group of it, over its ranks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -144,13 +162,21 @@ class KvLayout(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
     CP_ORDER_FIELD_NUMBER: _builtins.int
+    CP_GRAIN_FIELD_NUMBER: _builtins.int
+    MORE_GROUPS_FIELD_NUMBER: _builtins.int
     block_size: _builtins.int
     cp_order: Global___CpOrder.ValueType
     """How tokens are dealt to cp shares."""
+    cp_grain: _builtins.int
+    """Tokens at whose multiples shares are cut; 0 for the block size."""
     @_builtins.property
     def shape(self) -> Global___KvShape: ...
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvShard]: ...
+    @_builtins.property
+    def more_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvLayout]:
+        """The cache's other groups, over the same ranks; addresses stand in the first group alone."""
+
     def __init__(
         self,
         *,
@@ -158,10 +184,12 @@ class KvLayout(_message.Message):
         block_size: _builtins.int = ...,
         shards: _abc.Iterable[Global___KvShard] | None = ...,
         cp_order: Global___CpOrder.ValueType = ...,
+        cp_grain: _builtins.int = ...,
+        more_groups: _abc.Iterable[Global___KvLayout] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cp_order", b"cp_order", "shape", b"shape", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cp_grain", b"cp_grain", "cp_order", b"cp_order", "more_groups", b"more_groups", "shape", b"shape", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,7 +17,8 @@ class RankProcess:
     """One rank; killed at the end whatever happened."""
 
     def __init__(self, role: str, **config: Any) -> None:
-        defaults = {"tokens": 1000, "layers": 4, "slots": 6, "tls": None, "epoch": 7}
+        defaults: dict[str, Any] = {"tokens": 1000, "layers": 4, "slots": 6}
+        defaults |= {"tls": None, "epoch": 7, "lane": "ucx"}
         full = {**defaults, "instance": "prefill", **config}
         self.epoch, self.instance = full["epoch"], full["instance"]
         self._bound: list[Any] | None = None

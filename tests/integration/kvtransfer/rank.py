@@ -20,18 +20,20 @@ from kvtransfer import (
     KVShape,
     PeerAddress,
     PeerDown,
+    PeerProbed,
     PeerUp,
     ReceiveAgent,
     ReceiveGrant,
     SendAgent,
     SendTransfer,
+    SharedRegion,
     Span,
     TransferEvent,
     TransferSettings,
     compatibility_hash,
-    uniform,
+    uniform_cache,
 )
-from kvtransfer.ucx import UcxTransport
+from kvtransfer.network import NetworkTransport
 from kvtransfer.ucx_settings import UcxSettings
 
 BLOCK_SIZE = 16
@@ -50,11 +52,12 @@ class Rank:
         self.role = role
         self.total = int(config["tokens"])
         shape = KVShape(layers=config["layers"], kv_heads=2, head_size=64, dtype="float16")
-        self.layout = uniform(shape, BLOCK_SIZE)
+        self.layout = uniform_cache((shape,), BLOCK_SIZE)
         blocks = -(-self.total // BLOCK_SIZE)
         self.block_ids = tuple(range(FIRST[role], FIRST[role] + blocks))
         size = (shape.layers, 2, blocks + 8, shape.kv_heads, BLOCK_SIZE, shape.head_size)
-        self.memory = torch.full(size, CANARY, dtype=torch.float16)
+        self.region = SharedRegion()
+        self.memory = self.region.allocate(size, torch.float16).fill_(CANARY)
         generator = torch.Generator().manual_seed(11)
         self.cache = torch.randn((*size[:2], blocks, *size[3:]), generator=generator).half()
         if role == "send":
@@ -62,22 +65,26 @@ class Rank:
         identity = Identity(
             instance=config["instance"] if role == "send" else "decode",
             epoch=config["epoch"],
-            compatibility=compatibility_hash(1, "test", shape),
+            compatibility=compatibility_hash(1, "test", [shape]),
             token=b"secret",
         )
         settings = TransferSettings(
-            heartbeat_s=0.3, credit_stall_s=5.0, slots_per_connection=config["slots"]
+            heartbeat_s=0.3,
+            credit_stall_s=5.0,
+            slots_per_connection=config["slots"],
+            lane=config["lane"],
         )
-        kind = SendAgent if role == "send" else ReceiveAgent
+        kind: Any = SendAgent if role == "send" else ReceiveAgent
         self.threads, self.descriptors = threading.active_count(), descriptors()
         self.agent: Any = kind(
-            transport=UcxTransport(UcxSettings(tls=config["tls"])),
-            memory=self.memory,
+            transport=NetworkTransport(UcxSettings(tls=config["tls"])),
+            memories=(self.memory,),
             layout=self.layout,
             rank=0,
             identity=identity,
             settings=settings,
             on_event=self.report,
+            **({"region": self.region} if role == "send" else {}),
         )
 
     def report(self, event: TransferEvent) -> None:
@@ -92,6 +99,8 @@ class Rank:
             }
         elif isinstance(event, PeerUp | PeerDown):
             said |= {"instance": event.instance}
+        elif isinstance(event, PeerProbed):
+            said |= {"rtt_s": event.rtt_s, "bytes_per_s": event.bytes_per_s, "note": event.note}
         else:
             said |= {"id": event.transfer_id}
         say(said)
@@ -117,7 +126,7 @@ class Rank:
             "nonce": nonce(command["id"]),
             "tokens": Span(0, self.total),
             "total_tokens": self.total,
-            "block_ids": self.block_ids,
+            "block_ids": (self.block_ids,),
             "ttl_s": 60.0,
         }
         if self.role == "receive":

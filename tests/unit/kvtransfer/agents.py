@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from kvtransfer import (
+    PROTOCOL_VERSION,
+    CacheLayout,
     Closed,
     Completed,
     Failed,
@@ -22,6 +25,7 @@ from kvtransfer import (
     ReceiveGrant,
     SendAgent,
     SendTransfer,
+    SharedRegion,
     Span,
     TransferEvent,
     TransferSettings,
@@ -29,7 +33,12 @@ from kvtransfer import (
     uniform,
     wire,
 )
+from kvtransfer.header import DataHeader, seal
 from kvtransfer.loopback import LoopbackLink, LoopbackTransport, Network
+from kvtransfer.send_lanes import probe_header
+from kvtransfer.settings import Lane
+from kvtransfer.shared import Lease, boot_id
+from kvtransfer.slots import data_tag
 from kvtransfer.transport import Connected, ControlArrived, Done
 from tests.unit.kvtransfer.layouts import RankMemory, whole
 
@@ -37,19 +46,37 @@ T = TypeVar("T")
 
 WAIT_S = 10.0
 SHAPE = KVShape(layers=4, kv_heads=2, head_size=8, dtype="bfloat16")
-COMPATIBILITY = compatibility_hash(wire.PROTOCOL_VERSION, "fingerprint", SHAPE)
+COMPATIBILITY = compatibility_hash(PROTOCOL_VERSION, "fingerprint", [SHAPE])
 DECODE = Identity(instance="decode", epoch=7, compatibility=COMPATIBILITY, token=b"secret")
 PREFILL = Identity(instance="prefill", epoch=3, compatibility=COMPATIBILITY, token=b"")
 NONCE = b"nonce-of-16bytes"
 QUICK = TransferSettings(
+    lane="ucx",
     slot_bytes=4096,
+    piece_bytes=8192,
     slots_per_connection=3,
+    probe_bytes=0,
     connect_s=1.0,
     hello_s=0.3,
     heartbeat_s=0.1,
     credit_stall_s=0.4,
     ack_s=0.5,
 )
+
+
+# The lane of agents that a test starts; the fixture `lane` changes it.
+LANE: Lane = "ucx"
+LANES: tuple[Lane, ...] = ("ucx", "stream", "mapped")
+KINDS = {
+    "ucx": wire.LaneKind.TAGGED,
+    "stream": wire.LaneKind.STREAM,
+    "mapped": wire.LaneKind.MAPPED,
+}
+
+
+def one(layout: KVLayout) -> CacheLayout:
+    """A model with one cache group."""
+    return CacheLayout((layout,))
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -115,11 +142,11 @@ class Receiver:
         memory = RankMemory.make(layout, rank, total, random.Random(1), spare=40)
         agent = ReceiveAgent(
             transport=transport,
-            memory=memory.kv,
-            layout=layout,
+            memories=(memory.kv,),
+            layout=one(layout),
             rank=rank,
             identity=identity,
-            settings=settings,
+            settings=replace(settings, lane=LANE),
             on_event=events,
         )
         host, port = agent.start()
@@ -133,8 +160,8 @@ class Receiver:
             nonce=NONCE,
             tokens=Span(0, total),
             total_tokens=total,
-            block_ids=tuple(self.memory.block_ids),
-            source_layout=source,
+            block_ids=(tuple(self.memory.block_ids),),
+            source_layout=one(source),
             source_instance=PREFILL.instance,
             ttl_s=WAIT_S,
         )
@@ -149,6 +176,7 @@ class Sender:
     memory: RankMemory
     agent: SendAgent
     events: Events
+    region: SharedRegion
 
     @classmethod
     def start(
@@ -164,18 +192,22 @@ class Sender:
     ) -> "Sender":
         transport, events = network.transport(), Events()
         memory = RankMemory.make(layout, rank, total, random.Random(2), spare=40)
+        region = SharedRegion()
+        shared = region.allocate(memory.kv.shape, memory.kv.dtype)
+        memory.kv = shared.copy_(memory.kv)
         memory.fill(whole(layout.shape, total, seed))
         agent = SendAgent(
             transport=transport,
-            memory=memory.kv,
-            layout=layout,
+            memories=(memory.kv,),
+            layout=one(layout),
             rank=rank,
             identity=identity,
-            settings=settings,
+            settings=replace(settings, lane=LANE),
             on_event=events,
+            region=region,
         )
         agent.start()
-        return cls(transport, memory, agent, events)
+        return cls(transport, memory, agent, events, region)
 
     def transfer(self, transfer_id: int, target: KVLayout, **changes: object) -> SendTransfer:
         total = self.memory.total_tokens
@@ -186,8 +218,8 @@ class Sender:
             target_instance=DECODE.instance,
             tokens=Span(0, total),
             total_tokens=total,
-            block_ids=tuple(self.memory.block_ids),
-            target_layout=target,
+            block_ids=(tuple(self.memory.block_ids),),
+            target_layout=one(target),
             ttl_s=WAIT_S,
         )
         return replace(base, **changes)  # type: ignore[arg-type]
@@ -202,7 +234,7 @@ def address(receivers: list[Receiver], layout: KVLayout, **changes: object) -> P
     base = PeerAddress(
         instance=DECODE.instance,
         epoch=DECODE.epoch,
-        layout=layout,
+        layout=one(layout),
         ranks=tuple((r.memory.shard.rank, r.host, r.port) for r in receivers),
         token=DECODE.token,
     )
@@ -220,6 +252,7 @@ class Pair:
         network: Network | None = None,
         connect: bool = True,
     ) -> None:
+        self.closed = False
         self.network = network or Network()
         self.layout = uniform(SHAPE, 16)
         self.total = total
@@ -259,21 +292,32 @@ class Pair:
     def close(self) -> None:
         self.sender.agent.close()
         self.receiver.agent.close()
+        if not self.closed:
+            self.closed = True
+            assert self.sender.region.leases == 0
+            self.sender.region.close()
 
 
 class RawSender:
     """A sender that follows the protocol only as far as a test wants it to."""
 
-    def __init__(self, network: Network, receiver: Receiver) -> None:
+    def __init__(self, network: Network, receiver: Receiver, lane: Lane | None = None) -> None:
         self.transport = network.transport()
         self.receiver = receiver
+        self.lane = lane or LANE
         self.credits: list[tuple[int, int]] = []
         self.controls: list[wire.Control] = []
         self.welcome: wire.Welcome | None = None
         self.lost = False
+        self.sent = self.taken = 0
+        self.region = SharedRegion()
+        kv = receiver.memory.kv
+        self.memory = self.region.allocate(kv.shape, kv.dtype)
+        self.lease: Lease | None = None
         self.link: LoopbackLink = self.transport.connect(receiver.host, receiver.port)
 
     def hello(self, compatibility: bytes = COMPATIBILITY, **changes: object) -> "RawSender":
+        mapped = self.lane == "mapped"
         base = wire.Hello(
             instance=PREFILL.instance,
             epoch=PREFILL.epoch,
@@ -281,18 +325,23 @@ class RawSender:
             target_epoch=DECODE.epoch,
             target_rank=0,
             token=DECODE.token,
-            data_address=self.transport.data_address,
+            lanes=frozenset({KINDS[self.lane]}),
+            boot_id=boot_id(),
+            data_address=self.transport.data_address if self.lane == "ucx" else b"",
+            share=self.region.handle if mapped else None,
+            offsets=((self.region.offset_of(self.memory), self.memory.shape[2]),) if mapped else (),
         )
         hello = replace(base, **changes)  # type: ignore[arg-type]
         self.link.send_control(wire.encode_hello(hello, compatibility))
         return self
 
     def up(self) -> "RawSender":
-        """Say hello and wait for welcome and credits."""
+        """Say hello and wait for what allows to send."""
         self.hello()
-        self.until(lambda: self.credits)
+        self.until(lambda: self.welcome and (self.credits or self.lane != "ucx"))
         assert self.welcome is not None
-        self.link.open_data(self.welcome.data_address)
+        if self.lane == "ucx":
+            self.link.tagged.open(self.welcome.data_address)
         return self
 
     def until(self, condition: Callable[[], object]) -> None:
@@ -308,6 +357,8 @@ class RawSender:
     def _heard(self, message: wire.Control) -> None:
         if isinstance(message, wire.Credit):
             self.credits += message.slots
+        elif isinstance(message, wire.Taken):
+            self.taken += message.count
         elif isinstance(message, wire.Welcome):
             self.welcome = message
         elif isinstance(message, wire.Heartbeat):
@@ -320,11 +371,27 @@ class RawSender:
         self.until(lambda: any(isinstance(m, kind) for m in self.controls))
         return next(m for m in self.controls if isinstance(m, kind))
 
-    def piece(self, *, fill: int = 1, checksum: bool = True, **changes: object) -> wire.DataHeader:
-        """Send one block of one layer into the next granted slot."""
-        self.until(lambda: self.credits)
-        slot, generation = self.credits.pop(0)
-        base = wire.DataHeader(
+    def name(self, transfer_id: int = 1, **changes: object) -> None:
+        """Tell where a transfer's blocks lie in the mapped memory, under a new lease."""
+        self.lease = self.region.lease()
+        base = wire.Table(
+            transfer_id=transfer_id,
+            nonce=NONCE,
+            lease=self.lease,
+            group=0,
+            first=0,
+            block_ids=tuple(self.receiver.memory.block_ids),
+        )
+        table = replace(base, **changes)  # type: ignore[arg-type]
+        self.link.send_control(wire.encode(table))
+
+    def piece(self, *, fill: int = 1, checksum: bool = True, **changes: object) -> DataHeader:
+        """Send one block of one layer; on a mapped lane the whole memory is filled with `fill`."""
+        slot, generation = 0, 0
+        if self.lane == "ucx":
+            self.until(lambda: self.credits)
+            slot, generation = self.credits.pop(0)
+        base = DataHeader(
             epoch=DECODE.epoch,
             transfer_id=1,
             nonce=NONCE,
@@ -332,19 +399,53 @@ class RawSender:
             slot=slot,
             generation=generation,
             sequence=0,
+            group=0,
             layers=Span(0, 1),
             heads=Span(0, 2),
             tokens=Span(0, 16),
             payload_bytes=2 * 2 * 16 * 8 * 2,
         )
         header = replace(base, **changes)  # type: ignore[arg-type]
-        message = np.full(wire.HEADER_BYTES + header.payload_bytes, fill, dtype=np.uint8)
-        wire.seal(memoryview(message.data), header, checksum=checksum)
-        assert self.welcome is not None
-        tag = wire.data_tag(DECODE.epoch, self.welcome.connection, slot, generation)
-        self.link.send(tag, message, None)
+        payload = np.full(header.payload_bytes, fill, dtype=np.uint8)
+        head, _ = seal(header, (memoryview(payload.data),), checksum=checksum)
+        self.raw(head, payload.tobytes(), slot, generation)
         return header
 
+    def raw(self, head: bytes, payload: bytes, slot: int = 0, generation: int = 0) -> None:
+        """Send a header and a payload as they are."""
+        self.sent += 1
+        if self.lane == "ucx":
+            assert self.welcome is not None
+            tag = data_tag(DECODE.epoch, self.welcome.connection, slot, generation)
+            message = np.frombuffer(head + payload, dtype=np.uint8)
+            self.link.tagged.send(tag, message, None)
+        elif self.lane == "stream":
+            self.link.stream.send((memoryview(head), memoryview(payload)), None)
+        else:
+            if payload:
+                self.memory.view(torch.uint8).fill_(payload[0])
+            if self.lease is None:
+                self.name()
+            self.link.send_control(wire.encode(wire.Piece(head)))
+
     def settled(self) -> None:
-        """Wait until every slot has been given back."""
-        self.until(lambda: len(self.credits) == QUICK.slots_per_connection)
+        """Wait until everything sent has been looked at."""
+        if self.lane == "ucx":
+            self.until(lambda: len(self.credits) == QUICK.slots_per_connection)
+        elif self.lane == "mapped":
+            self.until(lambda: self.taken == self.sent)
+        else:
+            # Control and stream are not ordered among one another: a ping answered after that
+            # many bytes of probes is.
+            probe = replace(_PROBE, payload_bytes=1)
+            head, _ = seal(probe, (), checksum=False)
+            self.link.stream.send((memoryview(head + b"p"),), None)
+            self.probes += 1
+            self.link.send_control(wire.encode(wire.Ping(7, self.probes)))
+            before = sum(isinstance(m, wire.Pong) for m in self.controls)
+            self.until(lambda: sum(isinstance(m, wire.Pong) for m in self.controls) > before)
+
+    probes = 0
+
+
+_PROBE = probe_header(1)

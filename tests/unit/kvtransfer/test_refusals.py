@@ -19,6 +19,7 @@ from kvtransfer.errors import (
 )
 from kvtransfer.layout import uniform
 from kvtransfer.loopback import Delivery, Network
+from kvtransfer.settings import Lane
 from tests.unit.kvtransfer.agents import (
     COMPATIBILITY,
     DECODE,
@@ -28,13 +29,15 @@ from tests.unit.kvtransfer.agents import (
     Pair,
     RawSender,
     Receiver,
+    one,
 )
 
 LAYOUT = uniform(SHAPE, 16)
+UCX = pytest.mark.parametrize("lane", ["ucx"], indirect=True)
 
 
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
+def receiver(lane: Lane) -> Iterator[Receiver]:
     # A raw sender answers heartbeats only while its test waits for something.
     made = Receiver.start(Network(), LAYOUT, 64, settings=replace(QUICK, heartbeat_s=2.0))
     yield made
@@ -113,7 +116,7 @@ def test_sender_refused_for_good_fails_its_transfers_by_name() -> None:
         type(pair.address)(
             instance="decode",
             epoch=7,
-            layout=LAYOUT,
+            layout=one(LAYOUT),
             ranks=((0, wrong.host, wrong.port),),
             token=b"secret",
         )
@@ -133,13 +136,13 @@ def test_sender_refused_for_good_fails_its_transfers_by_name() -> None:
     [
         ({"epoch": 6}, StaleEpoch),
         ({"tokens": Span(0, 24)}, GrantRefused),
-        ({"block_ids": (0,)}, GrantRefused),
-        ({"block_ids": (0, 0, 1, 2)}, GrantRefused),
-        ({"block_ids": (0, 1, 2, 999)}, GrantRefused),
+        ({"block_ids": ((0,),)}, GrantRefused),
+        ({"block_ids": ((0, 0, 1, 2),)}, GrantRefused),
+        ({"block_ids": ((0, 1, 2, 999),)}, GrantRefused),
         (
             {
-                "source_layout": uniform(
-                    type(SHAPE)(layers=4, kv_heads=2, head_size=4, dtype="float32"), 16
+                "source_layout": one(
+                    uniform(type(SHAPE)(layers=4, kv_heads=2, head_size=4, dtype="float32"), 16)
                 )
             },
             LayoutMismatch,
@@ -233,9 +236,8 @@ def test_data_of_an_earlier_epoch_is_stale(receiver: Receiver) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"generation": 9},
-        {"slot": 2**10},
         {"source_rank": 1},
+        {"group": 1},
         {"layers": Span(4, 5)},
         {"heads": Span(0, 1), "payload_bytes": 512},
         {"tokens": Span(8, 24)},
@@ -256,6 +258,18 @@ def test_a_piece_that_was_not_granted_fails_its_transfer(
     assert untouched(receiver)
 
 
+@UCX
+@pytest.mark.parametrize("changes", [{"generation": 9}, {"slot": 2**10}], ids=lambda c: "-".join(c))
+def test_a_message_for_another_slot_fails_its_transfer(
+    receiver: Receiver, changes: dict[str, Any]
+) -> None:
+    sender = granted(receiver)
+    sender.piece(**changes)
+    assert isinstance(receiver.events.wait(Failed).error, ProtocolViolation)
+    sender.settled()
+    assert untouched(receiver)
+
+
 @pytest.mark.parametrize("sequence", [0, 1])
 def test_a_piece_that_comes_twice_fails_its_transfer(receiver: Receiver, sequence: int) -> None:
     sender = granted(receiver)
@@ -271,7 +285,11 @@ def test_a_damaged_message_fails_its_transfer(receiver: Receiver) -> None:
     sender = granted(receiver)
 
     def damage(lane: str, message: bytes) -> list[Delivery]:
-        return [Delivery(message[:-1] + bytes([message[-1] ^ 1]) if lane == "data" else message)]
+        """Flip a bit of the payload, or where only a header travels, of the checksum in it."""
+        if lane == "control" and message[0] != wire.Kind.PIECE:
+            return [Delivery(message)]
+        at = 74 if lane == "control" else len(message) - 1
+        return [Delivery(message[:at] + bytes([message[at] ^ 1]) + message[at + 1 :])]
 
     receiver.network.fault = damage
     sender.piece()
@@ -279,6 +297,7 @@ def test_a_damaged_message_fails_its_transfer(receiver: Receiver) -> None:
     assert untouched(receiver)
 
 
+@UCX
 def test_a_short_message_does_not_pass_with_the_last_ones_bytes(receiver: Receiver) -> None:
     sender = granted(receiver)
     sender.piece()
@@ -291,14 +310,16 @@ def test_a_short_message_does_not_pass_with_the_last_ones_bytes(receiver: Receiv
     assert bool((receiver.memory.kv == before).all())
 
 
-def test_an_empty_message_is_counted_and_its_slot_comes_back(receiver: Receiver) -> None:
+@UCX
+def test_an_empty_message_ends_the_connection(receiver: Receiver) -> None:
     sender = granted(receiver)
     receiver.network.fault = lambda lane, m: [Delivery(b"" if lane == "data" else m)]
     sender.piece()
-    sender.settled()
+    sender.until(lambda: sender.lost)
     assert untouched(receiver)
 
 
+@UCX
 def test_a_message_larger_than_its_slot_ends_the_connection(receiver: Receiver) -> None:
     sender = granted(receiver)
     sender.piece(payload_bytes=QUICK.slot_bytes + 1)
@@ -307,6 +328,7 @@ def test_a_message_larger_than_its_slot_ends_the_connection(receiver: Receiver) 
     assert untouched(receiver)
 
 
+@UCX
 def test_a_second_delivery_into_the_same_slot_is_not_looked_at(receiver: Receiver) -> None:
     sender = granted(receiver)
     receiver.network.fault = lambda lane, m: [Delivery(m)] * (2 if lane == "data" else 1)

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import pytest
 
-from kvtransfer import Identity, PeerAddress, Span, TransferSettings, uniform
+from kvtransfer import Identity, PeerAddress, Span, TransferSettings, uniform_cache
 from kvtransfer.errors import ChecksumMismatch, TransferError, from_code
+from kvtransfer.header import HEADER_BYTES
 from kvtransfer.layout import KVShape
-from kvtransfer.slots import ReceiveSlots, SendSlots, SlotState
-from kvtransfer.wire import HEADER_BYTES, MAX_GENERATION
+from kvtransfer.slots import MAX_GENERATION, ReceiveSlots, SendSlots, SlotState
 
 
 def test_a_slot_goes_round_and_each_use_has_its_generation() -> None:
@@ -72,7 +72,7 @@ def test_senseless_settings_are_refused(wrong: Mapping[str, float]) -> None:
 
 def test_secrets_stay_out_of_what_is_printed() -> None:
     identity = Identity(instance="decode", epoch=1, compatibility=bytes(32), token=b"hidden")
-    layout = uniform(KVShape(layers=1, kv_heads=1, head_size=1, dtype="float32"), 1)
+    layout = uniform_cache((KVShape(layers=1, kv_heads=1, head_size=1, dtype="float32"),), 1)
     peer = PeerAddress(instance="d", epoch=1, layout=layout, ranks=(), token=b"hidden")
     assert "hidden" not in f"{identity} {peer}"
 

@@ -19,8 +19,11 @@ from tests.unit.kvtransfer.agents import (
     Receiver,
     Sender,
     address,
+    one,
 )
 from tests.unit.kvtransfer.layouts import RankMemory, whole
+
+pytestmark = pytest.mark.usefixtures("lane")
 
 
 def test_a_sequence_arrives_byte_for_byte() -> None:
@@ -66,7 +69,7 @@ def test_stats_tell_what_moved() -> None:
     sent, received = pair.both(Completed)
     assert sent.stats.bytes == received.stats.bytes == 4 * 9 * 16 * 2 * 2 * 8 * 2
     assert sent.stats.messages == received.stats.messages > 1
-    assert received.stats.transport == "loopback"
+    assert received.stats.transport in ("loopback", "mapped")
     stats = pair.receiver.agent.stats()
     assert (stats.completed, stats.failed, stats.active_transfers) == (1, 0, 0)
     assert [(p.instance, p.bytes) for p in stats.peers] == [("prefill", received.stats.bytes)]
@@ -141,6 +144,7 @@ def test_messages_that_overtake_one_another_do_no_harm() -> None:
     network = Network()
     rng = random.Random(3)
     pair = Pair(network=network)
+    # A stream keeps its order whatever happens, and tagged messages need none.
     network.fault = lambda lane, message: [
         Delivery(message, rng.choice([0.0, 0.001, 0.02]) if lane == "data" else 0.0)
     ]
@@ -204,8 +208,8 @@ def test_an_agent_that_was_never_started_can_be_closed() -> None:
     memory = RankMemory.make(layout, 0, 16, random.Random(0))
     agent = SendAgent(
         transport=transport,
-        memory=memory.kv,
-        layout=layout,
+        memories=(memory.kv,),
+        layout=one(layout),
         rank=0,
         identity=PREFILL,
         settings=QUICK,

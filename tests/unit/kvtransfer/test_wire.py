@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtransfer import wire
+from kvtransfer import header, slots, wire
 from kvtransfer.errors import LayoutMismatch, ProtocolViolation
 from kvtransfer.layout import Span
+from kvtransfer.shared import Lease, ShareHandle
 
 HASH = bytes(range(32))
-HEADER = wire.DataHeader(
+HEADER = header.DataHeader(
     epoch=2**60 + 5,
     transfer_id=2**64 - 1,
     nonce=b"0123456789abcdef",
@@ -22,6 +23,7 @@ HEADER = wire.DataHeader(
     slot=5,
     generation=77,
     sequence=9,
+    group=3,
     layers=Span(2, 4),
     heads=Span(0, 8),
     tokens=Span(128, 256),
@@ -34,10 +36,21 @@ HELLO = wire.Hello(
     target_epoch=3,
     target_rank=4,
     token=b"secret",
+    lanes=frozenset(wire.LaneKind),
+    boot_id=bytes(range(16)),
     data_address=b"address" * 30,
+    share=ShareHandle(
+        boot_id=bytes(range(16)), pid=7, descriptor=8, size=2**40, name="twinpool-kv-x"
+    ),
+    offsets=((65536, 100), (2**33, 5)),
 )
 MESSAGES: list[wire.Control] = [
-    wire.Welcome(3, 4, 6, 512 << 10, True, b"address"),
+    wire.Welcome(3, 4, wire.LaneKind.STREAM, 6, 512 << 10, True, b"address", "why"),
+    wire.Table(1, b"n" * 16, Lease(5, 2**60), 2, 0, (0, 7, 2**32 - 1)),
+    wire.Piece(bytes(range(128))),
+    wire.Taken(4),
+    wire.Ping(1, 2),
+    wire.Pong(1, 2),
     wire.Refused(5, "because"),
     wire.Credit(((0, 1), (5, 2**25))),
     wire.Manifest(1, 2, b"n" * 16, 3, 4, 5, 6),
@@ -49,38 +62,50 @@ MESSAGES: list[wire.Control] = [
 ]
 
 
-def sealed() -> tuple[np.ndarray, int]:
-    message = np.random.default_rng(0).integers(0, 256, wire.HEADER_BYTES + 1500, dtype=np.uint8)
-    return message, wire.seal(memoryview(message.data), HEADER, checksum=True)
+PAYLOAD = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8)
+
+
+def parts(message: bytes, cuts: tuple[int, ...] = ()) -> list[memoryview]:
+    ends = [*cuts, len(message)]
+    return [memoryview(message)[a:b] for a, b in zip([0, *cuts], ends, strict=True)]
+
+
+def sealed() -> tuple[bytes, int]:
+    head, crc = header.seal(HEADER, (memoryview(PAYLOAD.data),), checksum=True)
+    assert len(head) == header.HEADER_BYTES
+    return head, crc
 
 
 def test_a_sealed_header_reads_back() -> None:
-    message, crc = sealed()
-    view = memoryview(message.data)
-    assert wire.unseal(view) == (HEADER, crc, True)
-    assert wire.intact(view, HEADER.payload_bytes, crc)
+    head, crc = sealed()
+    assert header.unseal(head) == (HEADER, crc, True)
+    assert header.intact(head, parts(PAYLOAD.tobytes()), crc)
+
+
+def test_the_checksum_does_not_depend_on_how_the_payload_is_cut() -> None:
+    head, crc = sealed()
+    assert header.intact(head, parts(PAYLOAD.tobytes(), (1, 64, 999)), crc)
 
 
 def test_every_altered_byte_is_noticed() -> None:
-    message, _ = sealed()
+    head, _ = sealed()
     rng = random.Random(1)
-    covered = [*range(76), *rng.sample(range(wire.HEADER_BYTES, wire.HEADER_BYTES + 1000), 300)]
-    for place in covered:
-        changed = message.copy()
+    for place in (*range(76), *(header.HEADER_BYTES + at for at in rng.sample(range(1000), 300))):
+        changed = bytearray(head + PAYLOAD.tobytes())
         changed[place] ^= 1 << rng.randrange(8)
-        view = memoryview(changed.data)
+        wrong, payload = bytes(changed[: header.HEADER_BYTES]), changed[header.HEADER_BYTES :]
         try:
-            header, crc, checksummed = wire.unseal(view)
+            _, crc, checksummed = header.unseal(wrong)
         except ProtocolViolation:
             continue
-        assert not (checksummed and wire.intact(view, header.payload_bytes, crc)), place
+        assert not (checksummed and header.intact(wrong, parts(bytes(payload)), crc)), place
 
 
 @given(st.binary(min_size=128, max_size=400))
 @settings(max_examples=300)
 def test_random_bytes_are_no_header(garbage: bytes) -> None:
     with pytest.raises(ProtocolViolation):
-        wire.unseal(memoryview(garbage))
+        header.unseal(garbage)
 
 
 @pytest.mark.parametrize("message", MESSAGES)
@@ -135,13 +160,13 @@ def test_long_reasons_are_clipped_at_a_whole_character() -> None:
 
 @given(st.integers(0, 2**22 - 1), st.integers(0, 63), st.integers(0, 2**26 - 1))
 def test_tags_differ_when_anything_differs(connection: int, slot: int, generation: int) -> None:
-    tag = wire.data_tag(7, connection, slot, generation)
+    tag = slots.data_tag(7, connection, slot, generation)
     assert 0 <= tag < 2**64
     others = {
-        wire.data_tag(8, connection, slot, generation),
-        wire.data_tag(7, connection ^ 1, slot, generation),
-        wire.data_tag(7, connection, slot ^ 1, generation),
-        wire.data_tag(7, connection, slot, generation ^ 1),
+        slots.data_tag(8, connection, slot, generation),
+        slots.data_tag(7, connection ^ 1, slot, generation),
+        slots.data_tag(7, connection, slot ^ 1, generation),
+        slots.data_tag(7, connection, slot, generation ^ 1),
     }
     assert tag not in others
     assert len(others) == 4
@@ -149,15 +174,16 @@ def test_tags_differ_when_anything_differs(connection: int, slot: int, generatio
 
 def test_tags_do_not_wrap_around() -> None:
     with pytest.raises(OverflowError):
-        wire.data_tag(1, 0, 0, wire.MAX_GENERATION)
+        slots.data_tag(1, 0, 0, slots.MAX_GENERATION)
 
 
 def test_the_manifest_depends_on_the_order_of_checksums() -> None:
-    assert wire.manifest_crc([1, 2]) != wire.manifest_crc([2, 1])
-    assert wire.manifest_crc([]) == 0
+    assert header.manifest_crc([1, 2]) != header.manifest_crc([2, 1])
+    assert header.manifest_crc([]) == 0
 
 
 def test_a_header_for_another_transfer_has_another_checksum() -> None:
-    message, crc = sealed()
-    other = wire.seal(memoryview(message.data), replace(HEADER, transfer_id=1), checksum=True)
+    _, crc = sealed()
+    payload = (memoryview(PAYLOAD.data),)
+    _, other = header.seal(replace(HEADER, transfer_id=1), payload, checksum=True)
     assert other != crc

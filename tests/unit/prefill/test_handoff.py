@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from kvtransfer import KVShape, Span, uniform
+from kvtransfer import KVShape, Span, uniform_cache
 from prefill.handoff import Grant, Handoff
 
-LAYOUT = uniform(KVShape(layers=2, kv_heads=1, head_size=8, dtype="float32"), 16)
+LAYOUT = uniform_cache((KVShape(layers=2, kv_heads=1, head_size=8, dtype="float32"),), 16)
 TOKENS = Span(0, 20)
 
 
@@ -16,7 +16,7 @@ class FakeAgent:
         self.calls: list[tuple[Any, ...]] = []
 
     def begin(self, transfer: Any) -> None:
-        self.calls.append(("begin", transfer.transfer_id, transfer.block_ids))
+        self.calls.append(("begin", transfer.transfer_id, *transfer.block_ids))
 
     def ready(self, transfer_id: int, layers: Span, tokens: Span) -> None:
         self.calls.append(("ready", transfer_id, layers.begin, tokens))

@@ -11,7 +11,7 @@ from engine.blocks import BlockPool
 from engine.runner import Chunk
 from engine.sampling import SamplingParams
 from engine.stopping import StopCriteria
-from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferStats, uniform
+from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferStats, uniform_cache
 from kvtransfer.errors import PeerLost
 from prefill.handoff import Grant, Handoff
 from prefill.scheduler import Scheduler
@@ -26,7 +26,7 @@ from prefill.worker import (
 )
 
 BLOCKS = 8
-LAYOUT = uniform(KVShape(layers=2, kv_heads=1, head_size=8, dtype="float32"), 4)
+LAYOUT = uniform_cache((KVShape(layers=2, kv_heads=1, head_size=8, dtype="float32"),), 4)
 
 
 class FakeRunner:
@@ -79,7 +79,7 @@ class Bench:
         self._changed = threading.Condition()
         self.worker = Worker(
             runner=self.runner,  # type: ignore[arg-type]
-            shape=LAYOUT.shape,
+            shape=LAYOUT.groups[0].shape,
             pool=self.pool,
             scheduler=Scheduler(max_batched_tokens=16),
             handoff=self.handoff,
@@ -234,5 +234,5 @@ def test_every_layer_is_handed_over_once(bench: Bench) -> None:
     bench.grant(1)
     bench.wait_outcomes(1)
     covered = [layer for span in bench.agent.ready_layers for layer in span]
-    assert covered == list(range(LAYOUT.shape.layers))
+    assert covered == list(range(LAYOUT.groups[0].shape.layers))
     bench.worker.transfer_event(Closed(101))

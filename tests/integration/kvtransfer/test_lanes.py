@@ -1,4 +1,4 @@
-"""Agents over real UCX between two processes: exact bytes, and what happens when one dies."""
+"""Agents between two processes, on every lane: exact bytes, and what happens when one dies."""
 
 import signal
 import socket
@@ -16,12 +16,26 @@ Start = Callable[..., RankProcess]
 LOST = {"PeerLost"}
 
 
+LANES: dict[str, dict[str, Any]] = {
+    "ucx": {"lane": "ucx", "tls": None},
+    "ucx-tcp": {"lane": "ucx", "tls": "tcp"},
+    "stream": {"lane": "stream"},
+    "mapped": {"lane": "mapped"},
+}
+
+
+@pytest.fixture(params=LANES)
+def lane(request: pytest.FixtureRequest) -> str:
+    """The way that payload travels in this test."""
+    return str(request.param)
+
+
 @pytest.fixture
-def start() -> Iterator[Start]:
+def start(lane: str) -> Iterator[Start]:
     started: list[RankProcess] = []
 
     def make(role: str, **config: Any) -> RankProcess:
-        started.append(RankProcess(role, **config))
+        started.append(RankProcess(role, **LANES[lane], **config))
         return started[-1]
 
     yield make
@@ -29,15 +43,20 @@ def start() -> Iterator[Start]:
         rank.close()
 
 
-@pytest.mark.parametrize("tls", [None, "tcp"], ids=["chosen-by-ucx", "tcp"])
-def test_bytes_arrive_exactly_and_close_leaves_nothing(start: Start, tls: str | None) -> None:
-    sender, receiver = start("send", tls=tls), start("receive", tls=tls)
+def all_free(receiver: RankProcess, lane: str) -> None:
+    """Wait until nothing is held for a transfer; only UCX has slots."""
+    receiver.slots_become(**({"granted": 6} if lane.startswith("ucx") else {}))
+
+
+def test_bytes_arrive_exactly_and_close_leaves_nothing(start: Start, lane: str) -> None:
+    sender, receiver = start("send"), start("receive")
     sender.ask("start")
     join(sender, receiver)
     for transfer_id in range(1, 6):
         done = transfer(sender, receiver, transfer_id)
-    assert done["transport"] == "ucx/tcp" if tls else done["transport"].startswith("ucx/")
-    receiver.slots_become(granted=6)
+    transport = {"ucx-tcp": "ucx/tcp", "stream": "tcp", "mapped": "mapped"}
+    assert done["transport"].startswith(transport.get(lane, "ucx/"))
+    all_free(receiver, lane)
     for end in (sender, receiver):
         closed = end.ask("close")
         assert closed["threads"] == 0
@@ -45,6 +64,7 @@ def test_bytes_arrive_exactly_and_close_leaves_nothing(start: Start, tls: str | 
         assert not sockets, closed["descriptors"]
 
 
+@pytest.mark.parametrize("lane", ["ucx"], indirect=True)
 def test_one_slot_of_credit_is_enough(start: Start) -> None:
     sender, receiver = start("send", slots=1), start("receive", slots=1)
     sender.ask("start")
@@ -52,7 +72,7 @@ def test_one_slot_of_credit_is_enough(start: Start) -> None:
     assert transfer(sender, receiver, 1)["messages"] > 2
 
 
-def test_a_killed_sender_is_noticed_and_its_successor_serves(start: Start) -> None:
+def test_a_killed_sender_is_noticed_and_its_successor_serves(start: Start, lane: str) -> None:
     receiver = start("receive", tokens=40000)
     first, second = start("send", tokens=40000), start("send", tokens=40000, epoch=8)
     first.ask("start")
@@ -65,10 +85,12 @@ def test_a_killed_sender_is_noticed_and_its_successor_serves(start: Start) -> No
     second.ask("start")
     join(second, receiver)
     transfer(second, receiver, 2)
-    receiver.slots_become(granted=6)
+    all_free(receiver, lane)
 
 
-def test_senders_killed_in_the_midst_of_sending_do_not_disturb_another(start: Start) -> None:
+def test_senders_killed_in_the_midst_of_sending_do_not_disturb_another(
+    start: Start, lane: str
+) -> None:
     receiver, steady = start("receive", tokens=20000), start("send", tokens=20000)
     all_doomed = [start("send", tokens=20000, instance=f"doomed-{n}") for n in range(2)]
     steady.ask("start")
@@ -81,7 +103,7 @@ def test_senders_killed_in_the_midst_of_sending_do_not_disturb_another(start: St
         doomed.kill()
         receiver.wait(event="Failed", id=10 + number)
         transfer(steady, receiver, 20 + number)
-    receiver.slots_become(granted=6)
+    all_free(receiver, lane)
 
 
 def test_strangers_on_the_data_port_are_turned_away(start: Start) -> None:
@@ -98,7 +120,7 @@ def test_strangers_on_the_data_port_are_turned_away(start: Start) -> None:
     transfer(sender, receiver, 1)
 
 
-def test_a_killed_receiver_is_noticed_and_its_successor_serves(start: Start) -> None:
+def test_a_killed_receiver_is_noticed_and_its_successor_serves(start: Start, lane: str) -> None:
     sender = start("send", tokens=40000)
     first, second = start("receive", tokens=40000), start("receive", tokens=40000, epoch=8)
     sender.ask("start")
@@ -109,7 +131,8 @@ def test_a_killed_receiver_is_noticed_and_its_successor_serves(start: Start) -> 
     assert sender.wait(event="Failed", id=1)["error"] in LOST
     join(sender, second)
     transfer(sender, second, 2)
-    sender.slots_become(free=6, sending=0)
+    slots = {"stream": 3, "mapped": 0}.get(lane, 6)
+    sender.slots_become(free=slots, sending=0)
 
 
 @pytest.mark.parametrize("stopped", ["send", "receive"])

@@ -1,0 +1,131 @@
+"""Where the units of a token range lie in a rank's blocks, and copies of runs of bytes.
+
+Owns the arithmetic between units, blocks and places within a block, and between runs that are cut
+at different bytes. Knows nothing of what the blocks hold.
+
+A unit is `unit` tokens, of which a block holds `ratio`. Units of one extent can be copied at once:
+with ratio 1 they are blocks that follow one another in memory, else they are of one block (whose
+heads lie between its units and the next block's).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from isal.isal_zlib import crc32
+
+from kvtransfer import native
+
+Ints = npt.NDArray[np.int64]
+# Where runs begin and where they end, in bytes of their memory.
+Cuts = tuple[Ints, Ints]
+
+# From this size on a copy lets other threads run; below, asking costs more than it gives.
+_LONG_BYTES = 128 << 10
+# What surely is in a core's own cache still when it has just been read.
+_CACHED_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Units:
+    """Each unit's block, and its place within the block."""
+
+    blocks: Ints
+    subs: Ints
+    ratio: int
+
+    def slab(self, box: npt.NDArray[Any], begin: int, end: int) -> npt.NDArray[Any]:
+        """Return the units [begin, end), of one extent, of a box [L, P, B, ratio, N, unit, D].
+
+        The view is [L, P, end - begin, N, unit, D].
+        """
+        block, sub = int(self.blocks[begin]), int(self.subs[begin])
+        if self.ratio == 1:
+            return box[:, :, block : block + end - begin, 0]
+        return box[:, :, block, sub : sub + end - begin]
+
+
+def units_of(ids: Ints, first: int, count: int, ratio: int) -> Units:
+    """Return where `count` units lie, of which the first is the `first` of the blocks `ids`."""
+    if ratio == 1:
+        return Units(ids[first : first + count], np.zeros(count, np.int64), 1)
+    index, subs = np.divmod(np.arange(first, first + count), ratio)
+    return Units(ids[index], subs, ratio)
+
+
+def extents(units: Units) -> list[tuple[int, int]]:
+    """Return [begin, end)s of units that are of one extent."""
+    (last,) = (units.blocks[1:] - units.blocks[:-1] != (units.ratio == 1)).nonzero()
+    return list(pairwise((0, *(last + 1).tolist(), len(units.blocks))))
+
+
+def copy_runs(
+    target: memoryview, into: Cuts, source: memoryview, out: Cuts, crc: int | None = None
+) -> int | None:
+    """Copy runs onto runs of the same bytes in all, wherever either side is cut.
+
+    With `crc`, returns it continued over the source's bytes, read again right after they were
+    copied: then they are in the cache, and the target's may not be.
+    """
+    (into_begins, into_ends), (out_begins, out_ends) = into, out
+    if len(into_begins) != len(out_begins) or np.any(
+        into_ends - into_begins != out_ends - out_begins
+    ):
+        into_begins, out_begins, sizes = _cut_alike(into, out)
+    else:
+        sizes = into_ends - into_begins
+    copy = _copier(target, into_begins, source, out_begins, sizes)
+    batches = [0, len(sizes)] if crc is None else _batches(sizes)
+    begins, lengths = out_begins.tolist(), sizes.tolist()
+    for first, end in pairwise(batches):
+        copy(first, end - first)
+        if crc is not None:
+            for i in range(first, end):
+                crc = crc32(source[begins[i] : begins[i] + lengths[i]], crc)
+    return crc
+
+
+def _batches(sizes: Ints) -> list[int]:
+    """Return where to cut runs into batches of about _CACHED_BYTES."""
+    ends = np.cumsum(sizes)
+    cuts = np.flatnonzero(np.diff(ends // _CACHED_BYTES)) + 1
+    return [0, *cuts.tolist(), len(sizes)]
+
+
+def _copier(
+    target: memoryview, into_begins: Ints, source: memoryview, out_begins: Ints, sizes: Ints
+) -> Callable[[int, int], None]:
+    """Return what copies runs: (first, count)."""
+    prepare = native.copy_runs()
+    if prepare is not None:
+        return prepare(target, source, np.stack((into_begins, out_begins, sizes)))
+    runs = list(zip(into_begins.tolist(), out_begins.tolist(), sizes.tolist(), strict=True))
+
+    def copy(first: int, count: int) -> None:
+        for to, at, size in runs[first : first + count]:
+            _copy_one(target[to : to + size], source[at : at + size])
+
+    return copy
+
+
+def _copy_one(target: memoryview, source: memoryview) -> None:
+    if len(target) < _LONG_BYTES:
+        target[:] = source
+    else:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+def _cut_alike(into: Cuts, out: Cuts) -> tuple[Ints, ...]:
+    """Cut both lists of runs wherever either is cut; return (targets, sources, sizes)."""
+    sizes = [ends - begins for begins, ends in (into, out)]
+    stops = [np.cumsum(each) for each in sizes]
+    marks = np.union1d(*stops)
+    firsts = np.concatenate(([0], marks[:-1]))
+    places = []
+    for (begins, _), each, stop in zip((into, out), sizes, stops, strict=True):
+        run = np.searchsorted(stop, firsts, side="right")
+        places.append(begins[run] + firsts - (stop[run] - each[run]))
+    return places[0], places[1], marks - firsts
