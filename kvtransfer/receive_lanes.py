@@ -20,7 +20,7 @@ from kvtransfer.errors import (
     StaleRead,
     TransferError,
 )
-from kvtransfer.header import HEADER_BYTES, DataHeader, crc_of_head, intact, unseal
+from kvtransfer.header import HEADER_BYTES, MEANT, DataHeader, crc_of_head, intact, unseal
 from kvtransfer.layout import CacheLayout
 from kvtransfer.memory import BlockTable, KVMemory, element_type
 from kvtransfer.send_lanes import DIRECT_BYTES, MAPPED_DIRECT_BYTES
@@ -250,6 +250,7 @@ class StreamReceive:
     def __init__(self, place: Place) -> None:
         self._place = place
         self._head = memoryview(bytearray(HEADER_BYTES))
+        self._end = memoryview(bytearray(len(MEANT)))
         self._scratch = page_aligned(place.settings.slot_bytes)
         self._header: DataHeader | None = None
         self._checksummed = False
@@ -325,10 +326,14 @@ class StreamReceive:
             if len(self._scratch) < header.payload_bytes:
                 self._scratch = page_aligned(header.payload_bytes)
             self._parts = (memoryview(self._scratch[: header.payload_bytes].data),)
-        self._receive(self._parts)
+        self._receive((*self._parts, self._end))
 
     def _finish(self, landing: Landing) -> None:
         place = self._place
+        if self._end != MEANT:
+            let_go = StaleRead("the sender let its blocks go before they were sent")
+            place.owner.refuse(place.number, landing, let_go)
+            return
         if self._checksummed and not place.verified(self._head, self._parts, landing.crc):
             place.owner.refuse(place.number, landing, _damaged(landing.header))
             return

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvtransfer import wire
 from kvtransfer.errors import ProtocolViolation
-from kvtransfer.header import HEADER_BYTES, DataHeader, seal
+from kvtransfer.header import HEADER_BYTES, MEANT, DataHeader, seal
 from kvtransfer.layout import Span
 from kvtransfer.memory import BlockTable, KVMemory
 from kvtransfer.settings import MAX_PIECE_BYTES, MAX_SLOTS, TransferSettings
@@ -241,7 +241,7 @@ class StreamSend:
     def _start(self, head: bytes, parts: Sequence[memoryview], reads: int | Bytes) -> None:
         self._number += 1
         self._under_way[self._number] = reads, time.perf_counter()
-        self._link.stream.send((memoryview(head), *parts), (self, self._number))
+        self._link.stream.send((memoryview(head), *parts, memoryview(MEANT)), (self, self._number))
 
     def told(self, message: wire.Control) -> bool:
         """See SendLane."""

@@ -33,7 +33,7 @@ from kvtransfer import (
     uniform,
     wire,
 )
-from kvtransfer.header import DataHeader, seal
+from kvtransfer.header import MEANT, DataHeader, seal
 from kvtransfer.loopback import LoopbackLink, LoopbackTransport, Network
 from kvtransfer.send_lanes import probe_header
 from kvtransfer.settings import Lane
@@ -420,7 +420,7 @@ class RawSender:
             message = np.frombuffer(head + payload, dtype=np.uint8)
             self.link.tagged.send(tag, message, None)
         elif self.lane == "stream":
-            self.link.stream.send((memoryview(head), memoryview(payload)), None)
+            self.link.stream.send((memoryview(head), memoryview(payload + MEANT)), None)
         else:
             if payload:
                 self.memory.view(torch.uint8).fill_(payload[0])
@@ -439,7 +439,7 @@ class RawSender:
             # many bytes of probes is.
             probe = replace(_PROBE, payload_bytes=1)
             head, _ = seal(probe, (), checksum=False)
-            self.link.stream.send((memoryview(head + b"p"),), None)
+            self.link.stream.send((memoryview(head + b"p" + MEANT),), None)
             self.probes += 1
             self.link.send_control(wire.encode(wire.Ping(7, self.probes)))
             before = sum(isinstance(m, wire.Pong) for m in self.controls)

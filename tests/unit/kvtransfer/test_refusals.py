@@ -288,7 +288,7 @@ def test_a_damaged_message_fails_its_transfer(receiver: Receiver) -> None:
         """Flip a bit of the payload, or where only a header travels, of the checksum in it."""
         if lane == "control" and message[0] != wire.Kind.PIECE:
             return [Delivery(message)]
-        at = 74 if lane == "control" else len(message) - 1
+        at = 74 if lane == "control" else len(message) - 2
         return [Delivery(message[:at] + bytes([message[at] ^ 1]) + message[at + 1 :])]
 
     receiver.network.fault = damage
