@@ -21,7 +21,7 @@ _MAGIC = b"TPKV"
 HEADER_BYTES = 128
 _CRC_AT = _HEADER.size - 4
 _CHECKSUM, _PROBE = 1, 2
-# What ends a piece in a stream. A sender that has to let its blocks go in the midst of a piece sends
+# What ends a piece in a stream. A sender that has to let its blocks go in mid-piece sends
 # zeros for the rest, this byte included: so it is told apart without checksums too.
 MEANT = b"\1"
 _PADDING = bytes(HEADER_BYTES - _HEADER.size)

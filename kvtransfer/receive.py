@@ -226,9 +226,10 @@ class ReceiveAgent:
                 self._fail(incoming, ManifestMismatch(text))
                 return
 
-    def _fail(self, incoming: Incoming, error: TransferError) -> None:
+    def _fail(self, incoming: Incoming, error: TransferError, *, keep: bool = True) -> None:
         self._end(incoming, error)
-        self._report_failed(incoming.grant.transfer_id, error, incoming.kept())
+        kept = incoming.kept() if keep else ()
+        self._report_failed(incoming.grant.transfer_id, error, kept)
 
     def _end(self, incoming: Incoming, error: TransferError | None) -> None:
         """Forget the transfer: from here on its pieces are late ones. Tells the sources."""
@@ -298,6 +299,8 @@ class ReceiveAgent:
             case wire.Manifest():
                 self._manifest(connection, message)
             case wire.Abort(transfer_id, nonce):
+                # Also what it told of a transfer that was over here before it knew.
+                connection.lane.drop(transfer_id)
                 found = self._find(connection, transfer_id, nonce)
                 if found is not None:
                     self._fail(found[0], TransferAborted("the sender gave the transfer up"))
@@ -404,7 +407,8 @@ class ReceiveAgent:
         try:
             confirmed = incoming.confirm(source)
         except ManifestMismatch as exc:
-            self._fail(incoming, exc)
+            # What arrived is not what was sent: nothing of it is worth keeping.
+            self._fail(incoming, exc, keep=False)
             return
         if not confirmed:
             return

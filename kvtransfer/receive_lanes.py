@@ -496,8 +496,12 @@ class MappedReceive:
         return self._memories[key]
 
     def _probe(self, size: int) -> None:
-        size = min(size, self._region.size, MAX_PIECE_BYTES)
-        np.copyto(page_aligned(size), self._region.bytes(size))
+        """Read so many bytes, the region's again and again if it is smaller."""
+        size = min(size, MAX_PIECE_BYTES)
+        into = page_aligned(size)
+        for begin in range(0, size, self._region.size):
+            part = into[begin : begin + self._region.size]
+            np.copyto(part, self._region.bytes(len(part)))
         self.probed_bytes += size
 
 

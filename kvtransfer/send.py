@@ -496,6 +496,10 @@ class SendAgent:
         except (TransferError, ValueError) as exc:
             error = exc if isinstance(exc, TransferError) else GrantRefused(str(exc))
             self._fail(outgoing, error)
+        except Exception as exc:
+            # A bug of ours: fail closed, or the same piece would be tried for ever.
+            logger.exception("error while a piece was sent")
+            self._fail(outgoing, PeerLost(f"internal error {type(exc).__name__}"))
         return session.lane.can_send and any(x.queue for _, x in self._turns.get(route, ()))
 
     def _stalled(self, session: Session, turn: _Turn) -> bool:

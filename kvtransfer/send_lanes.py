@@ -20,7 +20,14 @@ from kvtransfer.layout import Span
 from kvtransfer.memory import BlockTable, KVMemory
 from kvtransfer.settings import MAX_PIECE_BYTES, MAX_SLOTS, TransferSettings
 from kvtransfer.shared import Lease
-from kvtransfer.slots import Bytes, SendSlots, data_tag, page_aligned
+from kvtransfer.slots import (
+    MAX_CONNECTION,
+    MAX_GENERATION,
+    Bytes,
+    SendSlots,
+    data_tag,
+    page_aligned,
+)
 from kvtransfer.stats import Counters
 from kvtransfer.transport import Link
 
@@ -109,8 +116,9 @@ class TaggedSend:
         self, link: Link, welcome: wire.Welcome, settings: TransferSettings, counters: Counters
     ) -> None:
         """Raises ProtocolViolation for a senseless welcome, TransferError where UCX cannot."""
-        if not 0 < welcome.window <= MAX_SLOTS:
-            raise ProtocolViolation(f"a window of {welcome.window} slots")
+        if not 0 < welcome.window <= MAX_SLOTS or welcome.connection >= MAX_CONNECTION:
+            number = welcome.connection
+            raise ProtocolViolation(f"connection {number} with a window of {welcome.window} slots")
         link.tagged.open(welcome.data_address)
         self._link = link
         self._counters = counters
@@ -169,6 +177,9 @@ class TaggedSend:
             return False
         if len(self._credits) + len(message.slots) > self.slots.count:
             raise ProtocolViolation("more credits than slots")
+        for slot, generation in message.slots:
+            if slot >= self.slots.count or generation >= MAX_GENERATION:
+                raise ProtocolViolation("a credit for a slot or generation that does not exist")
         self._credits.extend(message.slots)
         return True
 

@@ -28,7 +28,7 @@ def data_tag(epoch: int, connection: int, slot: int, generation: int) -> int:
     UCX matches tags per worker and not per endpoint, so the receiver's connection number is in
     every tag: one sender can never hit another's slot.
     """
-    if not (connection < MAX_CONNECTION and generation < MAX_GENERATION):
+    if slot >> SLOT_BITS or connection >= MAX_CONNECTION or generation >= MAX_GENERATION:
         raise OverflowError("tags of this connection are used up")
     tag = epoch & ((1 << EPOCH_BITS) - 1)
     tag = tag << CONNECTION_BITS | connection

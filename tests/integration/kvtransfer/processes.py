@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-WAIT_S = 40.0
+WAIT_S = 15.0
 
 
 class RankProcess:
@@ -18,8 +18,9 @@ class RankProcess:
 
     def __init__(self, role: str, **config: Any) -> None:
         defaults: dict[str, Any] = {"tokens": 1000, "layers": 4, "slots": 6}
-        defaults |= {"tls": None, "epoch": 7, "lane": "ucx"}
+        defaults |= {"tls": None, "epoch": 7, "lane": "ucx", "heartbeat_s": 0.3}
         full = {**defaults, "instance": "prefill", **config}
+        self.role = role
         self.epoch, self.instance = full["epoch"], full["instance"]
         self._bound: list[Any] | None = None
         self.process = subprocess.Popen(
@@ -54,13 +55,21 @@ class RankProcess:
 
     def wait(self, **wanted: Any) -> dict[str, Any]:
         """Return the next thing said that has these fields; others are dropped."""
+        return self.wait_any(wanted)
+
+    def wait_any(self, *alternatives: dict[str, Any]) -> dict[str, Any]:
+        """Return the next thing said that has all fields of one of these; others are dropped."""
         while True:
             try:
                 said = self._heard.get(timeout=WAIT_S)
             except queue.Empty:
-                raise AssertionError(f"{wanted} never came; heard {self._log}") from None
-            if all(said.get(name) == value for name, value in wanted.items()):
-                return said
+                status = self.process.poll()
+                raise AssertionError(
+                    f"{alternatives} never came; exit status {status}; heard {self._log}"
+                ) from None
+            for wanted in alternatives:
+                if all(said.get(name) == value for name, value in wanted.items()):
+                    return said
 
     def slots_become(self, **wanted: int) -> None:
         """Wait until the slots are in these states (stats are a moment old)."""

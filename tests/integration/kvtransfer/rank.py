@@ -69,7 +69,7 @@ class Rank:
             token=b"secret",
         )
         settings = TransferSettings(
-            heartbeat_s=0.3,
+            heartbeat_s=config["heartbeat_s"],
             credit_stall_s=5.0,
             slots_per_connection=config["slots"],
             lane=config["lane"],
