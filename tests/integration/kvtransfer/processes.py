@@ -4,49 +4,72 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
 from typing import Any
 
-WAIT_S = 15.0
+WAIT_S = 20.0
+LAYERS = 4
+DEFAULTS: dict[str, Any] = {"tokens": 1000, "layers": LAYERS, "sequences": 1}
+DEFAULTS |= {"lane": "auto", "tls": None, "epoch": 7, "settings": {}}
+INSTANCES = {"send": "prefill", "receive": "decode"}
+_SLOTS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How KV travels: a lane, with what UCX may use, and what the agents then call it."""
+
+    lane: str
+    carrier: str
+    tls: str | None = None
+
+
+WAYS = {
+    "ucx-shm": Way(lane="ucx", carrier="ucx/posix"),
+    "ucx-tcp": Way(lane="ucx", carrier="ucx/tcp", tls="tcp"),
+    "stream": Way(lane="stream", carrier="tcp"),
+    "mapped": Way(lane="mapped", carrier="mapped"),
+}
 
 
 class RankProcess:
-    """One rank; killed at the end whatever happened."""
+    """One rank, by the socket to it."""
 
-    def __init__(self, role: str, **config: Any) -> None:
-        defaults: dict[str, Any] = {"tokens": 1000, "layers": 4, "slots": 6}
-        defaults |= {"tls": None, "epoch": 7, "lane": "ucx", "heartbeat_s": 0.3}
-        full = {**defaults, "instance": "prefill", **config}
-        self.role = role
-        self.epoch, self.instance = full["epoch"], full["instance"]
+    def __init__(self, config: dict[str, Any], sock: socket.socket) -> None:
+        self.role: str = config["role"]
+        self.lane: str = config["lane"]
+        self.instance: str = config["instance"]
+        self.epoch: int = config["epoch"]
+        self._socket = sock
+        self._closed = False
         self._bound: list[Any] | None = None
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.kvtransfer.rank", role, json.dumps(full)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
         self._heard: queue.Queue[dict[str, Any]] = queue.Queue()
         self._log: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        self._pidfd = os.pidfd_open(self.wait(answer="born")["pid"])
+        if self.role == "send":
+            self.ask("start")
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
+        with suppress(ConnectionResetError):
+            for line in self._socket.makefile():
                 said = json.loads(line)
                 self._log.append(said)
                 self._heard.put(said)
 
     def do(self, what: str, **command: Any) -> None:
         """Give a command."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": what, **command}) + "\n")
-        self.process.stdin.flush()
+        self._socket.sendall(json.dumps({"do": what, **command}).encode() + b"\n")
 
     def ask(self, what: str, **command: Any) -> dict[str, Any]:
         """Give a command and wait for its answer."""
@@ -55,28 +78,62 @@ class RankProcess:
 
     def wait(self, **wanted: Any) -> dict[str, Any]:
         """Return the next thing said that has these fields; others are dropped."""
-        return self.wait_any(wanted)
-
-    def wait_any(self, *alternatives: dict[str, Any]) -> dict[str, Any]:
-        """Return the next thing said that has all fields of one of these; others are dropped."""
+        until = time.monotonic() + WAIT_S
         while True:
             try:
-                said = self._heard.get(timeout=WAIT_S)
+                said: dict[str, Any] = self._heard.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
-                status = self.process.poll()
-                raise AssertionError(
-                    f"{alternatives} never came; exit status {status}; heard {self._log}"
-                ) from None
-            for wanted in alternatives:
-                if all(said.get(name) == value for name, value in wanted.items()):
-                    return said
+                text = f"{self.instance}: {wanted} never came; heard {self._log[-20:]}"
+                raise AssertionError(text) from None
+            if _has(said, wanted):
+                return said
 
-    def slots_become(self, **wanted: int) -> None:
-        """Wait until the slots are in these states (stats are a moment old)."""
+    def find(
+        self, *, patience_s: float = WAIT_S, since: float = 0.0, **wanted: Any
+    ) -> dict[str, Any]:
+        """Return an event, past or to come, that has these fields; nothing is dropped.
+
+        A value may be a tuple of alternatives.
+        """
+        until = time.monotonic() + patience_s
+        while True:
+            for said in self._log[::-1]:
+                if said.get("at", 0.0) >= since and _has(said, wanted):
+                    return said
+            if time.monotonic() > until:
+                text = f"{self.instance}: {wanted} never came; heard {self._log[-20:]}"
+                raise AssertionError(text)
+            time.sleep(0.002)
+
+    def said(self, **wanted: Any) -> int:
+        """Return how often something with these fields has been said so far."""
+        return sum(_has(each, wanted) for each in self._log)
+
+    def becomes(self, **wanted: Any) -> None:
+        """Wait until the agent's stats are these (they are a moment old)."""
         until = time.monotonic() + WAIT_S
-        while (slots := self.ask("stats")["slots"]) != wanted:
-            assert time.monotonic() < until, f"slots stay {slots}"
+        while True:
+            stats = self.ask("stats")
+            if all(stats[name] == value for name, value in wanted.items()):
+                return
+            assert time.monotonic() < until, f"{self.instance}: {wanted} never came: {stats}"
             time.sleep(0.02)
+
+    def holds_nothing(self, connections: int) -> None:
+        """Wait until no transfer holds anything: what is left belongs to open connections."""
+        still: dict[str, Any] = {"active_transfers": 0, "connections": connections, "leases": 0}
+        if self.role == "send":
+            each = {"ucx": _SLOTS, "stream": 3}.get(self.lane, 0)
+            still["slots"] = {"free": each * connections, "sending": 0}
+        else:
+            granted = _SLOTS * connections if self.lane == "ucx" else 0
+            still["slots"] = {"granted": granted} if granted else {}
+        self.becomes(**still)
+
+    def check(self, sequence: int = 0, kept: Any = ()) -> dict[str, bool]:
+        """See rank.Rank.check."""
+        said = self.ask("check", sequence=sequence, kept=kept)
+        return {name: value for name, value in said.items() if name != "answer"}
 
     @property
     def bound(self) -> list[Any]:
@@ -85,50 +142,112 @@ class RankProcess:
             self._bound = list(self.ask("start")["bound"])
         return self._bound
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal."""
-        os.kill(self.process.pid, number)
-
-    def kill(self) -> None:
-        """Kill -9 and reap."""
-        self.process.kill()
-        self.process.wait(WAIT_S)
+    def signal(self, number: signal.Signals) -> float:
+        """Send a signal; return when."""
+        at = time.monotonic()
+        signal.pidfd_send_signal(self._pidfd, number)
+        return at
 
     def close(self) -> None:
-        """End the process, politely or not."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        if self.process.poll() is None:
-            self.signal(signal.SIGCONT)
+        """End the process, whatever it does just now; once is enough."""
+        if self._closed:
+            return
+        self._closed = True
+        with suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
+        self._reader.join(WAIT_S)
+        self._socket.close()
+        os.close(self._pidfd)
+
+
+def _has(said: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    for name, value in wanted.items():
+        if said.get(name) not in (value if isinstance(value, tuple) else (value,)):
+            return False
+    return True
+
+
+Start = Callable[..., RankProcess]
+
+
+class Ranks:
+    """Starts ranks, and ends them with itself."""
+
+    def __init__(self) -> None:
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._nursery = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.integration.kvtransfer.nursery",
+                    str(theirs.fileno()),
+                ],
+                pass_fds=[theirs.fileno()],
+            )
+        self._started: list[RankProcess] = []
+
+    def start(self, role: str, **config: Any) -> RankProcess:
+        """Return a new rank, a sender started; see DEFAULTS for its configuration."""
+        full = {**DEFAULTS, "instance": INSTANCES[role], **config, "role": role}
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._channel, [json.dumps(full).encode()], [theirs.fileno()])
+        rank = RankProcess(full, ours)
+        self._started.append(rank)
+        return rank
+
+    @contextmanager
+    def of(self, way: Way) -> Iterator[Start]:
+        """Give what starts ranks that use a way, and end those that it started."""
+        before = len(self._started)
         try:
-            self.process.stdin.close()
-            self.process.wait(5.0)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
-            self.kill()
-        self._reader.join(5.0)
-        self.process.stdout.close()
+            yield partial(self.start, lane=way.lane, tls=way.tls)
+        finally:
+            while len(self._started) > before:
+                self._started.pop().close()
+
+    def end(self, rank: RankProcess) -> None:
+        """End one rank before the others."""
+        self._started.remove(rank)
+        rank.close()
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while self._started:
+            self._started.pop().close()
+        self._channel.close()
+        self._nursery.wait(WAIT_S)
 
 
 def join(sender: RankProcess, receiver: RankProcess) -> None:
-    """Connect a started sender to a started receiver."""
-    sender.do("connect", bound=receiver.bound, epoch=receiver.epoch)
-    sender.wait(event="PeerUp")
-    receiver.wait(event="PeerUp")
+    """Connect a sender to a receiver."""
+    sender.do("connect", instance=receiver.instance, bound=receiver.bound, epoch=receiver.epoch)
+    sender.wait(event="PeerUp", instance=receiver.instance)
+    receiver.wait(event="PeerUp", instance=sender.instance)
 
 
-def begin(sender: RankProcess, receiver: RankProcess, transfer_id: int) -> None:
-    """Open the grant, then begin; nothing is ready yet."""
-    receiver.ask("open", id=transfer_id, epoch=receiver.epoch, source=sender.instance)
-    sender.ask("open", id=transfer_id, epoch=receiver.epoch)
+def begin(sender: RankProcess, receiver: RankProcess, transfer_id: int, sequence: int = 0) -> None:
+    """Open the grant for one of the receiver's sequences, then begin; nothing is ready yet."""
+    common = {"id": transfer_id, "epoch": receiver.epoch}
+    receiver.ask("open", **common, instance=sender.instance, sequence=sequence)
+    sender.ask("open", **common, instance=receiver.instance, sequence=0)
 
 
 def transfer(
-    sender: RankProcess, receiver: RankProcess, transfer_id: int, layers: int = 4
+    sender: RankProcess, receiver: RankProcess, transfer_id: int, sequence: int = 0
 ) -> dict[str, Any]:
     """Move the whole sequence and check every byte; return the receiver's Completed."""
-    begin(sender, receiver, transfer_id)
-    sender.do("ready", id=transfer_id, layers=[0, layers])
+    begin(sender, receiver, transfer_id, sequence)
+    sender.do("ready", id=transfer_id, layers=[0, LAYERS])
     sender.wait(event="Completed", id=transfer_id)
     done = receiver.wait(event="Completed", id=transfer_id)
-    assert receiver.ask("check") == {"answer": "check", "right": True, "others": True}
+    assert all(receiver.check(sequence).values())
     return done
