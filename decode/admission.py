@@ -6,19 +6,22 @@ Knows nothing of gRPC or of tensors.
 
 A sequence has two independent conditions to run: its KV is complete, and its first token is known.
 Its blocks have two owners, the sequence and the transfer that may still write to them; they are
-free when both are done.
+free when both are done. A transfer that fails leaves its sequence waiting for the next one, with
+what has arrived.
 """
 
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from engine.blocks import BlockCounts, BlockPool
 from engine.sampling import SamplingParams, SequenceState
 from engine.stopping import StopCriteria
+from kvtransfer import Kept
 
 
 class State(Enum):
@@ -52,19 +55,34 @@ class Reservation:
         return self.prompt_tokens + self.stop.max_new_tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """One leave to fill a sequence's blocks. `over` is done once nothing writes under it any more.
+
+    `kept` is what of the KV had arrived under earlier ones.
+    """
+
+    transfer_id: int = field(default_factory=lambda: secrets.randbits(63))
+    nonce: bytes = field(default_factory=lambda: secrets.token_bytes(16), repr=False)
+    kept: Kept = ()
+    over: "Future[None]" = field(default_factory=Future, repr=False)
+
+
 @dataclass(kw_only=True)
 class SequenceRecord:
-    """One sequence on this instance. `Admission` changes it, and `append` the step loop."""
+    """One sequence on this instance. `Admission` changes it, and `append` the step loop.
+
+    `kept` is what of its KV has arrived, while no transfer is open.
+    """
 
     reservation: Reservation
-    transfer_id: int
-    nonce: bytes
+    transfer: Transfer
     blocks: list[int]
     deadline_s: float
     sampling: SequenceState
     state: State = State.RESERVED
     kv_complete: bool = False
-    writer_open: bool = True
+    kept: Kept = ()
     last_token_id: int | None = None
 
     @property
@@ -76,6 +94,14 @@ class SequenceRecord:
         """Note the sequence's next token."""
         self.last_token_id = token_id
         self.sampling.append(token_id)
+
+
+class StillOpen(Exception):
+    """The sequence's transfer may still write; `transfer.over` says when it no longer does."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        super().__init__(f"transfer {transfer.transfer_id:016x} is still open")
+        self.transfer = transfer
 
 
 class NoRoom(Exception):
@@ -136,8 +162,7 @@ class Admission:
             self._pool.pin(blocks)
             record = SequenceRecord(
                 reservation=reservation,
-                transfer_id=secrets.randbits(63),
-                nonce=secrets.token_bytes(16),
+                transfer=Transfer(),
                 blocks=blocks,
                 deadline_s=self._clock() + reservation.ttl_s,
                 sampling=SequenceState(
@@ -149,7 +174,28 @@ class Admission:
                 ),
             )
             self._by_request[reservation.request_id] = record
-            self._by_transfer[record.transfer_id] = record
+            self._by_transfer[record.transfer.transfer_id] = record
+            return record
+
+    def regrant(self, request_id: int) -> SequenceRecord | None:
+        """Give a reservation whose transfer has failed another one.
+
+        Returns:
+            The sequence, with its new transfer; None where its KV is complete after all.
+
+        Raises:
+            KeyError: The request is not here.
+            StillOpen: Its transfer has not ended.
+        """
+        with self._lock:
+            record = self._by_request[request_id]
+            if record.kv_complete:
+                return None
+            if not record.transfer.over.done():
+                raise StillOpen(record.transfer)
+            self._pool.pin(record.blocks)
+            record.transfer = Transfer(kept=record.kept)
+            self._by_transfer[record.transfer.transfer_id] = record
             return record
 
     def activate(self, request_id: int, first_token_id: int) -> bool:
@@ -170,17 +216,17 @@ class Admission:
             record.kv_complete = True
             return record if self._start_if_ready(record) else None
 
-    def writer_closed(self, transfer_id: int) -> SequenceRecord | None:
+    def writer_closed(self, transfer_id: int, kept: Kept = ()) -> SequenceRecord | None:
         """No write of this transfer can reach a block any more, and the KV is not whole.
 
         Returns:
-            The sequence, where it still counted on the transfer: it has ended now.
+            The sequence, where it still counted on the transfer: it waits for another one now.
         """
         with self._lock:
             record = self._close_writer(transfer_id)
             if record is None or record.state is State.ENDED:
                 return None
-            self._end(record)
+            record.kept = kept
             return record
 
     def end(self, request_id: int) -> SequenceRecord | None:
@@ -222,6 +268,10 @@ class Admission:
         with self._lock:
             return [r for r in self._by_request.values() if r.deadline_s <= now]
 
+    def remaining_s(self, record: SequenceRecord) -> float:
+        """Time until a sequence's deadline."""
+        return max(0.0, record.deadline_s - self._clock())
+
     def counts(self) -> BlockCounts:
         """Blocks by state."""
         with self._lock:
@@ -252,13 +302,13 @@ class Admission:
     def _close_writer(self, transfer_id: int) -> SequenceRecord | None:
         record = self._by_transfer.pop(transfer_id, None)
         if record is not None:
-            record.writer_open = False
             self._pool.unpin(record.blocks)
+            record.transfer.over.set_result(None)
         return record
 
     def _end(self, record: SequenceRecord) -> None:
         record.state = State.ENDED
         del self._by_request[record.request_id]
         self._pool.release(record.blocks)
-        if record.writer_open:
-            self._revoke(record.transfer_id)
+        if not record.transfer.over.done():
+            self._revoke(record.transfer.transfer_id)

@@ -27,6 +27,15 @@ class Metrics:
         self._tokens = Counter(
             "twinpool_decode_generated_tokens", "Tokens generated.", registry=registry
         )
+        self._resumed = Counter(
+            "twinpool_decode_resumed_transfers",
+            "Requests whose KV another prefill instance was let finish.",
+            registry=registry,
+        )
+
+    def resumed(self) -> None:
+        """Take note of a request that another prefill instance goes on with."""
+        self._resumed.inc()
 
     def observe(self, step: Step) -> None:
         """Take note of one step."""

@@ -12,11 +12,12 @@ from typing import Any
 
 from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
-from decode.admission import Admission, NoRoom, Reservation, SequenceRecord
+from decode.admission import Admission, NoRoom, Reservation, SequenceRecord, StillOpen
 from decode.metrics import Metrics
 from decode.worker import Step, Token, Worker
 from engine.config import ModelConfig
 from kvtransfer import (
+    CacheLayout,
     Closed,
     Completed,
     Failed,
@@ -25,9 +26,10 @@ from kvtransfer import (
     Span,
     TransferEvent,
 )
-from service.errors import Incompatible, InvalidRequest, Refused, Unavailable
+from service.errors import Incompatible, InvalidRequest, NotFound, Refused, Unavailable
 from service.wire import (
     finish_to_wire,
+    kept_to_wire,
     layout_from_wire,
     logprobs_to_wire,
     sampling_from_wire,
@@ -40,6 +42,8 @@ log = logging.getLogger(__name__)
 _SWEEP_S = 0.1
 # What a router should wait before it asks again for room that a running request will give back.
 _RETRY_AFTER_S = 0.05
+# What a lost sender had sent may still be on its way in; after this its transfer is ended.
+_LAST_PIECES_S = 0.25
 
 
 @dataclass(eq=False)
@@ -92,29 +96,24 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             )
         source = layout_from_wire(request.prefill_layout)
         record = self._reserve(self._reservation(request))
-        tokens = Span(0, record.reservation.prompt_tokens)
-        self._agent.open(
-            ReceiveGrant(
-                transfer_id=record.transfer_id,
-                epoch=self._epoch,
-                nonce=record.nonce,
-                tokens=tokens,
-                total_tokens=tokens.end,
-                block_ids=(tuple(record.blocks),),
-                source_layout=source,
-                source_instance=request.prefill_instance,
-                ttl_s=record.reservation.ttl_s,
-            )
-        )
-        grant = kv_pb2.Grant(
-            transfer_id=record.transfer_id,
-            epoch=self._epoch,
-            nonce=record.nonce,
-            tokens=span_to_wire(tokens),
-            ttl_ms=request.ttl_ms,
-            instance=self._name,
-        )
+        grant = self._open(record, source, request.prefill_instance)
         return worker_pb2.ReserveResponse(grant=grant, blocks=len(record.blocks))
+
+    async def Regrant(
+        self, request: worker_pb2.RegrantRequest, context: Any
+    ) -> worker_pb2.RegrantResponse:
+        """Open the door for the rest of a request's KV, from another prefill instance."""
+        source = layout_from_wire(request.prefill_layout)
+        try:
+            record = await self._regrant(request.request_id)
+        except KeyError as error:
+            raise NotFound("the request has no reservation here") from error
+        if record is None:
+            return worker_pb2.RegrantResponse()
+        self._metrics.resumed()
+        return worker_pb2.RegrantResponse(
+            grant=self._open(record, source, request.prefill_instance)
+        )
 
     async def Run(
         self, request_iterator: AsyncIterator[worker_pb2.DecodeRunRequest], context: Any
@@ -158,22 +157,24 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             if record is not None:
                 self._worker.ready(record.request_id)
         elif isinstance(event, Failed):
-            record = self._admission.writer_closed(event.transfer_id)
+            record = self._admission.writer_closed(event.transfer_id, event.kept)
             if record is not None:
                 log.warning(
                     "KV transfer failed: %s",
                     event.error,
                     extra={"request_id": f"{record.request_id:016x}"},
                 )
-                failure = worker_pb2.SequenceFailure(
+                lost = worker_pb2.TransferLost(
                     request_id=record.request_id,
+                    transfer_id=event.transfer_id,
                     reason=type(event.error).__name__,
                     message=str(event.error),
                     retryable=event.retryable,
                 )
-                self._loop.call_soon_threadsafe(self._deliver_failure, record, failure)
+                message = worker_pb2.DecodeRunResponse(lost_transfers=[lost])
+                self._loop.call_soon_threadsafe(self._tell, record, message)
         elif isinstance(event, Closed):
-            self._admission.writer_closed(event.transfer_id)
+            self._admission.writer_closed(event.transfer_id, event.kept)
 
     # ---- background
 
@@ -188,7 +189,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                     message="the deadline passed at decode",
                     retryable=False,
                 )
-                self._deliver_failure(record, failure)
+                self._tell(record, worker_pb2.DecodeRunResponse(failures=[failure]))
                 self._abort(record.request_id)
 
     async def drain(self) -> None:
@@ -228,6 +229,49 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         except ValueError as error:
             raise InvalidRequest("request_id", found="in use", hint=str(error)) from error
 
+    async def _regrant(self, request_id: int) -> SequenceRecord | None:
+        """Wait for the transfer under way to end, then as `Admission.regrant`."""
+        while True:
+            try:
+                return self._admission.regrant(request_id)
+            except StillOpen as error:
+                transfer = error.transfer
+            over = asyncio.wrap_future(transfer.over)
+            await asyncio.wait({over}, timeout=_LAST_PIECES_S)
+            if not over.done():
+                self._agent.revoke(transfer.transfer_id)
+                await over
+
+    def _open(
+        self, record: SequenceRecord, source: CacheLayout, source_instance: str
+    ) -> kv_pb2.Grant:
+        """Let the agent take what comes under the sequence's transfer; the grant to hand out."""
+        transfer, ttl_s = record.transfer, self._admission.remaining_s(record)
+        tokens = Span(0, record.reservation.prompt_tokens)
+        self._agent.open(
+            ReceiveGrant(
+                transfer_id=transfer.transfer_id,
+                epoch=self._epoch,
+                nonce=transfer.nonce,
+                tokens=tokens,
+                total_tokens=tokens.end,
+                block_ids=(tuple(record.blocks),),
+                source_layout=source,
+                source_instance=source_instance,
+                ttl_s=ttl_s,
+                kept=transfer.kept,
+            )
+        )
+        return kv_pb2.Grant(
+            transfer_id=transfer.transfer_id,
+            epoch=self._epoch,
+            nonce=transfer.nonce,
+            tokens=span_to_wire(tokens),
+            ttl_ms=int(ttl_s * 1000),
+            instance=self._name,
+            kept=kept_to_wire(transfer.kept),
+        )
+
     async def _read(
         self,
         requests: AsyncIterator[worker_pb2.DecodeRunRequest],
@@ -248,9 +292,9 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                 outputs = [_output(token) for token in tokens]
                 stream.queue.put_nowait(worker_pb2.DecodeRunResponse(outputs=outputs))
 
-    def _deliver_failure(self, record: SequenceRecord, failure: worker_pb2.SequenceFailure) -> None:
+    def _tell(self, record: SequenceRecord, message: worker_pb2.DecodeRunResponse) -> None:
         if (stream := self._routers.get(record.reservation.router_id)) is not None:
-            stream.queue.put_nowait(worker_pb2.DecodeRunResponse(failures=[failure]))
+            stream.queue.put_nowait(message)
 
     def _abort(self, request_id: int) -> None:
         if not self._admission.end_unless_running(request_id):

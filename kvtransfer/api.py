@@ -142,9 +142,13 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The answer to `revoke` or `abort`; nothing touches the blocks any more."""
+    """The answer to `revoke` or `abort`; nothing touches the blocks any more.
+
+    `kept` as in Failed, where the transfer was still open.
+    """
 
     transfer_id: int
+    kept: Kept = ()
 
 
 @dataclass(frozen=True, slots=True)

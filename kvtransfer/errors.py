@@ -51,7 +51,6 @@ class TransferAborted(TransferError):
     """One side gave the transfer up on purpose."""
 
     code = 8
-    retryable = False
 
 
 class CreditStalled(TransferError):

@@ -209,9 +209,11 @@ class ReceiveAgent:
 
     def _revoke(self, transfer_id: int) -> None:
         incoming = self._transfers.get(transfer_id)
-        if incoming is not None:
-            self._end(incoming, TransferAborted("the receiver gave the transfer up"))
-        self._emit(Closed(transfer_id))
+        if incoming is None:
+            self._emit(Closed(transfer_id))
+            return
+        self._end(incoming, TransferAborted("the receiver gave the transfer up"))
+        self._emit(Closed(transfer_id, incoming.kept()))
 
     def _check_deadlines(self, incoming: Incoming, now: float) -> None:
         if now > incoming.deadline:

@@ -16,7 +16,7 @@ Phase = Literal["pack_s", "checksum_s", "wire_s", "scatter_s"]
 
 @dataclass(slots=True)
 class Counters:
-    """What has happened since start."""
+    """What has happened since start; bytes and messages are those of connections that ended."""
 
     bytes: int = 0
     messages: int = 0
@@ -62,8 +62,11 @@ class Counters:
     ) -> AgentStats:
         """Return the counters with what is held right now."""
         per_peer = tuple(peers)
+        ended = asdict(self)
         return AgentStats(
-            **asdict(self),
+            bytes=ended.pop("bytes") + sum(peer.bytes for peer in per_peer),
+            messages=ended.pop("messages") + sum(peer.messages for peer in per_peer),
+            **ended,
             active_transfers=active_transfers,
             connections=len(per_peer),
             slots=slots,

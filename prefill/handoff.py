@@ -9,12 +9,15 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvtransfer import CacheLayout, SendAgent, SendTransfer, Span
+from kvtransfer import CacheLayout, Kept, SendAgent, SendTransfer, Span
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grant:
-    """Leave to write one request's KV to one decode instance, and that instance's layout."""
+    """Leave to write one request's KV to one decode instance, and that instance's layout.
+
+    What is `kept` there has arrived from elsewhere and is not sent.
+    """
 
     transfer_id: int
     epoch: int
@@ -23,6 +26,7 @@ class Grant:
     ttl_s: float
     instance: str
     layout: CacheLayout
+    kept: Kept = ()
 
 
 @dataclass(kw_only=True)
@@ -111,6 +115,7 @@ class Handoff:
                 total_tokens=outgoing.tokens,
                 block_ids=(tuple(block_ids),),
                 ttl_s=grant.ttl_s,
+                kept=grant.kept,
             )
         )
         for layers, tokens in outgoing.held:

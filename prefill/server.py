@@ -20,6 +20,7 @@ from service.errors import InvalidRequest, Refused, Unavailable, WorkFailed
 from service.wire import (
     addresses_from_wire,
     finish_to_wire,
+    kept_from_wire,
     layout_from_wire,
     logprobs_to_wire,
     sampling_from_wire,
@@ -205,6 +206,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             ttl_s=grant.ttl_ms / 1000,
             instance=grant.instance,
             layout=self._peers.layout(grant),
+            kept=kept_from_wire(grant.kept),
         )
 
 

@@ -87,7 +87,9 @@ class _Job:
     deadline_s: float
     blocks: list[int] = field(default_factory=list)
     started_s: float = 0.0
-    computed_s: float = 0.0
+    computed_s: float | None = None
+    # What came of a transfer that was over before the prompt was: all of it was kept at decode.
+    early: Outcome | None = None
     # False once nobody waits for an outcome: only the transfer's end is still to come.
     wanted: bool = True
 
@@ -307,6 +309,7 @@ class Worker:
         ]
         for job, sampled in zip(jobs, sample(logits_SV, states), strict=True):
             finish = job.request.stop.check(sampled.token_id, 1)
+            assert job.computed_s is not None
             self._emit(
                 job.request.request_id,
                 FirstToken(
@@ -317,7 +320,9 @@ class Worker:
                     prefill_s=job.computed_s - job.started_s,
                 ),
             )
-            if finish is not None or not job.request.transfer:
+            if job.early is not None and finish is None:
+                self._emit(job.request.request_id, job.early)
+            if finish is not None or not job.request.transfer or job.early is not None:
                 self._drop(job.request.request_id)
 
     # ---- ends
@@ -355,6 +360,9 @@ class Worker:
             log.warning(
                 "KV transfer failed: %s", event.error, extra={"request_id": f"{request_id:016x}"}
             )
+        if job.wanted and job.computed_s is None and isinstance(event, Completed):
+            job.early = self._outcome(job, event)
+            return
         if job.wanted:
             self._scheduler.remove(request_id)
             self._pool.release(job.blocks)
@@ -363,11 +371,12 @@ class Worker:
 
     def _outcome(self, job: _Job, event: Completed | Failed | Closed) -> Outcome:
         if isinstance(event, Completed):
+            after_s = 0.0 if job.computed_s is None else time.monotonic() - job.computed_s
             return Transferred(
                 bytes=event.stats.bytes,
                 messages=event.stats.messages,
                 transport=event.stats.transport,
-                handoff_s=time.monotonic() - job.computed_s,
+                handoff_s=after_s,
             )
         if isinstance(event, Failed):
             reason = type(event.error).__name__

@@ -1,12 +1,13 @@
 """Owns one try of one request at the pools: reserve and prefill side by side, then decode's tokens.
 
-Whatever way a try ends, it gives back what it holds, exactly once, in background work that a
-cancelled request does not take down with it.
+A prefill instance that is lost on the way is replaced within the try: decode keeps its room and
+what has arrived, and another instance sends the rest. Whatever way a try ends, it gives back what
+it holds, exactly once, in background work that a cancelled request does not take down with it.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from router.admission import Admission
 from router.decode_link import DecodeLink
@@ -14,19 +15,26 @@ from router.events import (
     DecodeFailed,
     Event,
     FirstToken,
+    Grant,
     Granted,
     Output,
     PrefillEnded,
+    Regranted,
+    ResumeFailed,
+    TransferLost,
     Transferred,
 )
-from router.ledger import InstanceKey, Placement
+from router.ledger import InstanceKey, Need, Placement
+from router.membership import Instance
+from router.metrics import Metrics
 from router.pools import Pools
-from router.prefill_link import PrefillCall, PrefillLink
+from router.prefill_leg import PrefillLeg, confirm_abort
+from router.queue import Waiting
 from router.request import Stats, Tokens, ValidRequest
 from router.tasks import Tasks
 from service.errors import Refused, ServiceError, Unavailable
 
-# Decode knows within this time whether a transfer whose sender died was complete.
+# Where nobody takes over, decode may have had the whole of a lost transfer all the same.
 HANDOFF_GRACE_S = 1.0
 # The end of the transfer is told on another stream than the tokens it made possible.
 STATS_GRACE_S = 0.2
@@ -34,7 +42,6 @@ STATS_GRACE_S = 0.2
 RESERVE_PATIENCE_S = 10.0
 _FIRST_RESERVE_BACKOFF_S = 0.02
 _LAST_RESERVE_BACKOFF_S = 0.5
-_ABORT_TRIES = 3
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +50,7 @@ class Attempt:
     """One try: `start`, then `next_tokens` until its end, and `close` once at any point.
 
     The request id is this try's own, so that a late abort of one try cannot hit the next.
+    `next_id` gives the id for another prefill instance, or None where there have been enough.
     """
 
     def __init__(
@@ -53,32 +61,42 @@ class Attempt:
         *,
         pools: Pools,
         admission: Admission,
+        metrics: Metrics,
         tasks: Tasks,
         stats: Stats,
         deadline: float,
         clock: Callable[[], float],
+        next_id: Callable[[], int | None],
     ) -> None:
         self._id = request_id
         self._request = request
         self._placement = placement
         self._pools = pools
         self._admission = admission
+        self._metrics = metrics
         self._tasks = tasks
         self._stats = stats
         self._deadline = deadline
         self._clock = clock
-        self._inbox: asyncio.Queue[Event] = asyncio.Queue()
-        self._prefill: PrefillLink | None = None
+        self._next_id = next_id
+        # What happens, and the leg it comes from or is meant for; None: it concerns the whole try.
+        self._inbox: asyncio.Queue[tuple[PrefillLeg | None, Event]] = asyncio.Queue()
+        self._leg: PrefillLeg | None = None
         self._decode: DecodeLink | None = None
-        self._call: PrefillCall | None = None
         self._reserving: asyncio.Task[None] | None = None
+        self._resuming: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
         self._first: Tokens | None = None
         self._is_granted = False
+        self._is_activated = False
         self._has_output = False
         self._is_transferred = False
         self._is_finished = False
+        self._transfer_id: int | None = None
+        self._lost_transfers: dict[int, ServiceError] = {}
+        self._lost: set[InstanceKey] = set()
         self._give_up_at: float | None = None
+        self._gives_up_with: ServiceError | None = None
         self.suspect: InstanceKey | None = None
 
     async def next_tokens(self) -> Tokens:
@@ -87,7 +105,7 @@ class Attempt:
         Raises ServiceError; `suspect` then names the instance that failed.
         """
         while True:
-            tokens = self._take(await self._next_event())
+            tokens = self._take(*await self._next_event())
             if tokens is None:
                 continue
             if tokens.finish is not None:
@@ -103,25 +121,31 @@ class Attempt:
         Raises Unavailable where either has gone since it was chosen.
         """
         prefill_key, decode_key = self._placement.prefill, self._placement.decode
-        self._stats.prefill_instance = prefill_key.name
         self._stats.decode_instance = decode_key.name if decode_key is not None else ""
         self.suspect = prefill_key
-        self._prefill = self._pools.prefill(prefill_key)
+        prefill = self._pools.prefill(prefill_key)
         if decode_key is not None:
             self.suspect = decode_key
             self._decode = self._pools.decode(decode_key)
-            self._decode.attach(self._id, self._inbox.put_nowait)
-            self._reserving = asyncio.create_task(self._reserve(self._decode, self._prefill))
+            self._decode.attach(self._id, lambda event: self._inbox.put_nowait((None, event)))
         self.suspect = None
-        self._call = self._prefill.run(
-            self._id,
+        self._leg = self._open_leg(self._id, prefill_key)
+        if self._decode is not None:
+            self._reserving = asyncio.create_task(self._reserve(self._decode, prefill.instance))
+
+    def _open_leg(self, leg_id: int, key: InstanceKey) -> PrefillLeg:
+        """Raises Unavailable where the instance has gone."""
+        self._stats.prefill_instance = key.name
+        return PrefillLeg(
+            leg_id,
+            self._pools.prefill(key),
             self._request,
-            transfer=decode_key is not None,
+            transfer=self._decode is not None,
             remaining_s=self._remaining_s(),
-            inbox=self._inbox.put_nowait,
+            inbox=lambda leg, event: self._inbox.put_nowait((leg, event)),
         )
 
-    async def _reserve(self, decode: DecodeLink, prefill: PrefillLink) -> None:
+    async def _reserve(self, decode: DecodeLink, prefill: Instance) -> None:
         """Posts the outcome of the reservation. Never cancelled while a call is under way.
 
         An abort that overtakes a reservation would leave it behind for ever.
@@ -130,15 +154,14 @@ class Attempt:
         patience_ends = self._clock() + RESERVE_PATIENCE_S
         while not self._closing.is_set():
             try:
-                grant = await decode.reserve(
-                    self._id, self._request, prefill.instance, self._remaining_s()
-                )
+                grant = await decode.reserve(self._id, self._request, prefill, self._remaining_s())
             except ServiceError as exc:
                 if not _is_passing(exc) or self._clock() >= patience_ends:
-                    self._inbox.put_nowait(DecodeFailed(_as_unavailable(exc)))
+                    self._inbox.put_nowait((None, DecodeFailed(_as_unavailable(exc))))
                     return
             else:
-                self._inbox.put_nowait(Granted(grant))
+                self._is_granted = True
+                self._inbox.put_nowait((None, Granted(grant)))
                 return
             try:
                 async with asyncio.timeout(backoff_s):
@@ -148,29 +171,30 @@ class Attempt:
 
     # ---- what happens
 
-    async def _next_event(self) -> Event:
+    async def _next_event(self) -> tuple[PrefillLeg | None, Event]:
         if self._give_up_at is None:
             return await self._inbox.get()
         try:
             async with asyncio.timeout(self._give_up_at - self._clock()):
                 return await self._inbox.get()
         except TimeoutError:
-            self.suspect = self._placement.prefill
-            raise Unavailable(
-                f"prefill instance {self._placement.prefill.name!r} was lost while it sent the KV",
-                reason="INSTANCE_LOST",
-            ) from None
+            assert self._gives_up_with is not None
+            raise self._gives_up_with from None
 
-    def _take(self, event: Event) -> Tokens | None:
+    def _take(self, leg: PrefillLeg | None, event: Event) -> Tokens | None:
         """Takes note of an event; returns the tokens it brings, if any. Raises ServiceError."""
+        if leg is not None and leg is not self._leg:
+            return None  # of an instance that has been replaced
         match event:
             case FirstToken():
                 return self._take_first_token(event)
             case Granted(grant):
-                self._is_granted = True
-                assert self._call is not None
-                self._call.send_grant(grant)
+                # One that came after its prefill instance was lost is replaced by a Regrant.
+                if self._leg is not None and self._leg.leg_id == self._id:
+                    self._send_grant(self._leg, grant)
                 self._activate()
+            case Regranted(grant):
+                self._take_regranted(grant)
             case Output(tokens):
                 self._has_output = True
                 self._give_up_at = None
@@ -179,24 +203,39 @@ class Attempt:
                 self._take_transferred(event)
             case PrefillEnded(error):
                 self._take_prefill_ended(error)
+            case TransferLost(transfer_id=transfer_id, error=error):
+                self._lost_transfers[transfer_id] = error
+                self._check_transfer()
+            case ResumeFailed(error):
+                self._take_resume_failed(error)
             case DecodeFailed(error):
                 self.suspect = self._placement.decode
                 raise error
         return None
 
-    def _take_first_token(self, event: FirstToken) -> Tokens:
-        self._admission.end_prefill(self._id)
+    def _take_first_token(self, event: FirstToken) -> Tokens | None:
+        assert self._leg is not None
+        self._admission.end_prefill(self._leg.leg_id)
         self._stats.queue_s += event.queue_s
         self._stats.prefill_s = event.prefill_s
+        if self._first is not None:
+            # The client has the first instance's; decode goes on from that one.
+            return None
         self._first = event.tokens
         if event.tokens.finish is None:
             self._activate()
         return event.tokens
 
     def _activate(self) -> None:
-        if self._is_granted and self._first is not None:
+        if self._is_granted and self._first is not None and not self._is_activated:
             assert self._decode is not None
+            self._is_activated = True
             self._decode.activate(self._id, self._first.token_ids[0])
+
+    def _send_grant(self, leg: PrefillLeg, grant: Grant) -> None:
+        leg.send_grant(grant)
+        self._transfer_id = grant.transfer_id
+        self._check_transfer()
 
     def _take_transferred(self, event: Transferred) -> None:
         self._is_transferred = True
@@ -204,28 +243,17 @@ class Attempt:
         self._stats.kv_transport = event.transport
         self._stats.handoff_s = event.handoff_s
 
-    def _take_prefill_ended(self, error: ServiceError | None) -> None:
-        if self._is_transferred or self._has_output:
-            return
-        self.suspect = self._placement.prefill
-        if error is None:
-            name = self._placement.prefill.name
-            raise Unavailable(
-                f"prefill instance {name!r} ended the request too early", reason="INSTANCE_LOST"
-            )
-        if self._first is None or not isinstance(error, Unavailable):
-            raise error
-        # Its last piece may have arrived before it died: then decode goes on by itself.
-        self._give_up_at = self._clock() + HANDOFF_GRACE_S
-
     async def _await_transferred(self) -> None:
         """Gives the end of the transfer a moment to be told, for the request's stats."""
-        if self._call is None or not self._has_output or self._is_transferred:
+        leg = self._leg
+        if leg is None or not self._has_output or self._is_transferred:
             return
         try:
             async with asyncio.timeout(STATS_GRACE_S):
-                while not self._is_transferred and not self._call.task.done():
-                    event = await self._inbox.get()
+                while not self._is_transferred and not leg.has_ended:
+                    source, event = await self._inbox.get()
+                    if source is not leg:
+                        continue
                     if isinstance(event, Transferred):
                         self._take_transferred(event)
                     elif isinstance(event, PrefillEnded):
@@ -236,48 +264,127 @@ class Attempt:
     def _remaining_s(self) -> float:
         return max(0.001, self._deadline - self._clock())
 
+    # ---- another prefill instance takes over
+
+    def _take_prefill_ended(self, error: ServiceError | None) -> None:
+        if self._is_transferred or self._has_output:
+            return
+        assert self._leg is not None
+        name = self._leg.key.name
+        self._lose_prefill(
+            error
+            or Unavailable(
+                f"prefill instance {name!r} ended the request too early", reason="INSTANCE_LOST"
+            )
+        )
+
+    def _check_transfer(self) -> None:
+        """The transfer of now may have been lost before anything was heard of its grant."""
+        error = self._lost_transfers.get(self._transfer_id or 0)
+        if error is not None and self._leg is not None:
+            self._lose_prefill(error)
+
+    def _lose_prefill(self, error: ServiceError) -> None:
+        """Looks for another instance; raises the error where only another try can help."""
+        leg = self._leg
+        assert leg is not None
+        self.suspect = leg.key
+        # Without reservation and first token there is nothing that another try would lose.
+        if not error.retryable or not (self._is_granted or self._first is not None):
+            raise error
+        self._drop_leg(is_finished=False)
+        self._lost.add(leg.key)
+        self._transfer_id = None
+        self._gives_up_with = error
+        if self._resuming is not None:
+            self._resuming.cancel()
+        self._resuming = asyncio.create_task(self._resume())
+
+    async def _resume(self) -> None:
+        """Starts the request at another prefill instance and lets decode take the rest from it."""
+        assert self._decode is not None
+        assert self._reserving is not None
+        try:
+            self._leg = leg = await self._another_leg()
+            await asyncio.wait({self._reserving})
+            if self._is_granted:  # else its failure ends the try
+                grant = await self._decode.regrant(self._id, leg.instance, self._remaining_s())
+                self._inbox.put_nowait((leg, Regranted(grant)))
+        except ServiceError as exc:
+            self._inbox.put_nowait((self._leg, ResumeFailed(exc)))
+
+    async def _another_leg(self) -> PrefillLeg:
+        leg_id = self._next_id()
+        if leg_id is None:
+            raise Unavailable("no more tries", reason="RETRIES_EXHAUSTED")
+        waiting = Waiting(
+            request_id=leg_id,
+            need=Need(prompt_tokens=len(self._request.prompt_token_ids), max_new_tokens=1),
+            priority=self._request.priority,
+            start_by=self._deadline,
+            avoid=frozenset(self._lost),
+            resumes=True,
+        )
+        try:
+            placement = await self._admission.admit(waiting)
+            return self._open_leg(leg_id, placement.prefill)
+        except BaseException:
+            self._admission.release(leg_id)
+            raise
+
+    def _take_regranted(self, grant: Grant | None) -> None:
+        if grant is None:
+            # The last piece had arrived before the instance was lost.
+            self._metrics.resumed("not needed")
+            self._drop_leg(is_finished=False)
+            self._is_transferred = True
+            return
+        self._metrics.resumed("resumed")
+        assert self._leg is not None
+        self._send_grant(self._leg, grant)
+
+    def _take_resume_failed(self, error: ServiceError) -> None:
+        if self._has_output:
+            return
+        self._metrics.resumed("failed")
+        _log.info(
+            "no prefill instance takes over: %s",
+            error.message,
+            extra={"request_id": f"{self._id:016x}"},
+        )
+        self._give_up_at = self._clock() + HANDOFF_GRACE_S
+
+    def _drop_leg(self, *, is_finished: bool) -> None:
+        leg, self._leg = self._leg, None
+        if leg is not None:
+            self._admission.end_prefill(leg.leg_id)
+            leg.close(self._tasks, is_finished=is_finished)
+
     # ---- ending
 
     def close(self) -> None:
         """Gives everything back; what needs an answer from an instance goes on by itself."""
         self._closing.set()
+        if self._resuming is not None:
+            self._resuming.cancel()
         if self._decode is not None:
             self._decode.detach(self._id)
         self._admission.end_prefill(self._id)
-        if self._call is not None and self._prefill is not None:
-            self._tasks.spawn(self._end_prefill(self._call, self._prefill))
+        self._drop_leg(is_finished=self._is_finished)
         if self._decode is None or (self._is_finished and self._has_output):
             # Decode has freed its own when it sent the last token.
             self._admission.release(self._id)
         else:
             self._tasks.spawn(self._abort_decode(self._decode))
 
-    async def _end_prefill(self, call: PrefillCall, prefill: PrefillLink) -> None:
-        if self._is_finished:
-            # It ends by itself; only an instance that does not must be told.
-            await asyncio.wait({call.task}, timeout=HANDOFF_GRACE_S)
-        if not call.task.done():
-            call.cancel()
-            await self._confirm(prefill.abort, "prefill")
-
     async def _abort_decode(self, decode: DecodeLink) -> None:
         """Keeps the ledger's blocks until decode has confirmed that it freed its own."""
         try:
             if self._reserving is not None:
                 await asyncio.wait({self._reserving})
-            await self._confirm(decode.abort, "decode")
+            await confirm_abort(decode.abort, self._id, "decode")
         finally:
             self._admission.release(self._id)
-
-    async def _confirm(self, abort: Callable[[int], Awaitable[bool]], role: str) -> None:
-        for _ in range(_ABORT_TRIES):
-            if await abort(self._id):
-                return
-        _log.warning(
-            "a %s instance did not confirm an abort",
-            role,
-            extra={"request_id": f"{self._id:016x}"},
-        )
 
 
 def _is_passing(error: ServiceError) -> bool:

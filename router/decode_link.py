@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
-from router.events import DecodeEvent, DecodeFailed, Grant, Output
+from router.events import DecodeEvent, DecodeFailed, Grant, Output, TransferLost
 from router.membership import Instance
 from router.request import ValidRequest
 from router.wire import output_from_wire, sampling_to_wire, stop_to_wire
@@ -94,7 +94,28 @@ class DecodeLink:
             )
         except grpc.aio.AioRpcError as exc:
             raise worker_error(self.instance, exc) from exc
-        return Grant(response.grant.SerializeToString())
+        return _grant(response.grant)
+
+    async def regrant(self, request_id: int, prefill: Instance, remaining_s: float) -> Grant | None:
+        """Lets another prefill instance send the rest; None where decode has the whole KV.
+
+        Raises what the instance answered, as a service error.
+        """
+        if not self._up:
+            raise self._lost()
+        message = worker_pb2.RegrantRequest(
+            request_id=request_id,
+            prefill_instance=prefill.key.name,
+            prefill_epoch=prefill.key.epoch,
+            prefill_layout=kv_pb2.KvLayout.FromString(prefill.layout.wire),
+        )
+        try:
+            response = await self._stub.Regrant(
+                message, timeout=min(RESERVE_TIMEOUT_S, remaining_s)
+            )
+        except grpc.aio.AioRpcError as exc:
+            raise worker_error(self.instance, exc) from exc
+        return _grant(response.grant) if response.HasField("grant") else None
 
     def activate(self, request_id: int, first_token_id: int) -> None:
         """Hands the first token over; decode goes on from it."""
@@ -196,15 +217,18 @@ class DecodeLink:
         for failure in message.failures:
             inbox = self._inboxes.get(failure.request_id)
             if inbox is not None:
-                inbox(
-                    DecodeFailed(
-                        WorkFailed(
-                            f"decode instance {self.instance.key.name!r}: {failure.message}",
-                            reason=failure.reason,
-                            retryable=failure.retryable,
-                        )
-                    )
-                )
+                inbox(DecodeFailed(self._failed(failure)))
+        for lost in message.lost_transfers:
+            inbox = self._inboxes.get(lost.request_id)
+            if inbox is not None:
+                inbox(TransferLost(transfer_id=lost.transfer_id, error=self._failed(lost)))
+
+    def _failed(self, failure: worker_pb2.SequenceFailure | worker_pb2.TransferLost) -> WorkFailed:
+        return WorkFailed(
+            f"decode instance {self.instance.key.name!r}: {failure.message}",
+            reason=failure.reason,
+            retryable=failure.retryable,
+        )
 
     def _go_down(self) -> None:
         if not self._up:
@@ -214,3 +238,7 @@ class DecodeLink:
         for inbox in inboxes.values():
             inbox(DecodeFailed(self._lost()))
         self._on_down()
+
+
+def _grant(message: kv_pb2.Grant) -> Grant:
+    return Grant(transfer_id=message.transfer_id, wire=message.SerializeToString())

@@ -6,10 +6,11 @@ from router.request import Tokens
 from service.errors import ServiceError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Grant:
     """Decode's leave to write one request's KV; the router only hands it on."""
 
+    transfer_id: int
     wire: bytes
 
 
@@ -46,6 +47,28 @@ class Granted:
 
 
 @dataclass(frozen=True)
+class Regranted:
+    """Decode waits for the rest of the KV from another prefill; None: it has the whole already."""
+
+    grant: Grant | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferLost:
+    """Decode does not count on a transfer any more, but keeps the reservation."""
+
+    transfer_id: int
+    error: ServiceError
+
+
+@dataclass(frozen=True)
+class ResumeFailed:
+    """No other prefill instance could take a request over."""
+
+    error: ServiceError
+
+
+@dataclass(frozen=True)
 class DecodeFailed:
     """Decode refused the reservation, failed at the work, or is lost."""
 
@@ -60,5 +83,5 @@ class Output:
 
 
 PrefillEvent = FirstToken | Transferred | PrefillEnded
-DecodeEvent = Granted | Output | DecodeFailed
-Event = PrefillEvent | DecodeEvent
+DecodeEvent = Granted | Regranted | TransferLost | Output | DecodeFailed
+Event = PrefillEvent | DecodeEvent | ResumeFailed

@@ -100,7 +100,7 @@ class Inflight:
         await self._tasks.wait()
 
     async def _serve(self, job: Job, stats: Stats, emit: Emit) -> None:
-        run = _Run(job, self._with_seed(job.request), stats)
+        run = _Run(job, self._with_seed(job.request), stats, self._max_retries)
         while True:
             attempt = await self._begin(run)
             try:
@@ -114,7 +114,8 @@ class Inflight:
                 _log.info("starting over: %s", exc.message, extra={"request_id": job.shown_id})
             finally:
                 attempt.close()
-            run.stats.retries += 1
+            if run.next_id() is None:
+                raise AssertionError("a request is started over more often than it may be")
             self._metrics.retried()
             await asyncio.sleep(_RETRY_BACKOFF_S * run.stats.retries)
 
@@ -127,7 +128,7 @@ class Inflight:
     async def _begin(self, run: "_Run") -> Attempt:
         """Waits for room and makes the try that uses it."""
         self._check_model(run.job.model)
-        attempt_id = run.job.request_id | run.stats.retries
+        attempt_id = run.id
         deadline = run.job.deadline
         asked_at = self._clock()
         waiting = Waiting(
@@ -154,10 +155,12 @@ class Inflight:
             placement,
             pools=self._pools,
             admission=self._admission,
+            metrics=self._metrics,
             tasks=self._tasks,
             stats=run.stats,
             deadline=deadline,
             clock=self._clock,
+            next_id=run.next_id,
         )
 
     async def _relay(self, attempt: Attempt, run: "_Run", emit: Emit) -> None:
@@ -174,7 +177,7 @@ class Inflight:
         if not error.retryable:
             raise error
         has_begun = run.answer.completion_tokens > 0
-        if has_begun or run.stats.retries >= self._max_retries:
+        if has_begun or not run.may_go_on:
             raise _for_client(error) from error
 
     def _is_over(self, deadline: float) -> bool:
@@ -192,12 +195,29 @@ class Inflight:
 class _Run:
     """One request over all its tries."""
 
-    def __init__(self, job: Job, request: ValidRequest, stats: Stats) -> None:
+    def __init__(self, job: Job, request: ValidRequest, stats: Stats, max_retries: int) -> None:
         self.job = job
         self.request = request
         self.answer = Answer(job.tokenizer, request.prompt_token_ids, request.stop)
         self.stats = stats
         self.avoid: frozenset[InstanceKey] = frozenset()
+        self._max_retries = max_retries
+
+    @property
+    def id(self) -> int:
+        """The request's id in the pools: each try has its own, and each instance in a try."""
+        return self.job.request_id | self.stats.retries
+
+    @property
+    def may_go_on(self) -> bool:
+        return self.stats.retries < self._max_retries
+
+    def next_id(self) -> int | None:
+        """Returns the id for another instance, counted as a retry; None after the last."""
+        if not self.may_go_on:
+            return None
+        self.stats.retries += 1
+        return self.id
 
 
 def _for_client(error: ServiceError) -> ServiceError:

@@ -15,6 +15,8 @@ from service.metrics import (
 
 # How a request can end.
 OUTCOMES = ("finished", "refused", "invalid", "aborted", "failed")
+# How the search for another prefill instance can end; "not needed": decode had all of the KV.
+RESUMES = ("resumed", "not needed", "failed")
 
 
 class Metrics:
@@ -31,6 +33,14 @@ class Metrics:
         self._retries = Counter(
             "twinpool_router_retries", "Requests started over.", registry=registry
         )
+        self._resumes = Counter(
+            "twinpool_router_resumes",
+            "Requests that lost their prefill instance and kept their room at decode.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in RESUMES:
+            self._resumes.labels(outcome)
         self._queue_s = Histogram(
             "twinpool_router_queue_seconds",
             "Wait for room in the pools.",
@@ -77,6 +87,9 @@ class Metrics:
     def retried(self) -> None:
         self.retries += 1
         self._retries.inc()
+
+    def resumed(self, outcome: str) -> None:
+        self._resumes.labels(outcome).inc()
 
     def waited(self, seconds: float) -> None:
         self._queue_s.observe(seconds)

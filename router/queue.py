@@ -1,6 +1,7 @@
 """Owns the order in which waiting requests are tried; knows no clock, no instance and no task.
 
-Order: higher priority first, then overtaken too often, then the earlier time limit, then arrival.
+Order: what goes on with a request that holds room already, or that room might never come back;
+then higher priority first, then overtaken too often, then the earlier time limit, then arrival.
 A request that does not fit now is passed by ones that do, but only `max_bypasses` times by ones
 that came later with no higher priority; after that it holds back whatever comes behind it. So a
 large request cannot be starved by an endless row of small ones.
@@ -40,12 +41,16 @@ class Waiting:
     start_by: float
     # Instances that failed this request before; taken only where there is no other.
     avoid: frozenset[InstanceKey] = frozenset()
+    # Goes on with a request that holds decode's room: ahead of all that wait for such room, and
+    # never refused for the queue's length.
+    resumes: bool = False
     arrival: int = field(default=0, init=False)
     bypasses: int = field(default=0, init=False)
     overdue: bool = field(default=False, init=False)
 
-    def order(self) -> tuple[int, bool, float, int]:
-        return (-self.priority, not self.overdue, self.start_by, self.arrival)
+    def order(self) -> tuple[bool, int, bool, float, int]:
+        rank = (not self.overdue, self.start_by, self.arrival)
+        return (not self.resumes, -self.priority, *rank)
 
 
 class AdmissionQueue:
@@ -65,7 +70,7 @@ class AdmissionQueue:
 
     def push(self, waiting: Waiting) -> None:
         """Raises QueueFull."""
-        if len(self._entries) >= self._max_requests:
+        if not waiting.resumes and self._new() >= self._max_requests:
             raise QueueFull
         self._arrivals += 1
         waiting.arrival = self._arrivals
@@ -115,8 +120,11 @@ class AdmissionQueue:
     def next_expiry(self) -> float | None:
         return min((w.start_by for w in self._entries), default=None)
 
+    def _new(self) -> int:
+        return sum(not waiting.resumes for waiting in self._entries)
+
     def check_integrity(self) -> None:
         """Raises AssertionError where order or bound are broken; for tests and idle checks."""
         orders = [w.order() for w in self._entries]
         assert orders == sorted(orders)
-        assert len(self._entries) <= self._max_requests
+        assert self._new() <= self._max_requests

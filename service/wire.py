@@ -12,7 +12,7 @@ from engine.blocks import BlockCounts
 from engine.errors import SamplingError
 from engine.sampling import Sampled, SamplingParams
 from engine.stopping import StopCriteria
-from kvtransfer import CacheLayout, KVLayout, KVShape, Shard, Span
+from kvtransfer import CacheLayout, Kept, KVLayout, KVShape, Shard, Span
 from kvtransfer.layout import CpOrder
 from service.errors import InvalidRequest
 
@@ -168,6 +168,16 @@ def _group_from_wire(message: kv_pb2.KvLayout) -> KVLayout:
         cp_order=next(k for k, v in _CP_ORDERS.items() if v == message.cp_order),
         cp_grain=message.cp_grain or None,
     )
+
+
+def kept_to_wire(kept: Kept) -> list[kv_pb2.KeptTokens]:
+    """What decode has of a sequence's KV, by cache group."""
+    return [kv_pb2.KeptTokens(of_layers=group) for group in kept]
+
+
+def kept_from_wire(message: Iterable[kv_pb2.KeptTokens]) -> Kept:
+    """What decode has of a sequence's KV, by cache group."""
+    return tuple(tuple(group.of_layers) for group in message)
 
 
 def addresses_from_wire(message: kv_pb2.KvLayout) -> list[tuple[int, str, int]]:

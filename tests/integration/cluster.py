@@ -6,9 +6,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from twinpool import Client
@@ -38,20 +38,31 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0
 
 
 class Cluster:
-    """A router, a prefill and a decode instance as processes of their own.
+    """A router, prefill instances and a decode instance as processes of their own.
 
-    Each role can be killed and started again; it then keeps its name and its address.
+    Each can be killed and started again; it then keeps its name and its address. The router is
+    named "router", decode "decode"; `more_flags` are by name.
     """
 
-    def __init__(self, model: Path, logs: Path, *flags: str, router_flags: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        model: Path,
+        logs: Path,
+        *flags: str,
+        router_flags: tuple[str, ...] = (),
+        prefills: tuple[str, ...] = ("prefill",),
+        more_flags: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    ):
         self.address = f"127.0.0.1:{free_port()}"
         self._logs = logs
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         router_port = self.address.rpartition(":")[2]
         self._commands = {"router": ["router", "--port", router_port, *router_flags]}
-        for role in ("prefill", "decode"):
-            options = ["--router", self.address, "--port", str(free_port()), "--name", role]
-            self._commands[role] = [role, str(model), *options, "--threads", "1", *flags]
+        for name in (*prefills, "decode"):
+            role = "decode" if name == "decode" else "prefill"
+            options = ["--router", self.address, "--port", str(free_port()), "--name", name]
+            options += ["--threads", "1", *flags, *more_flags.get(name, ())]
+            self._commands[name] = [role, str(model), *options]
 
     def __enter__(self) -> Self:
         try:
@@ -109,14 +120,15 @@ class Cluster:
         return Client(self.address)
 
     def wait_ready(self) -> None:
-        """Return when the router knows one instance of each role."""
+        """Return when the router knows every instance."""
+        names = self._commands.keys() - {"router"}
 
         def ready() -> bool:
             for role, process in self._processes.items():
                 assert process.poll() is None, f"{role} ended:\n{self.log(role)}"
             try:
                 with self.client() as client:
-                    return {i.role for i in client.status().instances} == {"prefill", "decode"}
+                    return {i.name for i in client.status().instances} == names
             except TwinpoolError:
                 return False
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from twinpool import RequestStats
 from twinpool.errors import Unavailable
 
 from launch.builtin import MODEL_DIR
@@ -40,6 +41,7 @@ class Attempt:
         self.wanted = tokens
         self.tokens: list[int] = []
         self.error: Exception | None = None
+        self.stats: RequestStats | None = None
         self._cluster = cluster
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -51,6 +53,7 @@ class Attempt:
                     self.prompt, max_new_tokens=self.wanted, ignore_eos=True, timeout_s=60
                 ):
                     self.tokens.extend(chunk.token_ids)
+                    self.stats = chunk.stats
         except Exception as error:
             self.error = error
 

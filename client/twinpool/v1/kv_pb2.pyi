@@ -207,6 +207,7 @@ class Grant(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     TTL_MS_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     epoch: _builtins.int
     """The decode instance's epoch; data of any other is refused."""
@@ -220,6 +221,12 @@ class Grant(_message.Message):
     def tokens(self) -> Global___Range:
         """Tokens [begin, end) of the prompt that decode wants."""
 
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeptTokens]:
+        """What decode has of these tokens from an earlier transfer, for each cache group: it is not sent
+        again. Empty where nothing is kept.
+        """
+
     def __init__(
         self,
         *,
@@ -229,14 +236,37 @@ class Grant(_message.Message):
         tokens: Global___Range | None = ...,
         ttl_ms: _builtins.int = ...,
         instance: _builtins.str = ...,
+        kept: _abc.Iterable[Global___KeptTokens] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "nonce", b"nonce", "tokens", b"tokens", "transfer_id", b"transfer_id", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "kept", b"kept", "nonce", b"nonce", "tokens", b"tokens", "transfer_id", b"transfer_id", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Grant: _TypeAlias = Grant  # noqa: Y015
+
+@_typing.final
+class KeptTokens(_message.Message):
+    """What of one cache group has arrived: for each layer, how many tokens from the sequence's start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OF_LAYERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def of_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        of_layers: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["of_layers", b"of_layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeptTokens: _TypeAlias = KeptTokens  # noqa: Y015
 
 @_typing.final
 class Manifest(_message.Message):

@@ -863,6 +863,58 @@ class ReserveResponse(_message.Message):
 Global___ReserveResponse: _TypeAlias = ReserveResponse  # noqa: Y015
 
 @_typing.final
+class RegrantRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PREFILL_INSTANCE_FIELD_NUMBER: _builtins.int
+    PREFILL_EPOCH_FIELD_NUMBER: _builtins.int
+    PREFILL_LAYOUT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    prefill_instance: _builtins.str
+    """The prefill instance that will write now, as it registered, and its layout."""
+    prefill_epoch: _builtins.int
+    @_builtins.property
+    def prefill_layout(self) -> _kv_pb2.KvLayout: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        prefill_instance: _builtins.str = ...,
+        prefill_epoch: _builtins.int = ...,
+        prefill_layout: _kv_pb2.KvLayout | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefill_layout", b"prefill_layout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefill_epoch", b"prefill_epoch", "prefill_instance", b"prefill_instance", "prefill_layout", b"prefill_layout", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegrantRequest: _TypeAlias = RegrantRequest  # noqa: Y015
+
+@_typing.final
+class RegrantResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def grant(self) -> _kv_pb2.Grant:
+        """Absent where the KV is complete after all: nothing has to be sent."""
+
+    def __init__(
+        self,
+        *,
+        grant: _kv_pb2.Grant | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegrantResponse: _TypeAlias = RegrantResponse  # noqa: Y015
+
+@_typing.final
 class DecodeRunRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -941,19 +993,23 @@ class DecodeRunResponse(_message.Message):
 
     OUTPUTS_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
+    LOST_TRANSFERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]: ...
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailure]: ...
+    @_builtins.property
+    def lost_transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferLost]: ...
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
         failures: _abc.Iterable[Global___SequenceFailure] | None = ...,
+        lost_transfers: _abc.Iterable[Global___TransferLost] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "lost_transfers", b"lost_transfers", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1018,6 +1074,41 @@ class SequenceFailure(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SequenceFailure: _TypeAlias = SequenceFailure  # noqa: Y015
+
+@_typing.final
+class TransferLost(_message.Message):
+    """A request's KV does not come any more. The reservation stands: it waits for Regrant or Abort."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    RETRYABLE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    transfer_id: _builtins.int
+    """As granted. One that has been replaced by another grant since is no news."""
+    reason: _builtins.str
+    """As in SequenceFailure; retryable where another grant may help."""
+    message: _builtins.str
+    retryable: _builtins.bool
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        transfer_id: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        retryable: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "request_id", b"request_id", "retryable", b"retryable", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferLost: _TypeAlias = TransferLost  # noqa: Y015
 
 @_typing.final
 class DecodeAbortRequest(_message.Message):

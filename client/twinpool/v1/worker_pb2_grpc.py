@@ -325,6 +325,11 @@ class DecodeStub:
                 request_serializer=twinpool_dot_v1_dot_worker__pb2.ReserveRequest.SerializeToString,
                 response_deserializer=twinpool_dot_v1_dot_worker__pb2.ReserveResponse.FromString,
                 _registered_method=True)
+        self.Regrant = channel.unary_unary(
+                '/twinpool.v1.Decode/Regrant',
+                request_serializer=twinpool_dot_v1_dot_worker__pb2.RegrantRequest.SerializeToString,
+                response_deserializer=twinpool_dot_v1_dot_worker__pb2.RegrantResponse.FromString,
+                _registered_method=True)
         self.Run = channel.stream_stream(
                 '/twinpool.v1.Decode/Run',
                 request_serializer=twinpool_dot_v1_dot_worker__pb2.DecodeRunRequest.SerializeToString,
@@ -343,6 +348,14 @@ class DecodeServicer:
 
     def Reserve(self, request, context):
         """Reserves blocks and a batch slot for one request and grants the right to fill them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Regrant(self, request, context):
+        """Grants another prefill instance the rest of a reserved request's KV, after the transfer that
+        was under way has failed or its sender was lost. What has arrived stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -369,6 +382,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Reserve,
                     request_deserializer=twinpool_dot_v1_dot_worker__pb2.ReserveRequest.FromString,
                     response_serializer=twinpool_dot_v1_dot_worker__pb2.ReserveResponse.SerializeToString,
+            ),
+            'Regrant': grpc.unary_unary_rpc_method_handler(
+                    servicer.Regrant,
+                    request_deserializer=twinpool_dot_v1_dot_worker__pb2.RegrantRequest.FromString,
+                    response_serializer=twinpool_dot_v1_dot_worker__pb2.RegrantResponse.SerializeToString,
             ),
             'Run': grpc.stream_stream_rpc_method_handler(
                     servicer.Run,
@@ -409,6 +427,33 @@ class Decode:
             '/twinpool.v1.Decode/Reserve',
             twinpool_dot_v1_dot_worker__pb2.ReserveRequest.SerializeToString,
             twinpool_dot_v1_dot_worker__pb2.ReserveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Regrant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twinpool.v1.Decode/Regrant',
+            twinpool_dot_v1_dot_worker__pb2.RegrantRequest.SerializeToString,
+            twinpool_dot_v1_dot_worker__pb2.RegrantResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -139,6 +139,10 @@ class DecodeStub:
     def __new__(cls, channel: _aio.Channel) -> DecodeAsyncStub: ...
     Reserve: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ReserveRequest, _worker_pb2.ReserveResponse]
     """Reserves blocks and a batch slot for one request and grants the right to fill them."""
+    Regrant: _grpc.UnaryUnaryMultiCallable[_worker_pb2.RegrantRequest, _worker_pb2.RegrantResponse]
+    """Grants another prefill instance the rest of a reserved request's KV, after the transfer that
+    was under way has failed or its sender was lost. What has arrived stays.
+    """
     Run: _grpc.StreamStreamMultiCallable[_worker_pb2.DecodeRunRequest, _worker_pb2.DecodeRunResponse]
     """One stream per router and instance. Its end releases everything the router had reserved."""
     Abort: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DecodeAbortRequest, _worker_pb2.DecodeAbortResponse]
@@ -151,6 +155,10 @@ class DecodeAsyncStub(DecodeStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Reserve: _aio.UnaryUnaryMultiCallable[_worker_pb2.ReserveRequest, _worker_pb2.ReserveResponse]  # type: ignore[assignment]
     """Reserves blocks and a batch slot for one request and grants the right to fill them."""
+    Regrant: _aio.UnaryUnaryMultiCallable[_worker_pb2.RegrantRequest, _worker_pb2.RegrantResponse]  # type: ignore[assignment]
+    """Grants another prefill instance the rest of a reserved request's KV, after the transfer that
+    was under way has failed or its sender was lost. What has arrived stays.
+    """
     Run: _aio.StreamStreamMultiCallable[_worker_pb2.DecodeRunRequest, _worker_pb2.DecodeRunResponse]  # type: ignore[assignment]
     """One stream per router and instance. Its end releases everything the router had reserved."""
     Abort: _aio.UnaryUnaryMultiCallable[_worker_pb2.DecodeAbortRequest, _worker_pb2.DecodeAbortResponse]  # type: ignore[assignment]
@@ -166,6 +174,16 @@ class DecodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.ReserveResponse, _abc.Awaitable[_worker_pb2.ReserveResponse]]:
         """Reserves blocks and a batch slot for one request and grants the right to fill them."""
+
+    @_abc_1.abstractmethod
+    def Regrant(
+        self,
+        request: _worker_pb2.RegrantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.RegrantResponse, _abc.Awaitable[_worker_pb2.RegrantResponse]]:
+        """Grants another prefill instance the rest of a reserved request's KV, after the transfer that
+        was under way has failed or its sender was lost. What has arrived stays.
+        """
 
     @_abc_1.abstractmethod
     def Run(

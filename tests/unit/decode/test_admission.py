@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from decode.admission import Admission, NoRoom, Reservation, State
+from decode.admission import Admission, NoRoom, Reservation, State, StillOpen
 from engine.blocks import BlockPool
 from engine.sampling import SamplingParams
 from engine.stopping import StopCriteria
@@ -44,9 +44,9 @@ def test_sequence_runs_only_when_its_kv_and_its_first_token_are_there() -> None:
     admission, _ = make()
     one = admission.reserve(reservation(1))
     assert not admission.activate(1, 9)
-    assert admission.complete(one.transfer_id) is one
+    assert admission.complete(one.transfer.transfer_id) is one
     two = admission.reserve(reservation(2))
-    assert admission.complete(two.transfer_id) is None
+    assert admission.complete(two.transfer.transfer_id) is None
     assert admission.activate(2, 9)
     assert one.state is two.state is State.RUNNING
 
@@ -54,7 +54,7 @@ def test_sequence_runs_only_when_its_kv_and_its_first_token_are_there() -> None:
 def test_second_activation_changes_nothing() -> None:
     admission, _ = make()
     record = admission.reserve(reservation(1))
-    admission.complete(record.transfer_id)
+    admission.complete(record.transfer.transfer_id)
     assert admission.activate(1, 9)
     assert not admission.activate(1, 8)
     assert record.last_token_id == 9
@@ -64,26 +64,75 @@ def test_blocks_of_an_aborted_transfer_stay_in_quarantine_until_its_writer_is_go
     admission, revoked = make()
     record = admission.reserve(reservation(1))
     admission.end(1)
-    assert revoked == [record.transfer_id]
+    assert revoked == [record.transfer.transfer_id]
     assert admission.counts().quarantined == len(record.blocks)
-    assert admission.writer_closed(record.transfer_id) is None
+    assert admission.writer_closed(record.transfer.transfer_id) is None
     assert admission.counts().free == BLOCKS
 
 
-def test_failed_transfer_ends_its_sequence() -> None:
+KEPT = ((3, 1),)
+
+
+def test_failed_transfer_leaves_its_sequence_waiting_for_another_one() -> None:
+    admission, revoked = make()
+    record = admission.reserve(reservation(1))
+    lost = record.transfer
+    admission.activate(1, 9)
+    assert not lost.over.done()
+    assert admission.writer_closed(lost.transfer_id, KEPT) is record
+    assert lost.over.done()
+    assert admission.complete(lost.transfer_id) is None
+    assert admission.counts().reserved == len(record.blocks)
+    assert admission.regrant(1) is record
+    assert record.transfer.kept == KEPT
+    assert record.transfer.transfer_id != lost.transfer_id
+    assert record.transfer.nonce != lost.nonce
+    # What is still said of the old one does not count for the new one.
+    assert admission.writer_closed(lost.transfer_id) is None
+    assert admission.complete(lost.transfer_id) is None
+    assert admission.complete(record.transfer.transfer_id) is record
+    assert record.state is State.RUNNING
+    assert revoked == []
+
+
+def test_only_a_lost_transfer_is_replaced() -> None:
     admission, _ = make()
     record = admission.reserve(reservation(1))
-    admission.activate(1, 9)
-    assert admission.writer_closed(record.transfer_id) is record
-    assert admission.complete(record.transfer_id) is None
-    assert admission.held == 0
+    with pytest.raises(StillOpen) as open_:
+        admission.regrant(1)
+    assert open_.value.transfer is record.transfer
+    admission.complete(record.transfer.transfer_id)
+    assert admission.regrant(1) is None
+    admission.end(1)
+    with pytest.raises(KeyError):
+        admission.regrant(1)
+
+
+def test_blocks_of_a_resumed_sequence_wait_for_the_writer_of_now() -> None:
+    admission, revoked = make()
+    record = admission.reserve(reservation(1))
+    admission.writer_closed(record.transfer.transfer_id)
+    admission.regrant(1)
+    admission.end(1)
+    assert revoked == [record.transfer.transfer_id]
+    assert admission.counts().quarantined == len(record.blocks)
+    admission.writer_closed(record.transfer.transfer_id)
+    assert admission.counts().free == BLOCKS
+
+
+def test_sequence_that_waits_for_another_transfer_ends_without_one() -> None:
+    admission, revoked = make()
+    record = admission.reserve(reservation(1))
+    admission.writer_closed(record.transfer.transfer_id)
+    admission.end(1)
+    assert revoked == []
     assert admission.counts().free == BLOCKS
 
 
 def test_running_sequence_is_left_to_the_step_loop() -> None:
     admission, _ = make()
     record = admission.reserve(reservation(1))
-    admission.complete(record.transfer_id)
+    admission.complete(record.transfer.transfer_id)
     admission.activate(1, 9)
     assert not admission.end_unless_running(1)
     assert admission.counts().used == len(record.blocks)
@@ -136,11 +185,20 @@ class AnyOrder(RuleBasedStateMachine):
             record = self.admission.reserve(reservation(request_id, tokens))
         except (NoRoom, ValueError):
             return
-        self.transfers.append(record.transfer_id)
+        self.transfers.append(record.transfer.transfer_id)
 
     @rule(request_id=st.integers(0, 8))
     def activate(self, request_id: int) -> None:
         self.admission.activate(request_id, 1)
+
+    @rule(request_id=st.integers(0, 8))
+    def regrant(self, request_id: int) -> None:
+        try:
+            record = self.admission.regrant(request_id)
+        except (KeyError, StillOpen):
+            return
+        if record is not None:
+            self.transfers.append(record.transfer.transfer_id)
 
     @rule(index=st.integers(0, 40), whole=st.booleans())
     def transfer_ends(self, index: int, whole: bool) -> None:
@@ -158,6 +216,7 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def books_agree(self) -> None:
         self.admission.check_integrity()
+        assert len(self.transfers) == len(set(self.transfers))
 
     def teardown(self) -> None:
         for request_id in range(9):

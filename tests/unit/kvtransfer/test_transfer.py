@@ -73,7 +73,10 @@ def test_stats_tell_what_moved() -> None:
     stats = pair.receiver.agent.stats()
     assert (stats.completed, stats.failed, stats.active_transfers) == (1, 0, 0)
     assert [(p.instance, p.bytes) for p in stats.peers] == [("prefill", received.stats.bytes)]
+    assert (stats.bytes, stats.messages) == (received.stats.bytes, received.stats.messages)
     pair.close()
+    ended = pair.receiver.agent.stats()
+    assert (ended.bytes, ended.messages, ended.peers) == (stats.bytes, stats.messages, ())
 
 
 def test_many_transfers_share_a_connection() -> None:

@@ -37,9 +37,14 @@ class FakeRunner:
 
     broken = False
 
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+
     def forward(
         self, chunks: Sequence[Chunk], on_layer: Callable[[int], None] | None = None
     ) -> torch.Tensor:
+        assert self.gate.wait(10)
         if self.broken:
             raise RuntimeError("the device is gone")
         for layer in range(2):
@@ -190,6 +195,33 @@ def test_request_without_a_grant_ends_at_its_deadline(bench: Bench) -> None:
     assert isinstance(failure, RequestFailed)
     assert failure.reason == "DeadlineExceeded"
     bench.wait(lambda: bench.free() == BLOCKS)
+
+
+def test_transfer_that_is_over_before_the_prompt_waits_for_the_first_token(bench: Bench) -> None:
+    bench.runner.gate.clear()
+    bench.submit(1, tokens=20)  # two steps
+    bench.grant(1)
+    bench.wait(lambda: bench.agent.begun == [101])
+    stats = TransferStats(bytes=0, messages=0, seconds=0.0, transport="")
+    bench.worker.transfer_event(Completed(101, stats))
+    bench.runner.gate.set()
+    first, done = bench.wait_outcomes(2)
+    assert isinstance(first, FirstToken)
+    assert isinstance(done, Transferred)
+    bench.wait(lambda: bench.free() == BLOCKS)
+
+
+def test_abort_after_an_early_end_of_the_transfer_frees_at_once(bench: Bench) -> None:
+    bench.runner.gate.clear()
+    bench.submit(1, tokens=20)
+    bench.grant(1)
+    bench.wait(lambda: bench.agent.begun == [101])
+    stats = TransferStats(bytes=0, messages=0, seconds=0.0, transport="")
+    bench.worker.transfer_event(Completed(101, stats))
+    bench.worker.abort(1)
+    bench.runner.gate.set()
+    bench.wait(lambda: bench.free() == BLOCKS)
+    assert bench.outcomes == []
 
 
 def test_prompt_waits_for_the_blocks_of_another(bench: Bench) -> None:

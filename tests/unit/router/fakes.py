@@ -21,7 +21,7 @@ from twinpool.v1.worker_pb2_grpc import MembershipStub
 
 from router.config import RouterConfig
 from router.server import Router
-from service.errors import Incompatible, ServiceError, WorkFailed
+from service.errors import Incompatible, NotFound, ServiceError, WorkFailed
 from service.registration import Registration
 from service.status import StatusInterceptor, from_rpc_error
 from text import TextAssets, Tokenizer
@@ -176,6 +176,11 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__(name, **options)
         self.reserves: dict[int, worker_pb2.ReserveRequest] = {}
+        self.regrants: list[worker_pb2.RegrantRequest] = []
+        self.regrant_gate = _open_gate()
+        self.regrant_errors: list[ServiceError] = []
+        # The request of each transfer that decode still counts on.
+        self.transfers: dict[int, int] = {}
         self.held: dict[int, str] = {}
         self.reserve_errors: list[ServiceError] = []
         self.reserve_gate = _open_gate()
@@ -183,6 +188,7 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         self.tokens_per_step = 1
         self.silent_after: int | None = None
         self.fail_after: tuple[int, worker_pb2.SequenceFailure] | None = None
+        self._transfer_ids = itertools.count(1)
         self._streams: dict[str, asyncio.Queue[worker_pb2.DecodeRunResponse | None]] = {}
         self._activated: dict[int, asyncio.Future[None]] = {}
         self._complete: dict[int, asyncio.Future[None]] = {}
@@ -207,13 +213,45 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         task = asyncio.create_task(self._decode(request))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        grant = kv_pb2.Grant(
-            transfer_id=request.request_id, epoch=self.epoch, nonce=b"n", instance=self.name
-        )
-        return worker_pb2.ReserveResponse(grant=grant, blocks=1)
+        return worker_pb2.ReserveResponse(grant=self._grant(request.request_id), blocks=1)
 
-    def complete(self, request_id: int) -> None:
-        future = self._complete.get(request_id)
+    async def Regrant(
+        self, request: worker_pb2.RegrantRequest, context: Any
+    ) -> worker_pb2.RegrantResponse:
+        self.regrants.append(request)
+        await self.regrant_gate.wait()
+        if self.regrant_errors:
+            raise self.regrant_errors.pop(0)
+        if request.request_id not in self.held:
+            raise NotFound("the request has no reservation here")
+        if self._complete[request.request_id].done():
+            return worker_pb2.RegrantResponse()
+        return worker_pb2.RegrantResponse(grant=self._grant(request.request_id))
+
+    def _grant(self, request_id: int) -> kv_pb2.Grant:
+        """Only the newest transfer of a request counts."""
+        self.transfers = {t: r for t, r in self.transfers.items() if r != request_id}
+        transfer_id = next(self._transfer_ids)
+        self.transfers[transfer_id] = request_id
+        return kv_pb2.Grant(
+            transfer_id=transfer_id, epoch=self.epoch, nonce=b"n", instance=self.name
+        )
+
+    def lose(self, transfer_id: int, *, retryable: bool = True) -> None:
+        """Tells the router that a transfer will not be complete."""
+        request_id = self.transfers[transfer_id]
+        lost = worker_pb2.TransferLost(
+            request_id=request_id,
+            transfer_id=transfer_id,
+            reason="PeerLost",
+            message="gone",
+            retryable=retryable,
+        )
+        message = worker_pb2.DecodeRunResponse(lost_transfers=[lost])
+        self._say(self.held[request_id], message)
+
+    def complete(self, transfer_id: int) -> None:
+        future = self._complete.get(self.transfers.get(transfer_id, -1))
         if future is not None and not future.done():
             future.set_result(None)
 

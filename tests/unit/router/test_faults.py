@@ -84,12 +84,13 @@ async def test_prefill_death_before_the_first_token_is_made_good_elsewhere() -> 
         assert messages[-1].stats.retries == 1
         assert messages[-1].stats.prefill_instance == "second"
         assert first.starts[0].sampling == second.starts[0].sampling
-        # Each try has an id of its own, and the client sees that of the first.
-        one, two = decode.reserves
-        assert (one ^ two) == 1
-        assert messages[0].request_id == f"{one:016x}"
+        # Each instance gets an id of its own, and the client sees that of the first.
+        [held] = decode.reserves
+        assert first.starts[0].request_id == held
+        assert second.starts[0].request_id == held ^ 1
+        assert messages[0].request_id == f"{held:016x}"
         await system.settled()
-        assert decode.aborted == [one]
+        assert decode.aborted == []
 
 
 async def test_prefill_restart_takes_the_request_again() -> None:
@@ -153,7 +154,7 @@ async def test_prefill_death_after_the_kv_has_arrived_is_no_matter() -> None:
         first = await call.read()
         await until(lambda: bool(decode.held))
         await prefill.die()
-        decode.complete(next(iter(decode.held)))
+        decode.complete(next(iter(decode.transfers)))
         assert text_of([first, *await collect(call)]) == "hello"
         await system.settled()
 
