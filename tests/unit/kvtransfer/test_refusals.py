@@ -190,7 +190,7 @@ def test_revoke_is_answered_for_unknown_and_finished_transfers(receiver: Receive
     receiver.agent.revoke(1)
     assert [receiver.events.wait(Closed).transfer_id for _ in range(3)] == [99, 1, 1]
     assert receiver.events.outcomes(1) == [
-        Closed(1, ((0,) * LAYOUT.groups[0].shape.layers,)),
+        Closed(1, ((0,) * LAYOUT.shape.layers,)),
         Closed(1),
     ]
 
