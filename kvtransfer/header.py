@@ -5,7 +5,7 @@ stream or a slot, and goes in place of one that the receiver reads for itself.
 """
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 # zlib's polynomial, by carry-less multiplication: 28 GB/s where zlib does 4 (cold, measured).
@@ -55,11 +55,16 @@ def seal(header: DataHeader, parts: Iterable[memoryview], *, checksum: bool) -> 
 
     The crc32 covers the header and the payload, whose bytes are `parts`; 0 where checksums are off.
     """
+    return seal_over(header, (lambda crc: _over(parts, crc)) if checksum else None)
+
+
+def seal_over(header: DataHeader, over: Callable[[int], int] | None) -> tuple[bytes, int]:
+    """As `seal`, where `over` continues a crc32 over the payload; None: checksums are off."""
     h = header
     head = _HEADER.pack(
         _MAGIC,
         PROTOCOL_VERSION,
-        (_CHECKSUM if checksum else 0) | (_PROBE if h.probe else 0),
+        (_CHECKSUM if over else 0) | (_PROBE if h.probe else 0),
         h.group,
         h.epoch,
         h.transfer_id,
@@ -77,9 +82,9 @@ def seal(header: DataHeader, parts: Iterable[memoryview], *, checksum: bool) -> 
         h.payload_bytes,
         0,
     )
-    if not checksum:
+    if over is None:
         return head + _PADDING, 0
-    crc = _crc(head, parts)
+    crc = over(crc_of_head(head))
     return b"".join((head[:_CRC_AT], struct.pack("<I", crc), _PADDING)), crc
 
 
@@ -135,7 +140,7 @@ def unseal(head: bytes | memoryview) -> tuple[DataHeader, int, bool]:
 
 def intact(head: bytes | memoryview, parts: Iterable[memoryview], crc: int) -> bool:
     """Whether header and payload are the bytes that the sender sealed with `crc`."""
-    return _crc(head, parts) == crc
+    return _over(parts, crc_of_head(head)) == crc
 
 
 def crc_of_head(head: bytes | memoryview) -> int:
@@ -143,8 +148,7 @@ def crc_of_head(head: bytes | memoryview) -> int:
     return crc32(head[:_CRC_AT])
 
 
-def _crc(head: bytes | memoryview, parts: Iterable[memoryview]) -> int:
-    crc = crc_of_head(head)
+def _over(parts: Iterable[memoryview], crc: int) -> int:
     for part in parts:
         crc = crc32(part, crc)
     return crc

@@ -18,7 +18,7 @@ import torch
 from isal.isal_zlib import crc32
 
 from kvtransfer.layout import CacheLayout, KVLayout, Span
-from kvtransfer.runs import Cuts, Units, copy_runs, extents, units_of
+from kvtransfer.runs import Cuts, Units, copy_runs, crc_runs, extents, units_of
 
 # Elements are only moved, never computed with; numpy has no bfloat16, so their bits travel as
 # integers. numpy rather than torch: its copies release the GIL and never start an OpenMP team
@@ -154,6 +154,15 @@ class KVMemory:
         flat = self._bytes
         begins, ends = self._cuts(table, layers, heads, tokens, unit)
         return [flat[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
+
+    def crc(
+        self, table: BlockTable, layers: Span, heads: Span, tokens: Span, unit: int, crc: int
+    ) -> int:
+        """Return `crc` continued over the box's payload, read where it lies.
+
+        Raises ValueError for a part-filled unit, which has to be packed.
+        """
+        return crc_runs(self._bytes, self._cuts(table, layers, heads, tokens, unit), crc)
 
     def _cuts(self, table: BlockTable, layers: Span, heads: Span, tokens: Span, unit: int) -> Cuts:
         """Return where the box's runs begin and end, in bytes of the memory, in payload order."""

@@ -1,7 +1,7 @@
 """The one loop that Python is too slow for, compiled where the machine has a C compiler.
 
 Owns building, keeping and loading of copy_runs.c. Without a compiler everything works as well, a
-copy of many runs takes up to twice as long.
+copy of many runs with checksums takes up to twice as long.
 """
 
 import ctypes
@@ -14,50 +14,77 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 logger = logging.getLogger(__name__)
 
-Copy = Callable[[int, int], None]
-CopyRuns = Callable[[memoryview, memoryview, npt.NDArray[np.int64]], Copy]
+Ints = npt.NDArray[np.int64]
+
+
+class Runs(NamedTuple):
+    """Contiguous arrays: where runs go to, where they come from, and their bytes."""
+
+    into: Ints
+    out: Ints
+    sizes: Ints
+
 
 _SOURCE = Path(__file__).with_name("copy_runs.c")
 _FLAGS = ("-O3", "-shared", "-fPIC")
 _COMPILE_S = 60.0
 
 
-@functools.cache
-def copy_runs() -> CopyRuns | None:
-    """Return a function (target, source, [3, n] offsets into, offsets out and sizes), or None.
+class Loop:
+    """copy_runs.c, which checks nothing of what it is given."""
 
-    It returns one that copies some of these runs: (first, count). Neither checks what it is
-    given. Compiled at the first call on a machine, then kept in the user's cache folder.
+    def __init__(self, library: ctypes.CDLL) -> None:
+        arrays = (ctypes.c_void_p,) * 5 + (ctypes.c_size_t,)
+        self._copy = library.twinpool_copy_runs
+        self._copy.argtypes, self._copy.restype = arrays, None
+        # Whether the processor takes a crc32 on the way.
+        self.can_crc = bool(library.twinpool_can_crc())
+        if self.can_crc:
+            self._copy_crc = library.twinpool_copy_runs_crc
+            self._copy_crc.argtypes = (*arrays, ctypes.c_uint32)
+            self._copy_crc.restype = ctypes.c_uint32
+            self._crc = library.twinpool_crc_runs
+            self._crc.argtypes = (*arrays[:3], ctypes.c_size_t, ctypes.c_uint32)
+            self._crc.restype = ctypes.c_uint32
+
+    def copy(self, target: memoryview, source: memoryview, runs: Runs) -> None:
+        """Copy runs."""
+        self._copy(*_addresses(target, source, runs), len(runs.sizes))
+
+    def copy_crc(self, target: memoryview, source: memoryview, runs: Runs, crc: int) -> int:
+        """Copy runs; return `crc` continued over their bytes as they were copied."""
+        return int(self._copy_crc(*_addresses(target, source, runs), len(runs.sizes), crc))
+
+    def crc(self, source: memoryview, out: Ints, sizes: Ints, crc: int) -> int:
+        """Return `crc` continued over runs."""
+        at = np.frombuffer(source, np.uint8).ctypes.data
+        return int(self._crc(at, out.ctypes.data, sizes.ctypes.data, len(sizes), crc))
+
+
+def _addresses(target: memoryview, source: memoryview, runs: Runs) -> tuple[int, ...]:
+    to, at = (np.frombuffer(memory, np.uint8).ctypes.data for memory in (target, source))
+    return (to, at, runs.into.ctypes.data, runs.out.ctypes.data, runs.sizes.ctypes.data)
+
+
+@functools.cache
+def loop() -> Loop | None:
+    """Return the compiled loop, or None where there can be none.
+
+    Compiled at the first call on a machine, then kept in the user's cache folder.
     """
     try:
-        library = ctypes.CDLL(str(_built()))
+        return Loop(ctypes.CDLL(str(_built())))
     except (OSError, subprocess.SubprocessError) as exc:
         logger.info("KV is copied without a compiled loop: %s", exc)
         return None
-    function = library.twinpool_copy_runs
-    function.argtypes = (ctypes.c_void_p,) * 5 + (ctypes.c_size_t,)
-    function.restype = None
-
-    def prepare(target: memoryview, source: memoryview, runs: npt.NDArray[np.int64]) -> Copy:
-        to, at = (np.frombuffer(each, np.uint8).ctypes.data for each in (target, source))
-        held = np.ascontiguousarray(runs)
-        into, out, sizes = (row.ctypes.data for row in held)
-
-        def copy(first: int, count: int) -> None:
-            skip = first * held.itemsize
-            function(to, at, into + skip, out + skip, sizes + skip, count)
-
-        return copy
-
-    return prepare
 
 
 def _built() -> Path:

@@ -8,7 +8,6 @@ with ratio 1 they are blocks that follow one another in memory, else they are of
 heads lie between its units and the next block's).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from isal.isal_zlib import crc32
 
 from kvtransfer import native
+from kvtransfer.native import Loop, Runs
 
 Ints = npt.NDArray[np.int64]
 # Where runs begin and where they end, in bytes of their memory.
@@ -67,8 +67,8 @@ def copy_runs(
 ) -> int | None:
     """Copy runs onto runs of the same bytes in all, wherever either side is cut.
 
-    With `crc`, returns it continued over the source's bytes, read again right after they were
-    copied: then they are in the cache, and the target's may not be.
+    With `crc`, returns it continued over the source's bytes: taken on the way, or where there is no
+    loop that can, read again right after they were copied, from the cache.
     """
     (into_begins, into_ends), (out_begins, out_ends) = into, out
     if len(into_begins) != len(out_begins) or np.any(
@@ -77,14 +77,29 @@ def copy_runs(
         into_begins, out_begins, sizes = _cut_alike(into, out)
     else:
         sizes = into_ends - into_begins
-    copy = _copier(target, into_begins, source, out_begins, sizes)
-    batches = [0, len(sizes)] if crc is None else _batches(sizes)
-    begins, lengths = out_begins.tolist(), sizes.tolist()
-    for first, end in pairwise(batches):
-        copy(first, end - first)
-        if crc is not None:
-            for i in range(first, end):
-                crc = crc32(source[begins[i] : begins[i] + lengths[i]], crc)
+    runs = Runs(*(np.ascontiguousarray(each) for each in (into_begins, out_begins, sizes)))
+    loop = native.loop()
+    if crc is None:
+        _copy(loop, target, source, runs)
+        return None
+    if loop is not None and loop.can_crc:
+        return loop.copy_crc(target, source, runs, crc)
+    for first, end in pairwise(_batches(sizes)):
+        part = Runs(*(each[first:end] for each in runs))
+        _copy(loop, target, source, part)
+        for at, size in zip(part.out.tolist(), part.sizes.tolist(), strict=True):
+            crc = crc32(source[at : at + size], crc)
+    return crc
+
+
+def crc_runs(source: memoryview, runs: Cuts, crc: int) -> int:
+    """Return `crc` continued over runs."""
+    begins, ends = runs
+    loop = native.loop()
+    if loop is not None and loop.can_crc:
+        return loop.crc(source, np.ascontiguousarray(begins), ends - begins, crc)
+    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+        crc = crc32(source[begin:end], crc)
     return crc
 
 
@@ -95,20 +110,12 @@ def _batches(sizes: Ints) -> list[int]:
     return [0, *cuts.tolist(), len(sizes)]
 
 
-def _copier(
-    target: memoryview, into_begins: Ints, source: memoryview, out_begins: Ints, sizes: Ints
-) -> Callable[[int, int], None]:
-    """Return what copies runs: (first, count)."""
-    prepare = native.copy_runs()
-    if prepare is not None:
-        return prepare(target, source, np.stack((into_begins, out_begins, sizes)))
-    runs = list(zip(into_begins.tolist(), out_begins.tolist(), sizes.tolist(), strict=True))
-
-    def copy(first: int, count: int) -> None:
-        for to, at, size in runs[first : first + count]:
-            _copy_one(target[to : to + size], source[at : at + size])
-
-    return copy
+def _copy(loop: Loop | None, target: memoryview, source: memoryview, runs: Runs) -> None:
+    if loop is not None:
+        loop.copy(target, source, runs)
+        return
+    for to, at, size in zip(*(each.tolist() for each in runs), strict=True):
+        _copy_one(target[to : to + size], source[at : at + size])
 
 
 def _copy_one(target: memoryview, source: memoryview) -> None:

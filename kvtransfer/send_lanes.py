@@ -15,7 +15,7 @@ import numpy as np
 
 from kvtransfer import wire
 from kvtransfer.errors import ProtocolViolation
-from kvtransfer.header import HEADER_BYTES, MEANT, DataHeader, seal
+from kvtransfer.header import HEADER_BYTES, MEANT, DataHeader, seal, seal_over
 from kvtransfer.layout import Span
 from kvtransfer.memory import BlockTable, KVMemory
 from kvtransfer.settings import MAX_PIECE_BYTES, MAX_SLOTS, TransferSettings
@@ -57,6 +57,11 @@ class Outpiece:
         """Return the runs of the box."""
         h = self.header
         return self.memory.views(self.table, h.layers, h.heads, h.tokens, self.unit)
+
+    def crc(self, crc: int) -> int:
+        """Return `crc` continued over the box where it lies."""
+        h = self.header
+        return self.memory.crc(self.table, h.layers, h.heads, h.tokens, self.unit, crc)
 
     def pack(self, into: Bytes) -> memoryview:
         """Copy the box into a buffer, or a new one where it is too small; return what was filled.
@@ -313,12 +318,15 @@ class MappedSend:
     def send(self, piece: Outpiece) -> int:
         """See SendLane."""
         parts: Sequence[memoryview] = ()
-        if self._welcome.checksum:
+        direct = piece.direct(MAPPED_DIRECT_BYTES)
+        if self._welcome.checksum and not direct:
             with self._counters.spent("pack_s"):
-                direct = piece.direct(MAPPED_DIRECT_BYTES)
-                parts = piece.views() if direct else (piece.pack(self._scratch),)
+                parts = (piece.pack(self._scratch),)
         with self._counters.spent("checksum_s"):
-            head, crc = seal(piece.header, parts, checksum=self._welcome.checksum)
+            if self._welcome.checksum and direct:
+                head, crc = seal_over(piece.header, piece.crc)
+            else:
+                head, crc = seal(piece.header, parts, checksum=self._welcome.checksum)
         self._not_taken.append(time.perf_counter())
         self._link.send_control(wire.encode(wire.Piece(head)))
         return crc

@@ -26,7 +26,7 @@ class TransferSettings:
     slots_per_connection: int = 6
     lane: Lane = "auto"
     piece_bytes: int = 2 << 20
-    window: int = 32
+    window: int = 8
     probe_bytes: int = 2 << 20
     checksum: bool = True
     connect_s: float = 5.0
