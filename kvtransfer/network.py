@@ -449,9 +449,13 @@ class NetworkTransport:
         link.watched = events
 
     def _break(self, link: NetworkLink, reason: str) -> None:
-        if not link.broken:
-            self._forget_sockets(link)
-            self._out.append(Lost(link, reason))
+        if link.broken:
+            return
+        # A send that fails may be how the end shows, with a goodbye still to be read.
+        messages, _ = link.control.receive()
+        self._out += [ControlArrived(link, message) for message in messages]
+        self._forget_sockets(link)
+        self._out.append(Lost(link, reason))
 
     def _forget_sockets(self, link: NetworkLink) -> None:
         """Stop watching a link for good."""

@@ -31,7 +31,7 @@ class TransferSettings:
     checksum: bool = True
     connect_s: float = 5.0
     hello_s: float = 2.0
-    heartbeat_s: float = 1.0
+    heartbeat_s: float = 0.8
     heartbeat_misses: int = 3
     credit_stall_s: float = 2.0
     ack_s: float = 5.0

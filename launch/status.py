@@ -65,7 +65,10 @@ def render(status: Status) -> RenderableType:
         f" finished, {requests.refused} refused, {requests.aborted} aborted,"
         f" {requests.failed} failed, {requests.retried} retried"
     )
-    return Group(head, _instances(status.instances))
+    parts: list[RenderableType] = [head, _instances(status.instances)]
+    if any(instance.pairs for instance in status.instances):
+        parts.append(_pairs(status.instances))
+    return Group(*parts)
 
 
 def _instances(instances: tuple[InstanceStatus, ...]) -> Table:
@@ -95,6 +98,24 @@ def _instances(instances: tuple[InstanceStatus, ...]) -> Table:
             *map(str, numbers),
             Text(age, style=style),
         )
+    return table
+
+
+def _pairs(instances: tuple[InstanceStatus, ...]) -> Table:
+    table = Table(title="KV connections", title_justify="left")
+    for name in ("from", "to", "rank", "transport"):
+        table.add_column(name)
+    table.add_column("round trip", justify="right")
+    table.add_column("GB/s", justify="right")
+    table.add_column("trouble")
+    for instance in sorted(instances, key=lambda one: one.name):
+        for pair in sorted(instance.pairs, key=lambda one: (one.peer, one.rank)):
+            rtt = f"{pair.rtt_s * 1e6:.0f} us" if pair.rtt_s else ""
+            speed = f"{pair.bytes_per_s / 1e9:.2f}" if pair.bytes_per_s else ""
+            trouble = Text(pair.note, style="red")
+            table.add_row(
+                instance.name, pair.peer, str(pair.rank), pair.transport, rtt, speed, trouble
+            )
     return table
 
 

@@ -33,7 +33,7 @@ from service.logs import configure_logging
 from service.metrics import new_registry
 from service.pool_metrics import PoolMetrics
 from service.registration import Registration
-from service.wire import counts_to_wire
+from service.wire import counts_to_wire, pairs_to_wire
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ class Instance:
             running=load.running,
             waiting=load.waiting,
             draining=self.service.draining,
+            pairs=pairs_to_wire(self._agent.stats().peers),
         )
 
 

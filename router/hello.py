@@ -6,13 +6,15 @@ Turns wire messages into `membership`'s types and refuses what does not make sen
 from twinpool.v1 import common_pb2, kv_pb2, worker_pb2
 
 from router.ledger import Capacity, InstanceKey
-from router.membership import Heartbeat, Instance, Layout, Model, Role
+from router.membership import Heartbeat, Instance, Layout, Model, Pair, Role
 from service.errors import InvalidRequest
 
 _ROLES = {common_pb2.ROLE_PREFILL: Role.PREFILL, common_pb2.ROLE_DECODE: Role.DECODE}
 _DTYPES = ("bfloat16", "float16", "float32")
 _MAX_NAME_CHARS = 128
 _MAX_SHARDS = 4096
+# What a heartbeat may tell of; the rest is left out.
+_MOST_PAIRS = 4096
 
 
 def instance_from_wire(hello: worker_pb2.InstanceHello) -> Instance:
@@ -47,6 +49,18 @@ def heartbeat_from_wire(message: worker_pb2.Heartbeat) -> Heartbeat:
         blocks=(blocks.total, blocks.free, blocks.reserved, blocks.used, blocks.quarantined),
         running=message.running,
         waiting=message.waiting,
+        pairs=tuple(_pair(pair) for pair in message.pairs[:_MOST_PAIRS]),
+    )
+
+
+def _pair(message: worker_pb2.KvPair) -> Pair:
+    return Pair(
+        peer=message.peer,
+        rank=message.rank,
+        transport=message.transport,
+        rtt_s=message.rtt_s,
+        bytes_per_s=message.bytes_per_s,
+        note=message.note,
     )
 
 

@@ -56,12 +56,25 @@ class Instance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A data connection to one rank of a decode instance; `note` says what is wrong with it."""
+
+    peer: str
+    rank: int
+    transport: str
+    rtt_s: float
+    bytes_per_s: float
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Heartbeat:
     """What an instance last said of its load; block counts in the order of the wire."""
 
     blocks: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
     running: int = 0
     waiting: int = 0
+    pairs: tuple[Pair, ...] = ()
 
 
 @dataclass(eq=False)

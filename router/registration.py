@@ -12,7 +12,7 @@ from twinpool.v1 import common_pb2, kv_pb2, worker_pb2, worker_pb2_grpc
 from router.assets import AssetsReceiver
 from router.hello import heartbeat_from_wire, instance_from_wire
 from router.ledger import Ledger
-from router.membership import Instance, Member, Model, Role
+from router.membership import Instance, Member, Model, Pair, Role
 from router.pools import Pools
 from service.errors import InvalidRequest, ServiceError, Unavailable
 
@@ -273,7 +273,19 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             draining=member.draining,
             heartbeat_age_s=self._clock() - member.seen_at,
             ledger_reserved=self._ledger.reserved_blocks(instance.key),
+            pairs=[_pair_to_wire(pair) for pair in member.heartbeat.pairs],
         )
+
+
+def _pair_to_wire(pair: Pair) -> worker_pb2.KvPair:
+    return worker_pb2.KvPair(
+        peer=pair.peer,
+        rank=pair.rank,
+        transport=pair.transport,
+        rtt_s=pair.rtt_s,
+        bytes_per_s=pair.bytes_per_s,
+        note=pair.note,
+    )
 
 
 def _model_to_wire(model: Model) -> worker_pb2.ModelDescription:

@@ -12,7 +12,7 @@ from engine.blocks import BlockCounts
 from engine.errors import SamplingError
 from engine.sampling import Sampled, SamplingParams
 from engine.stopping import StopCriteria
-from kvtransfer import CacheLayout, Kept, KVLayout, KVShape, Shard, Span
+from kvtransfer import CacheLayout, Kept, KVLayout, KVShape, PeerStats, Shard, Span
 from kvtransfer.layout import CpOrder
 from service.errors import InvalidRequest
 
@@ -178,6 +178,21 @@ def kept_to_wire(kept: Kept) -> list[kv_pb2.KeptTokens]:
 def kept_from_wire(message: Iterable[kv_pb2.KeptTokens]) -> Kept:
     """What decode has of a sequence's KV, by cache group."""
     return tuple(tuple(group.of_layers) for group in message)
+
+
+def pairs_to_wire(peers: Iterable[PeerStats]) -> list[worker_pb2.KvPair]:
+    """The connections that KV goes out on."""
+    return [
+        worker_pb2.KvPair(
+            peer=peer.instance,
+            rank=peer.rank,
+            transport=peer.transport,
+            rtt_s=peer.rtt_s or 0.0,
+            bytes_per_s=peer.probe_bytes_per_s or 0.0,
+            note=peer.note,
+        )
+        for peer in peers
+    ]
 
 
 def addresses_from_wire(message: kv_pb2.KvLayout) -> list[tuple[int, str, int]]:

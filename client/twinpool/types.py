@@ -183,6 +183,22 @@ class BlockCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KvPair:
+    """A prefill instance's data connection to one rank of a decode instance.
+
+    Round trip and bandwidth are those of the try when it was made; 0 where there was none. `note`
+    says what is wrong with the connection.
+    """
+
+    peer: str
+    rank: int
+    transport: str
+    rtt_s: float
+    bytes_per_s: float
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class InstanceStatus:
     """One instance as the router sees it; `role` is prefill or decode."""
 
@@ -198,6 +214,7 @@ class InstanceStatus:
     draining: bool
     heartbeat_age_s: float
     ledger_reserved: int
+    pairs: tuple[KvPair, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from twinpool.types import (
     FinishReason,
     GenerateOptions,
     InstanceStatus,
+    KvPair,
     Message,
     ModelStatus,
     PositionLogprobs,
@@ -193,6 +194,7 @@ def _instance(message: worker_pb2.InstanceStatus) -> InstanceStatus:
         role=_ROLES.get(message.role, "other"),
         capacity=_flat(Capacity, message.capacity),
         blocks=_flat(BlockCounts, message.blocks),
+        pairs=tuple(_flat(KvPair, pair) for pair in message.pairs),
     )
 
 

@@ -243,11 +243,16 @@ class Heartbeat(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     draining: _builtins.bool
     @_builtins.property
     def blocks(self) -> Global___BlockCounts: ...
+    @_builtins.property
+    def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPair]:
+        """The instances that this one sends KV to."""
+
     def __init__(
         self,
         *,
@@ -255,14 +260,56 @@ class Heartbeat(_message.Message):
         running: _builtins.int = ...,
         waiting: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        pairs: _abc.Iterable[Global___KvPair] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "draining", b"draining", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "draining", b"draining", "pairs", b"pairs", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class KvPair(_message.Message):
+    """A data connection from a prefill instance to one rank of a decode instance, as it was tried out
+    when it was made.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    RTT_S_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    rank: _builtins.int
+    transport: _builtins.str
+    """What carries the KV: "mapped", "tcp", "ucx/..."."""
+    rtt_s: _builtins.float
+    bytes_per_s: _builtins.float
+    """0 where it was not measured."""
+    note: _builtins.str
+    """What is wrong with it; empty where nothing is."""
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        transport: _builtins.str = ...,
+        rtt_s: _builtins.float = ...,
+        bytes_per_s: _builtins.float = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "note", b"note", "peer", b"peer", "rank", b"rank", "rtt_s", b"rtt_s", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvPair: _TypeAlias = KvPair  # noqa: Y015
 
 @_typing.final
 class AssetsChunk(_message.Message):
@@ -490,6 +537,7 @@ class InstanceStatus(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     HEARTBEAT_AGE_S_FIELD_NUMBER: _builtins.int
     LEDGER_RESERVED_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     epoch: _builtins.int
     role: _common_pb2.Role.ValueType
@@ -506,6 +554,8 @@ class InstanceStatus(_message.Message):
     def capacity(self) -> Global___Capacity: ...
     @_builtins.property
     def blocks(self) -> Global___BlockCounts: ...
+    @_builtins.property
+    def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPair]: ...
     def __init__(
         self,
         *,
@@ -521,10 +571,11 @@ class InstanceStatus(_message.Message):
         draining: _builtins.bool = ...,
         heartbeat_age_s: _builtins.float = ...,
         ledger_reserved: _builtins.int = ...,
+        pairs: _abc.Iterable[Global___KvPair] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "capacity", b"capacity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "role", b"role", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "pairs", b"pairs", "role", b"role", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ Owns the children until the channel to whoever asks for them ends, also those th
 has one thread only, so that forking is safe.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ MAX_REQUEST = 1 << 16
 
 def main() -> None:
     """Fork a rank for every request; each comes with the socket on which the rank is driven."""
+    faulthandler.register(signal.SIGUSR1)  # where is a rank that does not answer?
     torch.set_num_threads(1)
     _import_ucx()
     channel = socket.socket(fileno=int(sys.argv[1]))

@@ -83,8 +83,7 @@ class RankProcess:
             try:
                 said: dict[str, Any] = self._heard.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
-                text = f"{self.instance}: {wanted} never came; heard {self._log[-20:]}"
-                raise AssertionError(text) from None
+                raise self._silent(wanted) from None
             if _has(said, wanted):
                 return said
 
@@ -101,9 +100,15 @@ class RankProcess:
                 if said.get("at", 0.0) >= since and _has(said, wanted):
                     return said
             if time.monotonic() > until:
-                text = f"{self.instance}: {wanted} never came; heard {self._log[-20:]}"
-                raise AssertionError(text)
+                raise self._silent(wanted)
             time.sleep(0.002)
+
+    def _silent(self, wanted: dict[str, Any]) -> AssertionError:
+        """Have the rank print where its threads are; return the error to be raised."""
+        with suppress(ProcessLookupError):
+            self.signal(signal.SIGUSR1)
+            time.sleep(0.5)
+        return AssertionError(f"{self.instance}: {wanted} never came; heard {self._log[-20:]}")
 
     def said(self, **wanted: Any) -> int:
         """Return how often something with these fields has been said so far."""

@@ -146,3 +146,16 @@ def test_two_halves_of_one_kind_make_no_link(ends: Ends) -> None:
 
         ends.until(second_closed)
     assert not ends.of(ends.far, Accepted)
+
+
+def test_a_goodbye_is_heard_though_a_send_fails_first(ends: Ends) -> None:
+    near, far = ends.link()
+    near.send_control(b"goodbye")  # type: ignore[attr-defined]
+    near.close()  # type: ignore[attr-defined]
+    far.control.socket.shutdown(socket.SHUT_WR)  # type: ignore[attr-defined]
+    far.send_control(b"into the void")  # type: ignore[attr-defined]
+    ends.until(lambda: ends.of(ends.far, Lost))
+    last = [h for h in ends.seen[ends.far] if isinstance(h, ControlArrived | Lost)]
+    assert [type(h) for h in last] == [ControlArrived, Lost]
+    assert isinstance(last[0], ControlArrived)
+    assert last[0].message == b"goodbye"

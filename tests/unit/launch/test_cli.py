@@ -66,6 +66,13 @@ class Membership(worker_pb2_grpc.MembershipServicer):
             blocks = worker_pb2.BlockCounts(total=100, free=77, used=20, reserved=2, quarantined=1)
             status.instances.add(name=name, role=role, layout="tp1", blocks=blocks)
         status.instances[0].draining = True
+        status.instances[0].pairs.add(
+            peer="decode-x",
+            transport="tcp",
+            rtt_s=3e-4,
+            bytes_per_s=2.5e9,
+            note="slow",
+        )
         return status
 
     def Register(self, requests: Any, context: Any) -> Any:
@@ -249,6 +256,9 @@ async def test_status_shows_instances_blocks_and_requests(
     numbers = [cell.strip() for cell in prefill.split("│")[5:10]]
     assert numbers == ["77", "2", "20", "1", "100"]
     assert "(draining)" in decode
+    pair = next(line for line in lines if "decode-x" in line)
+    cells = [cell.strip() for cell in pair.split("│")[1:-1]]
+    assert cells == ["decode-0", "decode-x", "0", "tcp", "300 us", "2.50", "slow"]
 
 
 async def test_status_json_is_the_whole_status() -> None:
@@ -257,3 +267,4 @@ async def test_status_json_is_the_whole_status() -> None:
     status = json.loads(result.stdout)
     assert status["requests"]["finished"] == 12
     assert status["instances"][0]["blocks"]["quarantined"] == 1
+    assert status["instances"][0]["pairs"][0]["transport"] == "tcp"
