@@ -16,12 +16,12 @@ from kvtransfer.api import Identity, PeerStats
 from kvtransfer.errors import ConnectionRefused, PeerLost, StaleEpoch, TransferError
 from kvtransfer.lane_choice import in_common, usable
 from kvtransfer.receive_lanes import (
-    MappedReceive,
     Place,
     ReceiveLane,
     StreamReceive,
     TaggedReceive,
 )
+from kvtransfer.receive_mapped import MappedReceive
 from kvtransfer.settings import TransferSettings
 from kvtransfer.shared import MappedRegion, NotMappable, boot_id
 from kvtransfer.slots import MAX_CONNECTION, SlotState

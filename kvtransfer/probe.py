@@ -3,12 +3,16 @@
 Owns the steps of one probe. Its payload is no part of any transfer and is thrown away.
 """
 
+import logging
 import statistics
 from collections.abc import Iterable
 
 from kvtransfer import wire
+from kvtransfer.api import PeerProbed
 from kvtransfer.send_lanes import MappedSend, SendLane
 from kvtransfer.transport import Link
+
+logger = logging.getLogger(__name__)
 
 _LATENCY, _BANDWIDTH = 1, 2
 # A pair counts as far below its like at this share of their median, when so many are known.
@@ -70,6 +74,16 @@ class Probe:
             if self._mapped:
                 took_s = max(micros, 1) / 1e6
             self.bytes_per_s = self._size / took_s
+
+    def report(self, instance: str, rank: int, carrier: str) -> PeerProbed:
+        """Log what was found of the connection to a rank; return the event that says it."""
+        if self.note:
+            logger.warning("%s rank %d: %s", instance, rank, self.note)
+        speed = f"{self.bytes_per_s / 1e9:.2f} GB/s" if self.bytes_per_s else "speed not probed"
+        rtt_s = self.rtt_s or 0.0
+        text = "KV to %s rank %d: %s, %.2f ms there and back, %s"
+        logger.info(text, instance, rank, carrier, 1e3 * rtt_s, speed)
+        return PeerProbed(instance, rank, carrier, rtt_s, self.bytes_per_s, self.note)
 
 
 def lagging(bytes_per_s: float | None, others: Iterable[float | None]) -> str:

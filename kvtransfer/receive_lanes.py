@@ -1,13 +1,13 @@
-"""The receiver's end of a connection's data lane, one class for each way that payload can travel.
+"""The receiver's end of a connection's data lane: what all have in common, tagged and stream.
 
 Owns where bytes land on one connection, and that nothing lands that its owner has not allowed.
 Knows nothing of what a transfer needs: its owner says where an announced piece belongs.
 """
 
 import logging
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,19 +20,16 @@ from kvtransfer.errors import (
     StaleRead,
     TransferError,
 )
-from kvtransfer.header import HEADER_BYTES, MEANT, DataHeader, crc_of_head, intact, unseal
+from kvtransfer.header import HEADER_BYTES, MEANT, DataHeader, intact, unseal
 from kvtransfer.layout import CacheLayout
-from kvtransfer.memory import BlockTable, KVMemory, element_type
-from kvtransfer.send_lanes import DIRECT_BYTES, MAPPED_DIRECT_BYTES
+from kvtransfer.memory import BlockTable, KVMemory
+from kvtransfer.send_lanes import DIRECT_BYTES
 from kvtransfer.settings import MAX_PIECE_BYTES, TransferSettings
-from kvtransfer.shared import Lease, MappedRegion
 from kvtransfer.slots import Bytes, ReceiveSlot, ReceiveSlots, SlotState, data_tag, page_aligned
 from kvtransfer.stats import Counters
 from kvtransfer.transport import Link
 
 logger = logging.getLogger(__name__)
-
-_TABLES = 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -237,7 +234,7 @@ class TaggedReceive:
             wrong = ProtocolViolation("a message for another slot or generation")
             place.owner.refuse(place.number, landing, wrong)
         elif checksummed and not place.verified(head, (payload,), crc):
-            place.owner.refuse(place.number, landing, _damaged(header))
+            place.owner.refuse(place.number, landing, damaged(header))
         else:
             slot.become(SlotState.VERIFIED)
             place.scatter(landing, payload)
@@ -335,7 +332,7 @@ class StreamReceive:
             place.owner.refuse(place.number, landing, let_go)
             return
         if self._checksummed and not place.verified(self._head, self._parts, landing.crc):
-            place.owner.refuse(place.number, landing, _damaged(landing.header))
+            place.owner.refuse(place.number, landing, damaged(landing.header))
             return
         if landing.direct():
             landing.clear_rest()
@@ -344,166 +341,6 @@ class StreamReceive:
         place.owner.landed(place.number, landing)
 
 
-@dataclass(slots=True)
-class _Named:
-    """Where a transfer's blocks lie in the sender's memory, as far as it has told."""
-
-    lease: Lease
-    ids: dict[int, list[int]] = field(default_factory=dict)
-    tables: dict[int, BlockTable] = field(default_factory=dict)
-
-
-class MappedReceive:
-    """Pieces read from the sender's cache, which this process has mapped read-only."""
-
-    def __init__(
-        self, place: Place, region: MappedRegion, offsets: tuple[tuple[int, int], ...]
-    ) -> None:
-        self._place = place
-        self._region = region
-        self._offsets = offsets
-        self._memories: dict[tuple[CacheLayout, int], KVMemory] = {}
-        self._named: OrderedDict[tuple[int, bytes], _Named] = OrderedDict()
-        self._scratch = page_aligned(0)
-        self._taken = 0
-        self.probed_bytes = 0
-
-    carrier = "mapped"
-
-    def start(self) -> None:
-        """See ReceiveLane."""
-
-    def told(self, message: wire.Control) -> bool:
-        """See ReceiveLane."""
-        match message:
-            case wire.Table():
-                self._table(message)
-            case wire.Piece(head):
-                self._taken += 1
-                self._piece(head)
-            case wire.Ping(_, probe_bytes) if probe_bytes:
-                self._probe(probe_bytes)
-                return False
-            case _:
-                return False
-        return True
-
-    def done(self, key: Any, error: str | None) -> None:
-        """See ReceiveLane: nothing is ever started on the link."""
-
-    def settle(self) -> None:
-        """See ReceiveLane."""
-        if self._taken:
-            self._place.link.send_control(wire.encode(wire.Taken(self._taken)))
-            self._taken = 0
-
-    def drop(self, transfer_id: int) -> None:
-        """See ReceiveLane."""
-        for key in [key for key in self._named if key[0] == transfer_id]:
-            del self._named[key]
-
-    def close(self) -> None:
-        """See ReceiveLane: only this thread copies, so nothing comes late."""
-        self._named.clear()
-
-    def states(self) -> Counter[SlotState]:
-        """See ReceiveLane."""
-        return Counter()
-
-    def _table(self, table: wire.Table) -> None:
-        key = (table.transfer_id, table.nonce)
-        named = self._named.setdefault(key, _Named(table.lease))
-        if len(self._named) > _TABLES:
-            self._named.popitem(last=False)
-        if table.group >= len(self._offsets) or named.lease != table.lease:
-            raise ProtocolViolation("a table of a group or lease that does not exist")
-        ids = named.ids.setdefault(table.group, [])
-        blocks = self._offsets[table.group][1]
-        if table.first != len(ids) or len(ids) + len(table.block_ids) > blocks:
-            raise ProtocolViolation("a table out of order or longer than the cache")
-        ids += table.block_ids
-
-    def _piece(self, head: bytes) -> None:
-        place = self._place
-        header, crc, checksummed = unseal(head)
-        landing = place.owner.announced(place.number, header, crc, checksummed)
-        if landing is None:
-            return
-        try:
-            self._copy(landing, head if checksummed else None)
-        except ValueError as exc:
-            place.owner.refuse(place.number, landing, ProtocolViolation(str(exc)))
-        except TransferError as exc:
-            place.owner.refuse(place.number, landing, exc)
-        else:
-            place.owner.landed(place.number, landing)
-
-    def _copy(self, landing: Landing, head: bytes | None) -> None:
-        """Bring a piece in; with `head`, its checksum is verified.
-
-        Raises StaleRead where the sender has let the blocks go before the copy was over.
-        """
-        h = landing.header
-        named = self._named.get((h.transfer_id, h.nonce))
-        if named is None or h.group not in named.ids:
-            raise ProtocolViolation("a piece of blocks that were not told")
-        memory = self._memory(landing, h.group)
-        table = named.tables.get(h.group)
-        if table is None:
-            table = memory.table(named.ids[h.group], landing.total_tokens)
-            named.tables[h.group] = table
-        box = (h.layers, h.heads, h.tokens, landing.unit)
-        theirs = memory.run_bytes(h.heads, landing.unit)
-        long = landing.direct(MAPPED_DIRECT_BYTES) and theirs >= MAPPED_DIRECT_BYTES
-        if head is None or long:
-            begun = None if head is None else crc_of_head(head)
-            with self._place.counters.spent("scatter_s"):
-                crc = landing.memory.copy_from(memory, table, landing.table, *box, begun)
-            self._check_lease(named)
-            if crc is not None and crc != landing.crc:
-                raise _damaged(h)
-            return
-        if len(self._scratch) < h.payload_bytes:
-            self._scratch = page_aligned(h.payload_bytes)
-        payload = self._scratch[: h.payload_bytes]
-        with self._place.counters.spent("pack_s"):
-            memory.pack(payload, table, *box)
-        self._check_lease(named)
-        if not self._place.verified(head, (memoryview(payload.data),), landing.crc):
-            raise _damaged(h)
-        self._place.scatter(landing, memoryview(payload.data))
-
-    def _check_lease(self, named: _Named) -> None:
-        if not self._region.stands(named.lease):
-            raise StaleRead("the sender let its blocks go before they were read")
-
-    def _memory(self, landing: Landing, group: int) -> KVMemory:
-        key = (landing.source_layout, group)
-        if key not in self._memories:
-            layout = landing.source_layout.groups[group]
-            shard, shape = layout.shard(self._place.rank), layout.shape
-            offset, blocks = self._offsets[group]
-            sizes = (
-                len(shard.layers),
-                shape.planes,
-                blocks,
-                len(shard.heads),
-                layout.block_size,
-                shape.head_size,
-            )
-            array = self._region.array(offset, sizes, element_type(shape.dtype))
-            self._memories[key] = KVMemory.from_numpy(array, layout, self._place.rank)
-        return self._memories[key]
-
-    def _probe(self, size: int) -> None:
-        """Read so many bytes, the region's again and again if it is smaller."""
-        size = min(size, MAX_PIECE_BYTES)
-        into = page_aligned(size)
-        for begin in range(0, size, self._region.size):
-            part = into[begin : begin + self._region.size]
-            np.copyto(part, self._region.bytes(len(part)))
-        self.probed_bytes += size
-
-
-def _damaged(header: DataHeader) -> ChecksumMismatch:
+def damaged(header: DataHeader) -> ChecksumMismatch:
+    """Return the error for a piece whose bytes are not those of its checksum."""
     return ChecksumMismatch(f"piece {header.sequence} arrived damaged")

@@ -22,7 +22,6 @@ from kvtransfer.api import (
     Identity,
     PeerAddress,
     PeerDown,
-    PeerProbed,
     PeerUp,
     SendTransfer,
     TransferEvent,
@@ -33,7 +32,6 @@ from kvtransfer.errors import (
     CreditStalled,
     GrantExpired,
     GrantRefused,
-    LayoutMismatch,
     PeerLost,
     ProtocolViolation,
     StaleEpoch,
@@ -41,7 +39,6 @@ from kvtransfer.errors import (
     TransferError,
     from_code,
 )
-from kvtransfer.header import DataHeader
 from kvtransfer.lane_choice import usable
 from kvtransfer.layout import CacheLayout, Span, check_compatible
 from kvtransfer.loop import AgentLoop
@@ -50,7 +47,7 @@ from kvtransfer.outbound import Outbound, Route, Session
 from kvtransfer.outgoing import Lane, Outgoing
 from kvtransfer.plan import plan_cache
 from kvtransfer.probe import lagging
-from kvtransfer.send_lanes import MappedSend, Outpiece
+from kvtransfer.send_pieces import PieceSender
 from kvtransfer.settings import TransferSettings
 from kvtransfer.shared import SharedRegion, boot_id
 from kvtransfer.stats import Counters
@@ -125,6 +122,7 @@ class SendAgent:
             owner=self,
             hello=self._hello,
         )
+        self._pieces = PieceSender(self._memories, region, rank, clock)
         self._snapshot = AgentStats()
         self._loop = AgentLoop(f"kv-send-{rank}", transport, self, clock)
 
@@ -430,26 +428,7 @@ class SendAgent:
         ]
         probe = session.probe
         probe.note = probe.note or lagging(probe.bytes_per_s, others)
-        if probe.note:
-            logger.warning("%s rank %d: %s", route.peer.instance, route.rank, probe.note)
-        logger.info(
-            "KV to %s rank %d: %s, %.2f ms there and back, %s",
-            route.peer.instance,
-            route.rank,
-            session.carrier,
-            1e3 * (probe.rtt_s or 0.0),
-            f"{probe.bytes_per_s / 1e9:.2f} GB/s" if probe.bytes_per_s else "bandwidth not probed",
-        )
-        self._emit(
-            PeerProbed(
-                instance=route.peer.instance,
-                rank=route.rank,
-                transport=session.carrier,
-                rtt_s=probe.rtt_s or 0.0,
-                bytes_per_s=probe.bytes_per_s,
-                note=probe.note,
-            )
-        )
+        self._emit(probe.report(route.peer.instance, route.rank, session.carrier))
 
     def control(self, route: Route, message: wire.Control) -> None:
         """See outbound.Owner."""
@@ -492,7 +471,8 @@ class SendAgent:
         outgoing, lane = turn[0]
         turn.rotate(-1)
         try:
-            self._send_piece(route, session, outgoing, lane)
+            if self._pieces.send(session, outgoing, lane):
+                self._leave(route, lane)
         except (TransferError, ValueError) as exc:
             error = exc if isinstance(exc, TransferError) else GrantRefused(str(exc))
             self._fail(outgoing, error)
@@ -514,65 +494,3 @@ class SendAgent:
             self._counters.stalled_s += now - session.stalled_at
             session.stalled_at = None
         return False
-
-    def _send_piece(self, route: Route, session: Session, outgoing: Outgoing, lane: Lane) -> None:
-        self._name_blocks(session, outgoing, lane)
-        transfer, first = outgoing.transfer, lane.queue[0]
-        memory, heads, unit = self._memories[first.group], first.region.heads, first.unit
-        layer_unit = memory.payload_bytes(Span(0, 1), heads, Span(0, unit), unit)
-        # A part-filled unit is packed whatever its runs: it has to fit a buffer.
-        run_bytes = 0 if len(first.tokens) % unit else memory.run_bytes(heads, unit)
-        limit = session.lane.limit(run_bytes, layer_unit)
-        if limit < layer_unit:
-            raise LayoutMismatch(f"pieces of {limit} bytes do not hold {unit} tokens of one layer")
-        box = lane.next_box(limit // layer_unit)
-        header = DataHeader(
-            epoch=transfer.epoch,
-            transfer_id=transfer.transfer_id,
-            nonce=transfer.nonce,
-            source_rank=self._rank,
-            slot=0,
-            generation=0,
-            sequence=len(lane.checksums),
-            group=box.group,
-            layers=box.layers,
-            heads=heads,
-            tokens=box.tokens,
-            payload_bytes=len(box.layers) * box.layer_units * layer_unit,
-        )
-        piece = Outpiece(header, memory, outgoing.tables[box.group], unit)
-        lane.checksums.append(session.lane.send(piece))
-        lane.bytes += header.payload_bytes
-        session.bytes += header.payload_bytes
-        session.messages += 1
-        session.moved_at = self._clock()
-        if not lane.missing_units:
-            self._send_manifest(session, outgoing, lane)
-            self._leave(route, lane)
-
-    def _name_blocks(self, session: Session, outgoing: Outgoing, lane: Lane) -> None:
-        """Where the receiver reads for itself, tell it the blocks, under a lease."""
-        if lane.named or not isinstance(session.lane, MappedSend) or self._region is None:
-            return
-        lane.named = True
-        if outgoing.lease is None:
-            outgoing.lease = self._region.lease()
-        transfer = outgoing.transfer
-        for group, table in enumerate(outgoing.tables):
-            ids = table.ids.tolist()
-            session.lane.name(transfer.transfer_id, transfer.nonce, outgoing.lease, group, ids)
-
-    def _send_manifest(self, session: Session, outgoing: Outgoing, lane: Lane) -> None:
-        transfer = outgoing.transfer
-        lane.manifest_at = self._clock()
-        outgoing.carrier = session.carrier
-        manifest = wire.Manifest(
-            transfer_id=transfer.transfer_id,
-            epoch=transfer.epoch,
-            nonce=transfer.nonce,
-            source_rank=self._rank,
-            pieces=len(lane.checksums),
-            bytes=lane.bytes,
-            crc32=lane.checksum,
-        )
-        session.link.send_control(wire.encode(manifest))

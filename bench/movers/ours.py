@@ -24,10 +24,8 @@ class Ours:
     """What is measured."""
 
     def modes(self, work: Work) -> tuple[Mode, ...]:
-        """Return in which modes `work` is run; a request goes the whole way only."""
-        if importlib.util.find_spec(_SIDE) is None:
-            return ()
-        return ("agent",) if work.request else ("raw", "agent")
+        """Return in which modes `work` is run."""
+        return ("raw", "agent") if importlib.util.find_spec(_SIDE) else ()
 
     def run(self, work: Work, carrier: Carrier, mode: Mode, numbers: Sequence[int]) -> list[float]:
         """Return the seconds that each of these rounds took."""

@@ -2,7 +2,8 @@
 
 `agent` is the path that serves requests: grants, plan, checks, checksums and acknowledgement; the
 clock runs from the first `ready` to the receivers' Completed. `raw` is the data path alone, without
-any of these: the lanes' own copies and sockets, told what to move. Blocks that stand for no request
+any of these: the lanes' own copies and sockets, told what to move; only an agent moves a request,
+whose raw way is without checksums. Blocks that stand for no request
 are the blocks of a sequence all the same: one layer, one plane, one token a block.
 """
 
@@ -38,6 +39,7 @@ from kvtransfer import (
 from kvtransfer.memory import KVMemory
 from kvtransfer.network import NetworkTransport
 from kvtransfer.send_lanes import DIRECT_BYTES
+from kvtransfer.settings import Lane
 from kvtransfer.shared import MappedRegion, ShareHandle, boot_id
 from kvtransfer.slots import page_aligned
 from kvtransfer.transport import Accepted, Connected, ControlArrived, Done, Happening
@@ -171,7 +173,10 @@ class Events:
 
 
 class AgentSide:
-    """The whole path."""
+    """The whole path, or of a request that is moved raw, all but its checksums."""
+
+    def __init__(self, *, checksum: bool = True) -> None:
+        self._checksum = checksum
 
     def open(self, *, side: str, carrier: str, **sizes: Any) -> dict[str, Any]:
         """Make the cache and its agents."""
@@ -179,7 +184,8 @@ class AgentSide:
         self._regions = [SharedRegion()] if self._source else []
         self._cache = Cache(sizes, side, self._regions[0] if self._source else None)
         self._events = Events()
-        settings = TransferSettings(lane="mapped" if carrier == "shm" else "stream")
+        lane: Lane = "mapped" if carrier == "shm" else "stream"
+        settings = TransferSettings(lane=lane, checksum=self._checksum)
         common: dict[str, Any] = {"settings": settings, "on_event": self._events}
         self._agents: list[Any] = []
         for rank, memory in enumerate(self._cache.memories):
@@ -402,7 +408,9 @@ class OursSide:
 
     def open(self, *, mode: str, **options: Any) -> dict[str, Any]:
         """Make the side."""
-        self._side = RawSide() if mode == "raw" else AgentSide()
+        is_raw = mode == "raw"
+        blocks = is_raw and options["request"] is None
+        self._side = RawSide() if blocks else AgentSide(checksum=not is_raw)
         return dict(self._side.open(**options))
 
     def meet(self, **options: Any) -> dict[str, Any]:
