@@ -140,7 +140,6 @@ class Inbound:
             self.lost(link, exc)
 
     def _told(self, connection: Connection, message: wire.Control) -> None:
-        started = self._clock()
         if connection.lane.told(message):
             return
         match message:
@@ -149,7 +148,7 @@ class Inbound:
             case wire.Bye():
                 self._drop(connection, None)
             case wire.Ping(number, probe_bytes):
-                micros = int((self._clock() - started) * 1e6) if probe_bytes else 0
+                micros = int(connection.lane.probe_s * 1e6)
                 connection.ping = (number, probe_bytes, micros)
                 self._pong(connection)
             case other:

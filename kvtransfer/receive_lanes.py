@@ -97,6 +97,11 @@ class ReceiveLane(Protocol):
         """Bytes of probes that have arrived."""
         ...
 
+    @property
+    def probe_s(self) -> float:
+        """Seconds in which the last probe was read, where only the reader knows; else 0."""
+        ...
+
     def start(self) -> None:
         """Take what comes; the welcome has been sent."""
         ...
@@ -157,6 +162,7 @@ class TaggedReceive:
         self._open = True
         self._slots = ReceiveSlots(place.settings.slots_per_connection, place.settings.slot_bytes)
         self.probed_bytes = 0
+        self.probe_s = 0.0
 
     @property
     def carrier(self) -> str:
@@ -254,6 +260,7 @@ class StreamReceive:
         self._landing: Landing | None = None
         self._parts: Sequence[memoryview] = ()
         self.probed_bytes = 0
+        self.probe_s = 0.0
 
     @property
     def carrier(self) -> str:
