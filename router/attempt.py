@@ -224,6 +224,8 @@ class Attempt:
         self._first = event.tokens
         if event.tokens.finish is None:
             self._activate()
+        if self._is_transferred:
+            self._drop_leg(is_finished=False)  # the token was all that was still missing
         return event.tokens
 
     def _activate(self) -> None:
@@ -267,7 +269,7 @@ class Attempt:
     # ---- another prefill instance takes over
 
     def _take_prefill_ended(self, error: ServiceError | None) -> None:
-        if self._is_transferred or self._has_output:
+        if self._first is not None and (self._is_transferred or self._has_output):
             return
         assert self._leg is not None
         name = self._leg.key.name
@@ -336,8 +338,9 @@ class Attempt:
         if grant is None:
             # The last piece had arrived before the instance was lost.
             self._metrics.resumed("not needed")
-            self._drop_leg(is_finished=False)
             self._is_transferred = True
+            if self._first is not None:
+                self._drop_leg(is_finished=False)
             return
         self._metrics.resumed("resumed")
         assert self._leg is not None

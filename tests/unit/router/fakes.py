@@ -250,6 +250,11 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         message = worker_pb2.DecodeRunResponse(lost_transfers=[lost])
         self._say(self.held[request_id], message)
 
+    @property
+    def completions(self) -> "list[asyncio.Future[None]]":
+        """One for each request: done when its KV is complete."""
+        return list(self._complete.values())
+
     def complete(self, transfer_id: int) -> None:
         future = self._complete.get(self.transfers.get(transfer_id, -1))
         if future is not None and not future.done():
@@ -344,6 +349,8 @@ class FakePrefill(FakeInstance, worker_pb2_grpc.PrefillServicer):
         self.compute_gate = _open_gate()
         self.transfer_gate = _open_gate()
         self.fail_transfer = False
+        # Sends all of the KV and then never says a token.
+        self.sends_before_token = False
         self.first_finish = common_pb2.FINISH_REASON_UNSPECIFIED
 
     def _add_to(self, server: grpc.aio.Server) -> None:
@@ -357,6 +364,10 @@ class FakePrefill(FakeInstance, worker_pb2_grpc.PrefillServicer):
         self.open.add(start.request_id)
         try:
             await self.compute_gate.wait()
+            if self.sends_before_token:
+                [grant] = (await anext(request_iterator)).grants.grants
+                self._decode_named(grant.instance).complete(grant.transfer_id)
+                await asyncio.Event().wait()
             if self.errors:
                 raise self.errors.pop(0)
             finish = self.first_finish

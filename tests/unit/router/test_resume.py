@@ -136,6 +136,27 @@ async def test_kv_that_had_arrived_is_not_sent_again() -> None:
         await system.settled()
 
 
+@pytest.mark.parametrize("losses", [1, 2])
+async def test_kv_that_had_arrived_without_a_first_token_still_gets_one(losses: int) -> None:
+    async with two_prefills() as (system, first, second, decode):
+        third = await system.add_prefill("c")
+        first.sends_before_token = True
+        second.compute_gate.clear()
+        call = asyncio.ensure_future(collect(system.generate(max_new_tokens=5)))
+        await until(lambda: any(f.done() for f in decode.completions))
+        await first.die()
+        await until(lambda: bool(second.open) and bool(decode.regrants))
+        if losses == 2:
+            await second.die()
+            await until(lambda: bool(third.starts))
+        second.compute_gate.set()
+        messages = await call
+        assert text_of(messages) == "hello"
+        assert messages[-1].stats.retries == losses
+        await system.settled()
+        assert decode.aborted == []
+
+
 async def test_second_loss_goes_to_a_third() -> None:
     async with two_prefills() as (system, first, second, decode):
         first.transfer_gate.clear()
