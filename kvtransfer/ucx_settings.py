@@ -42,6 +42,8 @@ def environment(settings: UcxSettings) -> dict[str, str]:
         "UCX_RNDV_THRESH": "auto",
         # Which of these are read depends on the transports that this build of UCX has.
         "UCX_WARN_UNUSED_ENV_VARS": "n",
+        # Standard output belongs to whoever runs this process.
+        "UCX_LOG_FILE": "stderr",
     }
     if settings.tls is not None:
         variables["UCX_TLS"] = settings.tls

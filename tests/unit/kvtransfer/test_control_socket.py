@@ -87,6 +87,7 @@ def test_ucx_is_told_what_it_needs() -> None:
     assert variables["UCX_POSIX_ERROR_HANDLING"] == "y"
     assert (variables["UCX_TLS"], variables["UCX_NET_DEVICES"]) == ("tcp,self", "eth0")
     assert "UCX_TLS" not in environment(UcxSettings())
+    assert variables["UCX_LOG_FILE"] == "stderr"
 
 
 @pytest.mark.parametrize("wrong", [{"tcp_segment_kib": 1}, {"keepalive_s": 0.0}, {"spin_s": -1.0}])
