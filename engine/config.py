@@ -67,6 +67,12 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None = None
 
+    @property
+    def has_dense_mlp(self) -> bool:
+        """Whether some layer has a dense MLP."""
+        moe = self.moe
+        return moe is None or not all(moe.is_sparse(layer) for layer in range(self.num_layers))
+
 
 def load_config(folder: Path) -> ModelConfig:
     """Read the model folder's configuration.

@@ -40,7 +40,7 @@ class KVCache:
         """`allocate` gives zeroed memory, where it is to be of a special kind."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a cache of {num_blocks} blocks of {block_size} tokens is empty")
-        heads = layout.tensor_part(config.num_kv_heads)
+        heads = layout.kv_part(config.num_kv_heads)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_heads = heads.stop - heads.start
@@ -78,6 +78,6 @@ class KVCache:
         config: ModelConfig, dtype: torch.dtype, block_size: int, layout: Layout
     ) -> int:
         """Return the bytes that one block takes over all layers of this rank."""
-        heads = layout.tensor_part(config.num_kv_heads)
+        heads = layout.kv_part(config.num_kv_heads)
         cells: int = config.num_layers * 2 * (heads.stop - heads.start) * block_size
         return cells * config.head_size * dtype.itemsize

@@ -16,7 +16,7 @@ from engine.kvcache import Allocate, KVCache
 from engine.layers.attention import Pass
 from engine.layers.layer import Placement
 from engine.models import MODELS
-from engine.parallel import Layout
+from engine.parallel import Alone, Collectives, Layout
 from engine.weights import Progress, load_weights
 
 __all__ = ["Chunk", "ModelRunner"]
@@ -43,13 +43,16 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         layout: Layout | None = None,
+        ranks: Collectives | None = None,
         progress: Progress | None = None,
         allocate: Allocate | None = None,
     ) -> None:
+        """With a layout of several ranks, `ranks` joins them: all must run the same passes."""
         layout = layout or Layout()
+        layout.check(config)
         self.config = config
         with torch.inference_mode():
-            placement = Placement(dtype=dtype, device=device, layout=layout)
+            placement = Placement(dtype=dtype, device=device, layout=layout, ranks=ranks or Alone())
             self._model = MODELS[config.architecture](config, placement)
             load_weights(
                 folder, list(self._model.slots()), ignored=self._model.ignores, progress=progress

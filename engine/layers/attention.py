@@ -35,8 +35,9 @@ class Attention:
 
     def __init__(self, config: ModelConfig, layer: int, name: str, placement: Placement) -> None:
         heads = placement.layout.tensor_part(config.num_heads)
-        kv_heads = placement.layout.tensor_part(config.num_kv_heads)
+        kv_heads = placement.layout.kv_part(config.num_kv_heads)
         size = config.head_size
+        q_rows, kv_rows = (slice(p.start * size, p.stop * size) for p in (heads, kv_heads))
         self._layer = layer
         self._name = name
         self._num_heads = heads.stop - heads.start
@@ -45,9 +46,9 @@ class Attention:
         self._attend = attention_kernel(placement.device)
         self._qkv = ColumnLinear(
             [
-                (f"{name}.q_proj", config.num_heads * size),
-                (f"{name}.k_proj", config.num_kv_heads * size),
-                (f"{name}.v_proj", config.num_kv_heads * size),
+                (f"{name}.q_proj", config.num_heads * size, q_rows),
+                (f"{name}.k_proj", config.num_kv_heads * size, kv_rows),
+                (f"{name}.v_proj", config.num_kv_heads * size, kv_rows),
             ],
             config.hidden_size,
             placement,

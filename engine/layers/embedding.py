@@ -1,4 +1,7 @@
-"""Token ids to vectors, and vectors to logits. Legend: T tokens, S rows, V vocabulary, D hidden."""
+"""Token ids to vectors, and vectors to logits; each rank has the rows of a part of the vocabulary.
+
+Legend: T tokens, S rows, V vocabulary (W: this rank's part of it), D hidden size.
+"""
 
 from collections.abc import Iterator
 
@@ -15,14 +18,18 @@ class Embedding:
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, placement: Placement) -> None:
         self._name = name
-        self.weight_VD = placement.empty(vocab_size, hidden_size)
+        self._shape = (vocab_size, hidden_size)
+        self._part = part = placement.layout.vocab_part(vocab_size)
+        self._is_whole = part.stop - part.start == vocab_size
+        self._all_reduce = placement.ranks.all_reduce
+        self.weight_WD = placement.empty(part.stop - part.start, hidden_size)
 
     def slots(self) -> Iterator[WeightSlot]:
         yield WeightSlot(
             name=f"{self._name}.weight",
-            shape=tuple(self.weight_VD.shape),
-            part=(),
-            target=self.weight_VD,
+            shape=self._shape,
+            part=(self._part,),
+            target=self.weight_WD,
         )
 
     def prepare(self) -> None:
@@ -30,7 +37,13 @@ class Embedding:
 
     def __call__(self, token_ids_T: Tensor) -> Tensor:
         """Return the tokens' vectors, [T, D], in fp32: the start of the residual stream."""
-        return F.embedding(token_ids_T, self.weight_VD).float()
+        if self._is_whole:
+            return F.embedding(token_ids_T, self.weight_WD).float()
+        rows_T = token_ids_T - self._part.start
+        is_other_T = (rows_T < 0) | (rows_T >= len(self.weight_WD))
+        x_TD = F.embedding(rows_T.masked_fill_(is_other_T, 0), self.weight_WD)
+        # Every vector is one rank's, and zero elsewhere: the sum rounds nothing.
+        return self._all_reduce(x_TD.masked_fill_(is_other_T[:, None], 0)).float()
 
 
 class TiedHead:
@@ -49,7 +62,7 @@ class TiedHead:
         return iter(())
 
     def prepare(self) -> None:
-        self._product = self._make_product(self._embedding.weight_VD)
+        self._product = self._make_product(self._embedding.weight_WD)
 
     def __call__(self, x_SD: Tensor) -> Tensor:
         return self._product(x_SD)

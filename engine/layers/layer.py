@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.parallel import Layout
+from engine.parallel import Collectives, Layout
 from engine.weights import WeightSlot
 
 
@@ -18,6 +18,7 @@ class Placement:
     dtype: torch.dtype
     device: torch.device
     layout: Layout
+    ranks: Collectives
 
     def empty(self, *shape: int) -> Tensor:
         """Return an uninitialised weight."""

@@ -29,13 +29,14 @@ class _Weight:
 class ColumnLinear:
     """Several projections of one input as one product; each rank has a part of every output.
 
-    `outputs` are the projections' checkpoint names (without ".weight") and output sizes.
+    `outputs` are the projections' checkpoint names (without ".weight"), their output sizes and
+    this rank's parts of them.
     """
 
     def __init__(
-        self, outputs: Sequence[tuple[str, int]], input_size: int, placement: Placement
+        self, outputs: Sequence[tuple[str, int, slice]], input_size: int, placement: Placement
     ) -> None:
-        self._outputs = [(name, size, placement.layout.tensor_part(size)) for name, size in outputs]
+        self._outputs = outputs
         self._input_size = input_size
         rows = sum(part.stop - part.start for _, _, part in self._outputs)
         self._weight = _Weight(rows, input_size, placement)
@@ -62,12 +63,13 @@ class ColumnLinear:
 
 
 class RowLinear:
-    """A projection whose input is split over ranks; with more than one, their outputs add up."""
+    """A projection whose input is split over ranks: their outputs are added up."""
 
     def __init__(self, name: str, input_size: int, output_size: int, placement: Placement) -> None:
         self._name = name
         self._shape = (output_size, input_size)
         self._part = placement.layout.tensor_part(input_size)
+        self._all_reduce = placement.ranks.all_reduce
         self._weight = _Weight(output_size, self._part.stop - self._part.start, placement)
         self._product: Product
 
@@ -84,4 +86,4 @@ class RowLinear:
         self._product = self._weight.freeze()
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        return self._product(x_TI)
+        return self._all_reduce(self._product(x_TI))

@@ -23,8 +23,9 @@ class DenseMLP:
     """down(silu(gate(x)) * up(x)); `name` is its place in the checkpoint."""
 
     def __init__(self, hidden_size: int, inner_size: int, name: str, placement: Placement) -> None:
+        part = placement.layout.tensor_part(inner_size)
         self._gate_up = ColumnLinear(
-            [(f"{name}.gate_proj", inner_size), (f"{name}.up_proj", inner_size)],
+            [(f"{name}.{each}_proj", inner_size, part) for each in ("gate", "up")],
             hidden_size,
             placement,
         )

@@ -1,5 +1,7 @@
 """A router and its experts: each token goes through the K experts with the highest scores.
 
+Tensor parallelism splits every expert's inner size.
+
 Legend: T tokens, D hidden size, E experts of this rank, K experts of a token, P = T * K pairs,
 I inner size.
 """
@@ -34,7 +36,11 @@ class SparseMLP:
         self._norm_topk_prob = config.moe.norm_topk_prob
         self._local = placement.layout.expert_part(self._num_experts)
         experts = self._local.stop - self._local.start
-        hidden, inner = config.hidden_size, config.moe.intermediate_size
+        hidden = config.hidden_size
+        self._sizes = (hidden, config.moe.intermediate_size)
+        self._inner = placement.layout.tensor_part(config.moe.intermediate_size)
+        self._all_reduce = placement.ranks.all_reduce
+        inner = self._inner.stop - self._inner.start
         # The router is small and decides discretely: fp32 whatever the model's dtype.
         self._router_ED = torch.empty(self._num_experts, hidden, device=placement.device)
         self._make_product = product_kernel(placement.device)
@@ -45,20 +51,21 @@ class SparseMLP:
         self._small = self._gate_up.numel() + self._down.numel() <= _ALL_EXPERTS_WEIGHTS
 
     def slots(self) -> Iterator[WeightSlot]:
-        yield self._slot("gate", self._router_ED)
-        inner = self._down.shape[2]
+        yield self._slot("gate", tuple(self._router_ED.shape), (), self._router_ED)
+        hidden, whole = self._sizes
+        inner, rows, columns = self._down.shape[2], (self._inner,), (slice(None), self._inner)
         for local, expert in enumerate(range(self._local.start, self._local.stop)):
-            yield self._slot(f"experts.{expert}.gate_proj", self._gate_up[local, :inner])
-            yield self._slot(f"experts.{expert}.up_proj", self._gate_up[local, inner:])
-            yield self._slot(f"experts.{expert}.down_proj", self._down[local])
+            gate, up = self._gate_up[local, :inner], self._gate_up[local, inner:]
+            name = f"experts.{expert}"
+            yield self._slot(f"{name}.gate_proj", (whole, hidden), rows, gate)
+            yield self._slot(f"{name}.up_proj", (whole, hidden), rows, up)
+            yield self._slot(f"{name}.down_proj", (hidden, whole), columns, self._down[local])
 
-    def _slot(self, name: str, target: Tensor) -> WeightSlot:
-        return WeightSlot(
-            name=f"{self._name}.{name}.weight",
-            shape=tuple(target.shape),
-            part=(),
-            target=target,
-        )
+    def _slot(
+        self, name: str, shape: tuple[int, ...], part: tuple[slice, ...], target: Tensor
+    ) -> WeightSlot:
+        name = f"{self._name}.{name}.weight"
+        return WeightSlot(name=name, shape=shape, part=part, target=target)
 
     def prepare(self) -> None:
         self._gate_up_products = [self._make_product(weight) for weight in self._gate_up]
@@ -74,7 +81,7 @@ class SparseMLP:
         else:
             y_TKD = self._through_chosen(x_TD, experts_TK)
         # Always in the order of the router's choice, whatever else is in the batch.
-        return (y_TKD * weights_TK[..., None]).sum(1)
+        return self._all_reduce((y_TKD * weights_TK[..., None]).sum(1))
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         probs_TE = F.linear(x_TD.float(), self._router_ED).softmax(-1)

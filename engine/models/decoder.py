@@ -69,8 +69,12 @@ class Decoder:
         self._head = (
             TiedHead(self._embedding, placement)
             if config.tie_word_embeddings
-            else ColumnLinear([(_HEAD, vocab)], hidden, placement)
+            else ColumnLinear(
+                [(_HEAD, vocab, placement.layout.vocab_part(vocab))], hidden, placement
+            )
         )
+        self._vocab_size = vocab
+        self._all_gather = placement.ranks.all_gather
         self.rotary = Rotary(config.head_size, config.rope_theta, placement.device)
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -93,7 +97,7 @@ class Decoder:
         for layer in self._layers[:-1]:
             x_TD = layer(x_TD, shared, None)
         x_SD = self._layers[-1](x_TD, shared, wanted_S)
-        return self._head(self._norm(x_SD)).float()
+        return self._all_gather(self._head(self._norm(x_SD)), self._vocab_size).float()
 
     def _parts(self) -> Iterator[Layer]:
         yield self._embedding

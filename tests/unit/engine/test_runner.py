@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.config import load_config
 from engine.errors import BatchError, UnsupportedError
 from engine.kernels import attention_kernel
 from engine.parallel import Layout
@@ -175,9 +176,31 @@ def test_an_empty_pass_is_refused(runner: ModelRunner) -> None:
         runner.forward([])
 
 
-def test_more_than_one_rank_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match=r"tp=2.*use tp=1"):
-        Layout(tp=2)
+@pytest.mark.parametrize("name", ["pp", "cp", "ep", "dp"])
+def test_a_split_that_is_not_there_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"{name}=2.*use {name}=1"):
+        Layout(**{name: 2})
+
+
+@pytest.mark.parametrize("tp", [3, 8])
+def test_tp_that_divides_no_heads_is_refused_with_what_would_do(checkpoint: Path, tp: int) -> None:
+    with pytest.raises(UnsupportedError, match=rf"tp={tp} does not divide.*use tp=1, 2, 4$"):
+        Layout(tp=tp).check(load_config(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("tp", "heads"),
+    [(1, [(0, 4)]), (2, [(0, 2), (2, 4)]), (8, [(i // 2, i // 2 + 1) for i in range(8)])],
+)
+def test_kv_heads_are_split_and_then_shared(tp: int, heads: list[tuple[int, int]]) -> None:
+    parts = [Layout(tp=tp, tp_rank=rank).kv_part(4) for rank in range(tp)]
+    assert [(part.start, part.stop) for part in parts] == heads
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 8, 211])
+def test_every_token_of_the_vocabulary_is_one_ranks(vocab: int) -> None:
+    parts = [Layout(tp=4, tp_rank=rank).vocab_part(vocab) for rank in range(4)]
+    assert [i for part in parts for i in range(vocab)[part]] == list(range(vocab))
 
 
 def test_a_device_without_kernels_is_refused() -> None:

@@ -1,0 +1,83 @@
+"""One rank of a tensor-parallel model: runs the passes it is told to, and keeps the logits."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from service.threads import thread_env
+
+os.environ.update(thread_env(1))  # before torch: its threads are made when it is imported
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from engine.collectives import GroupCollectives
+from engine.config import load_config
+from engine.parallel import Collectives, Layout
+from engine.runner import Chunk, ModelRunner
+
+BLOCK_SIZE = 16
+LENGTHS = (1, 7, 64, 101)
+
+
+def passes(vocab_size: int) -> Iterator[list[Chunk]]:
+    """Prompts of mixed lengths in two parts, then three tokens more of each."""
+    random = torch.Generator().manual_seed(5)
+    blocks, sequences = 0, []
+    for length in LENGTHS:
+        count = -(-(length + 3) // BLOCK_SIZE)
+        tokens = torch.randint(vocab_size, (length + 3,), generator=random).tolist()
+        sequences.append((length, tokens, list(range(blocks, blocks + count))))
+        blocks += count
+
+    def step(cuts: list[tuple[int, int]]) -> list[Chunk]:
+        return [
+            Chunk(token_ids=tokens[begin:end], start=begin, block_table=table)
+            for (begin, end), (_, tokens, table) in zip(cuts, sequences, strict=True)
+            if end > begin
+        ]
+
+    yield step([(0, (length + 1) // 2) for length, _, _ in sequences])
+    yield step([((length + 1) // 2, length) for length, _, _ in sequences])
+    for more in range(3):
+        yield step([(length + more, length + more + 1) for length, _, _ in sequences])
+
+
+def logits(folder: Path, layout: Layout, ranks: Collectives | None, dtype: str) -> torch.Tensor:
+    """Return the logits after each chunk of every pass, [S, V]."""
+    config = load_config(folder)
+    runner = ModelRunner(
+        folder=folder,
+        config=config,
+        dtype=getattr(torch, dtype),
+        device=torch.device("cpu"),
+        num_blocks=32,
+        block_size=BLOCK_SIZE,
+        layout=layout,
+        ranks=ranks,
+    )
+    return torch.cat([runner.forward(chunks) for chunks in passes(config.vocab_size)])
+
+
+def main() -> None:
+    """Take part in every case: {name, model, tp, dtype}; rank 0 of each writes its logits."""
+    rank, world, port = (int(text) for text in sys.argv[1:4])
+    cases, out = json.loads(sys.argv[4]), Path(sys.argv[5])
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
+    for case in cases:
+        group = dist.new_group(list(range(case["tp"])))
+        if rank >= case["tp"]:
+            continue
+        layout = Layout(tp=case["tp"], tp_rank=rank)
+        found = logits(Path(case["model"]), layout, GroupCollectives(group), case["dtype"])
+        save_file({"logits": found}, out / f"{case['name']}.{rank}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
