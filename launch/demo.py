@@ -237,7 +237,7 @@ def requests_table(answers: Sequence[Answer]) -> Table:
 def blocks_in_use(status: Status) -> dict[str, int]:
     """Returns by instance how many KV blocks are not free, here or in the router's ledger."""
     return {
-        one.name: max(one.blocks.total - one.blocks.free, one.ledger_reserved)
+        one.name: max(one.blocks.total - one.blocks.free - one.blocks.cached, one.ledger_reserved)
         for one in status.instances
     }
 

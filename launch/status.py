@@ -77,14 +77,15 @@ def _instances(instances: tuple[InstanceStatus, ...]) -> Table:
     table.add_column("instance")
     table.add_column("address")
     table.add_column("layout")
-    for name in ("free", "reserved", "used", "quarantined", "total", "ledger", "running"):
+    for name in ("free", "cached", "reserved", "used", "quarantined", "total", "ledger", "running"):
         table.add_column(name, justify="right")
     table.add_column("waiting", justify="right")
     table.add_column("heartbeat", justify="right")
     for instance in sorted(instances, key=lambda one: (one.role != "prefill", one.name)):
         blocks = instance.blocks
         numbers = (
-            *(blocks.free, blocks.reserved, blocks.used, blocks.quarantined, blocks.total),
+            *(blocks.free, blocks.cached, blocks.reserved, blocks.used),
+            *(blocks.quarantined, blocks.total),
             *(instance.ledger_reserved, instance.running, instance.waiting),
         )
         name = f"{instance.name} (draining)" if instance.draining else instance.name

@@ -11,6 +11,10 @@ class PrefillConfig(InstanceConfig):
     max_batched_tokens: int = Field(
         default=2048, ge=1, description="Prompt tokens that one step computes at most."
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Keep the KV of prompts while there is room, for prompts that begin alike.",
+    )
     max_queue: int = Field(
         default=256, ge=1, description="Requests held at once; more are refused."
     )

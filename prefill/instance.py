@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 from twinpool.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from engine.blocks import BlockPool
+from engine.prefix_cache import PrefixCache
 from kvtransfer import SendAgent, SharedRegion, TransferSettings
 from kvtransfer.hardware import describe_rdma
 from kvtransfer.network import NetworkTransport
@@ -50,6 +51,7 @@ class Instance:
         region: SharedRegion,
     ) -> None:
         """`region` is where the model's cache was allocated."""
+        identity = make_identity(model, who)
         transport = NetworkTransport()
         log.info(describe_rdma(driven=transport.rdma))
         self._agent = SendAgent(
@@ -57,16 +59,25 @@ class Instance:
             memories=(model.runner.cache.tensor,),
             layout=model.layout,
             rank=0,
-            identity=make_identity(model, who),
+            identity=identity,
             settings=TransferSettings(host=settings.data_host, lane=settings.kv_lane),
             on_event=lambda event: self._worker.transfer_event(event),
             region=region,
         )
         handoff = Handoff(self._agent)
+        pool = BlockPool(model.num_blocks)
+        cache = (
+            PrefixCache(
+                pool, block_size=settings.block_size, fingerprint=identity.compatibility.hex()
+            )
+            if settings.prefix_cache
+            else None
+        )
         self._worker = Worker(
             runner=model.runner,
             shape=model.layout.groups[0].shape,
-            pool=BlockPool(model.num_blocks),
+            pool=pool,
+            cache=cache,
             scheduler=Scheduler(max_batched_tokens=settings.max_batched_tokens),
             handoff=handoff,
             emit=lambda request_id, outcome: self.service.emit(request_id, outcome),

@@ -29,7 +29,12 @@ class Metrics:
             registry=registry,
         )
         self._prompt_tokens = Counter(
-            "twinpool_prefill_prompt_tokens", "Prompt tokens computed.", registry=registry
+            "twinpool_prefill_prompt_tokens", "Prompt tokens taken.", registry=registry
+        )
+        self._cached_tokens = Counter(
+            "twinpool_prefill_cached_tokens",
+            "Prompt tokens that were in the cache and not computed.",
+            registry=registry,
         )
         self._failed = Counter(
             "twinpool_prefill_failed_requests",
@@ -45,6 +50,7 @@ class Metrics:
                 self._queue_s.observe(outcome.queue_s)
                 self._prefill_s.observe(outcome.prefill_s)
                 self._prompt_tokens.inc(outcome.prompt_tokens)
+                self._cached_tokens.inc(outcome.cached_tokens)
             case Transferred():
                 self._handoff_s.observe(outcome.handoff_s)
             case RequestFailed():

@@ -4,7 +4,7 @@ Owns the order of the waiting and the running prompts. Knows nothing of clocks, 
 block ids: the caller passes the number of free blocks, and acts on what is decided.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 
@@ -41,7 +41,7 @@ class Slice:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What to do next: prompts that enter the cache now, and the tokens to compute."""
+    """What to do next: prompts that have entered the cache, and the tokens to compute."""
 
     entering: tuple[int, ...] = ()
     slices: tuple[Slice, ...] = ()
@@ -86,9 +86,13 @@ class Scheduler:
         """Prompts that are partly computed."""
         return len(self._running)
 
-    def schedule(self, free_blocks: int) -> Step:
-        """Decide one step, and take it as done."""
-        entering = tuple(self._enter(free_blocks))
+    def schedule(self, free_blocks: int, enter: Callable[[int], int] = lambda _: 0) -> Step:
+        """Decide one step, and take it as done.
+
+        `enter` gives a prompt its blocks, at most as many as it asked for, and returns how many
+        of its first tokens are in the cache already, at least one fewer than it has.
+        """
+        entering = tuple(self._enter(free_blocks, enter))
         slices = tuple(self._slices())
         for piece in slices:
             state = self._running[piece.request_id]
@@ -97,7 +101,7 @@ class Scheduler:
                 del self._running[piece.request_id]
         return Step(entering=entering, slices=slices)
 
-    def _enter(self, free_blocks: int) -> Iterator[int]:
+    def _enter(self, free_blocks: int, enter: Callable[[int], int]) -> Iterator[int]:
         # Strictly in order: a prompt that does not fit holds back those behind it, or a stream of
         # short prompts would starve a long one.
         for prompt in sorted(self._waiting.values(), key=lambda prompt: -prompt.priority):
@@ -105,7 +109,8 @@ class Scheduler:
                 return
             free_blocks -= prompt.blocks
             del self._waiting[prompt.request_id]
-            self._running[prompt.request_id] = _Running(prompt=prompt)
+            cached = enter(prompt.request_id)
+            self._running[prompt.request_id] = _Running(prompt=prompt, computed=cached)
             yield prompt.request_id
 
     def _slices(self) -> Iterator[Slice]:

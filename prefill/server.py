@@ -224,6 +224,7 @@ def _to_wire(outcome: Outcome, transfer: bool) -> tuple[worker_pb2.PrefillRunRes
                 finish_reason=finish_to_wire(finish),
                 queue_s=outcome.queue_s,
                 prefill_s=outcome.prefill_s,
+                cached_tokens=outcome.cached_tokens,
             )
             last = finish is not None or not transfer
             return worker_pb2.PrefillRunResponse(first_token=first), last

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.blocks import BlockCounts, BlockPool
+from engine.prefix_cache import PrefixCache
 from engine.runner import Chunk, ModelRunner
 from engine.sampling import Sampled, SamplingParams, SequenceState, sample
 from engine.stopping import StopCriteria
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 # What is worth waking the transfer for: two staging slots. Less costs the compute more, by threads
 # that compete for cores and the interpreter, than an earlier start gains the transfer.
 _WORTH_SENDING_BYTES = 1 << 20
+# All requests are one tenant's as yet.
+_SALT = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class FirstToken:
     sampled: Sampled
     finish: str | None
     prompt_tokens: int
+    cached_tokens: int
     queue_s: float
     prefill_s: float
 
@@ -86,6 +90,7 @@ class _Job:
     arrived_s: float
     deadline_s: float
     blocks: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
     started_s: float = 0.0
     computed_s: float | None = None
     # What came of a transfer that was over before the prompt was: all of it was kept at decode.
@@ -123,6 +128,7 @@ class Worker:
         runner: ModelRunner,
         shape: KVShape,
         pool: BlockPool,
+        cache: PrefixCache | None,
         scheduler: Scheduler,
         handoff: Handoff,
         emit: Callable[[int, Outcome], None],
@@ -131,6 +137,7 @@ class Worker:
         self._runner = runner
         self._shape = shape
         self._pool = pool
+        self._cache = cache
         self._scheduler = scheduler
         self._handoff = handoff
         self._emit = emit
@@ -188,7 +195,7 @@ class Worker:
             while not self._stopping:
                 self._take_inbox()
                 self._expire()
-                step = self._scheduler.schedule(self._pool.counts().free)
+                step = self._scheduler.schedule(self._pool.counts().available, self._enter)
                 self._run(step)
                 self._report()
                 if not step.slices:
@@ -242,8 +249,6 @@ class Worker:
             )
 
     def _run(self, step: Step) -> None:
-        for request_id in step.entering:
-            self._enter(self._jobs[request_id])
         if not step.slices:
             return
         work = [(self._jobs[piece.request_id], piece) for piece in step.slices]
@@ -257,6 +262,7 @@ class Worker:
         ]
         logits_SV = self._runner.forward(chunks, self._hand_over(work))
         computed_s = time.monotonic()
+        self._remember(work)
         rows, done = [], []
         for row, (job, piece) in enumerate(work):
             if piece.end == len(job.request.prompt):
@@ -285,16 +291,37 @@ class Worker:
 
         return on_layer
 
-    def _enter(self, job: _Job) -> None:
+    def _enter(self, request_id: int) -> int:
+        """Give a prompt its blocks; return how many of its tokens need not be computed."""
+        job = self._jobs[request_id]
         request = job.request
         job.started_s = time.monotonic()
-        job.blocks = self._pool.reserve(self.blocks_for(len(request.prompt)))
+        self._take_blocks(job)
         self._pool.mark_used(job.blocks)
         if request.transfer:
             # The transfer reads these blocks until its end is reported, whatever becomes of the
             # request: they may not go to another prompt before.
             self._pool.pin(job.blocks)
-            self._handoff.open(request.request_id, len(request.prompt), job.blocks)
+            self._handoff.open(request_id, len(request.prompt), job.blocks)
+            if job.cached_tokens:
+                cached = Span(0, job.cached_tokens)
+                self._handoff.ready(request_id, Span(0, self._shape.layers), cached)
+        return job.cached_tokens
+
+    def _take_blocks(self, job: _Job) -> None:
+        prompt = job.request.prompt
+        needed = self.blocks_for(len(prompt))
+        if self._cache is None:
+            job.blocks = self._pool.reserve(needed)
+        else:
+            acquired = self._cache.acquire(prompt, _SALT, needed)
+            job.blocks, job.cached_tokens = acquired.blocks, acquired.tokens
+
+    def _remember(self, work: Sequence[tuple[_Job, Slice]]) -> None:
+        """What has been computed is final, and good for other prompts that begin alike."""
+        if self._cache is not None:
+            for job, piece in work:
+                self._cache.insert(job.request.prompt[: piece.end], _SALT, job.blocks)
 
     def _first_tokens(self, jobs: list[_Job], logits_SV: torch.Tensor) -> None:
         states = [
@@ -316,6 +343,7 @@ class Worker:
                     sampled=sampled,
                     finish=finish,
                     prompt_tokens=len(job.request.prompt),
+                    cached_tokens=job.cached_tokens,
                     queue_s=job.started_s - job.arrived_s,
                     prefill_s=job.computed_s - job.started_s,
                 ),

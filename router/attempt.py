@@ -218,6 +218,7 @@ class Attempt:
         self._admission.end_prefill(self._leg.leg_id)
         self._stats.queue_s += event.queue_s
         self._stats.prefill_s = event.prefill_s
+        self._stats.cached_tokens = event.cached_tokens
         if self._first is not None:
             # The client has the first instance's; decode goes on from that one.
             return None

@@ -21,6 +21,7 @@ class FirstToken:
     tokens: Tokens
     queue_s: float
     prefill_s: float
+    cached_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ Turns wire messages into `membership`'s types and refuses what does not make sen
 from twinpool.v1 import common_pb2, kv_pb2, worker_pb2
 
 from router.ledger import Capacity, InstanceKey
-from router.membership import Heartbeat, Instance, Layout, Model, Pair, Role
+from router.membership import Blocks, Heartbeat, Instance, Layout, Model, Pair, Role
 from service.errors import InvalidRequest
 
 _ROLES = {common_pb2.ROLE_PREFILL: Role.PREFILL, common_pb2.ROLE_DECODE: Role.DECODE}
@@ -46,7 +46,14 @@ def instance_from_wire(hello: worker_pb2.InstanceHello) -> Instance:
 def heartbeat_from_wire(message: worker_pb2.Heartbeat) -> Heartbeat:
     blocks = message.blocks
     return Heartbeat(
-        blocks=(blocks.total, blocks.free, blocks.reserved, blocks.used, blocks.quarantined),
+        blocks=Blocks(
+            total=blocks.total,
+            free=blocks.free,
+            reserved=blocks.reserved,
+            used=blocks.used,
+            quarantined=blocks.quarantined,
+            cached=blocks.cached,
+        ),
         running=message.running,
         waiting=message.waiting,
         pairs=tuple(_pair(pair) for pair in message.pairs[:_MOST_PAIRS]),

@@ -56,6 +56,18 @@ class Instance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """An instance's KV blocks by state."""
+
+    total: int = 0
+    free: int = 0
+    reserved: int = 0
+    used: int = 0
+    quarantined: int = 0
+    cached: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pair:
     """A data connection to one rank of a decode instance; `note` says what is wrong with it."""
 
@@ -69,9 +81,9 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """What an instance last said of its load; block counts in the order of the wire."""
+    """What an instance last said of its load."""
 
-    blocks: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+    blocks: Blocks = Blocks()
     running: int = 0
     waiting: int = 0
     pairs: tuple[Pair, ...] = ()

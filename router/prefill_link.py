@@ -169,6 +169,7 @@ class PrefillCall:
                         tokens=first_token_from_wire(first),
                         queue_s=first.queue_s,
                         prefill_s=first.prefill_s,
+                        cached_tokens=first.cached_tokens,
                     )
                 )
             case "transferred":

@@ -4,6 +4,7 @@ Wire messages end here; what they mean for the pools is `membership` and `pools`
 """
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -252,7 +253,6 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
 
     def _status(self, member: Member) -> worker_pb2.InstanceStatus:
         instance = member.instance
-        total, free, reserved, used, quarantined = member.heartbeat.blocks
         return worker_pb2.InstanceStatus(
             name=instance.key.name,
             epoch=instance.key.epoch,
@@ -265,9 +265,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
                 max_sequences=instance.capacity.max_sequences,
                 max_sequence_tokens=instance.capacity.max_sequence_tokens,
             ),
-            blocks=worker_pb2.BlockCounts(
-                total=total, free=free, reserved=reserved, used=used, quarantined=quarantined
-            ),
+            blocks=worker_pb2.BlockCounts(**dataclasses.asdict(member.heartbeat.blocks)),
             running=member.heartbeat.running,
             waiting=member.heartbeat.waiting,
             draining=member.draining,

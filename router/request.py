@@ -147,6 +147,7 @@ class Stats:
     prefill_instance: str = ""
     decode_instance: str = ""
     retries: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,7 @@ def response_to_wire(
                 prefill_instance=stats.prefill_instance,
                 decode_instance=stats.decode_instance,
                 retries=stats.retries,
+                cached_tokens=stats.cached_tokens,
             )
         )
     return message

@@ -12,7 +12,7 @@ from twinpool.v1 import worker_pb2
 
 from kvtransfer import AgentStats
 
-_BLOCK_STATES = ("free", "reserved", "used", "quarantined")
+_BLOCK_STATES = ("free", "reserved", "used", "cached", "quarantined")
 _TRANSFER_COUNTERS = {
     "bytes": "KV bytes moved.",
     "messages": "Data messages moved.",

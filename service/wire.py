@@ -81,6 +81,7 @@ def counts_to_wire(counts: BlockCounts) -> worker_pb2.BlockCounts:
         reserved=counts.reserved,
         used=counts.used,
         quarantined=counts.quarantined,
+        cached=counts.cached,
     )
 
 

@@ -99,6 +99,7 @@ class RequestStats:
     prefill_instance: str
     decode_instance: str
     retries: int
+    cached_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +181,7 @@ class BlockCounts:
     reserved: int
     used: int
     quarantined: int
+    cached: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,8 @@ class Cluster:
                 status = client.status()
             requests = status.requests
             return requests.queued == requests.running == 0 and all(
-                instance.blocks.free == instance.blocks.total and instance.ledger_reserved == 0
+                instance.blocks.free + instance.blocks.cached == instance.blocks.total
+                and instance.ledger_reserved == 0
                 for instance in status.instances
             )
 

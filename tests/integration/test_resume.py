@@ -62,7 +62,7 @@ def test_lost_prefill_is_replaced_in_mid_transfer(
     assert whole.stats.prefill_instance == "a"
     arrived = metric("kv_transfer_bytes_total")
     resumed = metric("resumed_transfers_total")
-    attempt = Attempt(twins, long_prompt(2), TOKENS)
+    attempt = Attempt(twins, long_prompt(how), TOKENS)
     wait_until(
         lambda: metric("kv_transfer_bytes_total") > arrived, "the first bytes of the transfer"
     )

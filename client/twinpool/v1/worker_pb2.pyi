@@ -213,11 +213,14 @@ class BlockCounts(_message.Message):
     RESERVED_FIELD_NUMBER: _builtins.int
     USED_FIELD_NUMBER: _builtins.int
     QUARANTINED_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
     total: _builtins.int
     free: _builtins.int
     reserved: _builtins.int
     used: _builtins.int
     quarantined: _builtins.int
+    cached: _builtins.int
+    """Held by nobody, but still with the keys and values of known tokens: given up when needed."""
     def __init__(
         self,
         *,
@@ -226,10 +229,11 @@ class BlockCounts(_message.Message):
         reserved: _builtins.int = ...,
         used: _builtins.int = ...,
         quarantined: _builtins.int = ...,
+        cached: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free", b"free", "quarantined", b"quarantined", "reserved", b"reserved", "total", b"total", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "free", b"free", "quarantined", b"quarantined", "reserved", b"reserved", "total", b"total", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -743,11 +747,14 @@ class FirstToken(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     finish_reason: _common_pb2.FinishReason.ValueType
     """Set where this token ends the answer; nothing more is transferred then."""
     queue_s: _builtins.float
     prefill_s: _builtins.float
+    cached_tokens: _builtins.int
+    """Prompt tokens that were not computed: a prefix of them was in the cache."""
     @_builtins.property
     def logprobs(self) -> _common_pb2.PositionLogprobs: ...
     def __init__(
@@ -758,10 +765,11 @@ class FirstToken(_message.Message):
         finish_reason: _common_pb2.FinishReason.ValueType = ...,
         queue_s: _builtins.float = ...,
         prefill_s: _builtins.float = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

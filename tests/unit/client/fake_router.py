@@ -59,6 +59,7 @@ STATS = RequestStats(
     prefill_instance="p0",
     decode_instance="d0",
     retries=1,
+    cached_tokens=7,
 )
 
 

@@ -63,6 +63,7 @@ def test_complete_gives_the_whole_answer(client: Client) -> None:
             prefill_instance="p0",
             decode_instance="d0",
             retries=1,
+            cached_tokens=7,
         ),
         request_id="00000000000000ab",
     )
@@ -210,7 +211,9 @@ def test_questions_are_answered(client: Client) -> None:
     assert status.model is None
     assert status.requests.finished == 2**40
     assert (instance.name, instance.role, instance.layout) == ("d0", "decode", "tp1")
-    assert instance.blocks == BlockCounts(total=0, free=7, reserved=0, used=0, quarantined=0)
+    assert instance.blocks == BlockCounts(
+        total=0, free=7, reserved=0, used=0, quarantined=0, cached=0
+    )
     assert instance.capacity.block_size == 16
 
 

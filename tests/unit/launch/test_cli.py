@@ -63,7 +63,9 @@ class Membership(worker_pb2_grpc.MembershipServicer):
         status.model.name = "tiny"
         status.requests.finished = 12
         for name, role in (("decode-0", ROLE_DECODE), ("prefill-0", ROLE_PREFILL)):
-            blocks = worker_pb2.BlockCounts(total=100, free=77, used=20, reserved=2, quarantined=1)
+            blocks = worker_pb2.BlockCounts(
+                total=100, free=77, cached=5, used=15, reserved=2, quarantined=1
+            )
             status.instances.add(name=name, role=role, layout="tp1", blocks=blocks)
         status.instances[0].draining = True
         status.instances[0].pairs.add(
@@ -253,8 +255,8 @@ async def test_status_shows_instances_blocks_and_requests(
     prefill = next(line for line in lines if "prefill-0" in line)
     decode = next(line for line in lines if "decode-0" in line)
     assert lines.index(prefill) < lines.index(decode)
-    numbers = [cell.strip() for cell in prefill.split("│")[5:10]]
-    assert numbers == ["77", "2", "20", "1", "100"]
+    numbers = [cell.strip() for cell in prefill.split("│")[5:11]]
+    assert numbers == ["77", "5", "2", "15", "1", "100"]
     assert "(draining)" in decode
     pair = next(line for line in lines if "decode-x" in line)
     cells = [cell.strip() for cell in pair.split("│")[1:-1]]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.blocks import BlockPool
+from engine.prefix_cache import PrefixCache
 from engine.runner import Chunk
 from engine.sampling import SamplingParams
 from engine.stopping import StopCriteria
@@ -40,11 +41,13 @@ class FakeRunner:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.chunks: list[Chunk] = []
 
     def forward(
         self, chunks: Sequence[Chunk], on_layer: Callable[[int], None] | None = None
     ) -> torch.Tensor:
         assert self.gate.wait(10)
+        self.chunks += chunks
         if self.broken:
             raise RuntimeError("the device is gone")
         for layer in range(2):
@@ -59,6 +62,7 @@ class FakeAgent:
     def __init__(self) -> None:
         self.begun: list[int] = []
         self.ready_layers: list[Span] = []
+        self.ready_spans: list[tuple[int, Span, Span]] = []
         self.aborted: list[int] = []
 
     def begin(self, transfer: Any) -> None:
@@ -66,6 +70,7 @@ class FakeAgent:
 
     def ready(self, transfer_id: int, layers: Span, tokens: Span) -> None:
         self.ready_layers.append(layers)
+        self.ready_spans.append((transfer_id, layers, tokens))
 
     def abort(self, transfer_id: int) -> None:
         self.aborted.append(transfer_id)
@@ -78,6 +83,7 @@ class Bench:
         self.agent = FakeAgent()
         self.runner = FakeRunner()
         self.pool = BlockPool(BLOCKS)
+        self.cache = PrefixCache(self.pool, block_size=4, fingerprint="x")
         self.handoff = Handoff(self.agent)  # type: ignore[arg-type]
         self.outcomes: list[tuple[int, Outcome]] = []
         self.fatal: list[BaseException] = []
@@ -86,6 +92,7 @@ class Bench:
             runner=self.runner,  # type: ignore[arg-type]
             shape=LAYOUT.groups[0].shape,
             pool=self.pool,
+            cache=self.cache,
             scheduler=Scheduler(max_batched_tokens=16),
             handoff=self.handoff,
             emit=self._emit,
@@ -136,7 +143,7 @@ class Bench:
         raise AssertionError("not in time")
 
     def free(self) -> int:
-        return self.worker.load().blocks.free
+        return self.worker.load().blocks.available
 
 
 @pytest.fixture
@@ -195,6 +202,62 @@ def test_request_without_a_grant_ends_at_its_deadline(bench: Bench) -> None:
     assert isinstance(failure, RequestFailed)
     assert failure.reason == "DeadlineExceeded"
     bench.wait(lambda: bench.free() == BLOCKS)
+
+
+def finish(bench: Bench, request_id: int) -> None:
+    stats = TransferStats(bytes=5, messages=2, seconds=0.1, transport="loopback")
+    bench.worker.transfer_event(Completed(100 + request_id, stats))
+
+
+def test_known_beginning_is_sent_but_not_computed_again(bench: Bench) -> None:
+    bench.submit(1, prompt=list(range(12)))
+    bench.grant(1)
+    bench.wait_outcomes(1)
+    finish(bench, 1)
+    bench.wait_outcomes(2)
+    bench.submit(2, prompt=[*range(9), 99, 99, 99])
+    bench.grant(2)
+    bench.wait_outcomes(3)
+    first, _, second = [outcome for _, outcome in bench.outcomes[:3]]
+    assert isinstance(first, FirstToken)
+    assert isinstance(second, FirstToken)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 8)
+    assert [(chunk.start, chunk.end) for chunk in bench.runner.chunks] == [(0, 12), (8, 12)]
+    assert bench.runner.chunks[0].block_table[:2] == bench.runner.chunks[1].block_table[:2]
+    assert bench.runner.chunks[0].block_table[2] != bench.runner.chunks[1].block_table[2]
+    sent = {
+        (layer, token)
+        for transfer_id, layers, tokens in bench.agent.ready_spans
+        if transfer_id == 102
+        for layer in layers
+        for token in tokens
+    }
+    assert sent == {(layer, token) for layer in range(2) for token in range(12)}
+    finish(bench, 2)
+    bench.wait(lambda: bench.free() == BLOCKS)
+    bench.cache.check_integrity()
+
+
+def test_prompt_that_is_known_whole_computes_its_last_block(bench: Bench) -> None:
+    for request_id in (1, 2):
+        bench.submit(request_id, prompt=list(range(8)))
+        bench.grant(request_id)
+        bench.wait_outcomes(2 * request_id - 1)
+        finish(bench, request_id)
+        bench.wait_outcomes(2 * request_id)
+    assert [(chunk.start, chunk.end) for chunk in bench.runner.chunks] == [(0, 8), (4, 8)]
+
+
+def test_cache_gives_way_to_new_prompts(bench: Bench) -> None:
+    for request_id in range(1, 6):
+        bench.submit(request_id, prompt=[request_id] * 20)
+        bench.grant(request_id)
+        bench.wait_outcomes(2 * request_id - 1)
+        finish(bench, request_id)
+        bench.wait_outcomes(2 * request_id)
+    assert all(chunk.start in (0, 16) for chunk in bench.runner.chunks)
+    bench.wait(lambda: bench.free() == BLOCKS)
+    bench.cache.check_integrity()
 
 
 def test_transfer_that_is_over_before_the_prompt_waits_for_the_first_token(bench: Bench) -> None:
