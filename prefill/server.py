@@ -177,6 +177,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             stop=stop_from_wire(start.stop, self._config.eos_token_ids),
             ttl_s=start.ttl_ms / 1000,
             priority=start.priority,
+            cache_salt=start.cache_salt.encode(),
             transfer=start.transfer,
         )
 

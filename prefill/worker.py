@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 # What is worth waking the transfer for: two staging slots. Less costs the compute more, by threads
 # that compete for cores and the interpreter, than an earlier start gains the transfer.
 _WORTH_SENDING_BYTES = 1 << 20
-# All requests are one tenant's as yet.
-_SALT = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +36,7 @@ class Request:
 
     Attributes:
         ttl_s: Remaining time of the request when it is submitted.
+        cache_salt: Only requests with the same one share cached blocks.
         transfer: Whether its KV goes to a decode instance.
     """
 
@@ -47,6 +46,7 @@ class Request:
     stop: StopCriteria
     ttl_s: float
     priority: int = 0
+    cache_salt: bytes = b""
     transfer: bool = True
 
 
@@ -314,14 +314,15 @@ class Worker:
         if self._cache is None:
             job.blocks = self._pool.reserve(needed)
         else:
-            acquired = self._cache.acquire(prompt, _SALT, needed)
+            acquired = self._cache.acquire(prompt, job.request.cache_salt, needed)
             job.blocks, job.cached_tokens = acquired.blocks, acquired.tokens
 
     def _remember(self, work: Sequence[tuple[_Job, Slice]]) -> None:
         """What has been computed is final, and good for other prompts that begin alike."""
         if self._cache is not None:
             for job, piece in work:
-                self._cache.insert(job.request.prompt[: piece.end], _SALT, job.blocks)
+                request = job.request
+                self._cache.insert(request.prompt[: piece.end], request.cache_salt, job.blocks)
 
     def _first_tokens(self, jobs: list[_Job], logits_SV: torch.Tensor) -> None:
         states = [

@@ -58,6 +58,7 @@ class PrefillLink:
             stop=stop_to_wire(request.stop),
             ttl_ms=ttl_ms(remaining_s),
             priority=request.priority,
+            cache_salt=request.cache_salt,
             transfer=transfer,
         )
         timeout_s = remaining_s + _DEADLINE_SLACK_S

@@ -63,6 +63,7 @@ class GenerateInput:
     stop: StopInput = field(default_factory=StopInput)
     model: str = ""
     priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ class ValidRequest:
     sampling: Sampling
     stop: Stop
     priority: int
+    cache_salt: str = field(default="", repr=False)
 
     @property
     def need(self) -> Need:

@@ -23,6 +23,7 @@ from router.request import (
 from service.errors import InvalidRequest, Refused
 
 MAX_ROLE_CHARS = 64
+MAX_SALT_CHARS = 128
 # Far beyond any use, near enough to keep logits finite in float32.
 MAX_REPETITION_PENALTY = 100.0
 MIN_REPETITION_PENALTY = 0.01
@@ -136,8 +137,15 @@ def check(
     _check_vocabulary("prompt.token_ids", token_ids, limits)
     sampling = check_sampling(request.sampling, caps)
     stop = check_stop(request.stop, len(token_ids), limits, caps)
+    if len(request.cache_salt) > MAX_SALT_CHARS:
+        found = f"{len(request.cache_salt)} characters"
+        raise InvalidRequest("cache_salt", found, f"at most {MAX_SALT_CHARS} are allowed")
     valid = ValidRequest(
-        prompt_token_ids=token_ids, sampling=sampling, stop=stop, priority=request.priority
+        prompt_token_ids=token_ids,
+        sampling=sampling,
+        stop=stop,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
     )
     _check_fits_ever(valid.need, limits)
     return valid

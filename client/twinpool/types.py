@@ -53,6 +53,8 @@ class GenerateOptions(TypedDict, total=False):
     """Go on past the model's own end tokens."""
     priority: int | None
     """Higher goes first while requests queue."""
+    cache_salt: str | None
+    """Only requests with the same salt share cached prompts; give each of your users one."""
     model: str | None
     """Name of the model; needed only where the server serves more than one."""
     timeout_s: float | None

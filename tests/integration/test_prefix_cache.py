@@ -51,3 +51,13 @@ def test_more_prompts_than_the_cache_holds(cached: Cluster, expected: Reference)
             answer = client.complete(tokens, max_new_tokens=TOKENS, ignore_eos=True)
             assert list(answer.token_ids) == expected.tokens(tokens, TOKENS)
     cached.wait_idle()
+
+
+def test_salts_keep_users_apart(cached: Cluster) -> None:
+    tokens = prompt(5000, 200)
+    with cached.client() as client:
+        known = [
+            client.complete(tokens, max_new_tokens=2, cache_salt=salt).stats.cached_tokens
+            for salt in ("one", "two", "one")
+        ]
+    assert known == [0, 0, 199 // BLOCK * BLOCK]

@@ -69,6 +69,7 @@ def test_every_option_reaches_its_field() -> None:
         "stop_token_ids": (7, 8),
         "ignore_eos": True,
         "priority": -2,
+        "cache_salt": "someone",
         "model": "tiny",
         "timeout_s": 1.0,
     }
@@ -78,6 +79,7 @@ def test_every_option_reaches_its_field() -> None:
         for message in (request.sampling, request.stop)
         for name in message.DESCRIPTOR.fields_by_name
     }
+    sent |= {"cache_salt": request.cache_salt}
     sent |= {"priority": request.priority, "model": request.model, "timeout_s": 1.0}
     sent |= {"stop": list(sent["stop"]), "stop_token_ids": tuple(sent["stop_token_ids"])}
     assert sent == options

@@ -238,6 +238,16 @@ def test_known_beginning_is_sent_but_not_computed_again(bench: Bench) -> None:
     bench.cache.check_integrity()
 
 
+def test_requests_of_other_salts_share_nothing(bench: Bench) -> None:
+    for request_id in (1, 2):
+        bench.submit(request_id, prompt=list(range(8)), cache_salt=b"%d" % request_id)
+        bench.grant(request_id)
+        bench.wait_outcomes(2 * request_id - 1)
+        finish(bench, request_id)
+        bench.wait_outcomes(2 * request_id)
+    assert [(chunk.start, chunk.end) for chunk in bench.runner.chunks] == [(0, 8), (0, 8)]
+
+
 def test_prompt_that_is_known_whole_computes_its_last_block(bench: Bench) -> None:
     for request_id in (1, 2):
         bench.submit(request_id, prompt=list(range(8)))

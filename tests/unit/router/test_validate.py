@@ -177,3 +177,9 @@ def test_empty_model_name_means_the_one_served() -> None:
     check_model_name("echo", LIMITS)
     with pytest.raises(InvalidRequest, match="'echo'"):
         check_model_name("gpt", LIMITS)
+
+
+def test_endless_cache_salt_is_refused() -> None:
+    request = GenerateInput(prompt=None, cache_salt="x" * 129)
+    with pytest.raises(InvalidRequest, match="cache_salt"):
+        check(request, (1,), LIMITS, CAPS)
