@@ -78,7 +78,10 @@ class Instance:
             shape=model.layout.groups[0].shape,
             pool=pool,
             cache=cache,
-            scheduler=Scheduler(max_batched_tokens=settings.max_batched_tokens),
+            scheduler=Scheduler(
+                max_batched_tokens=max(settings.max_batched_tokens, settings.block_size),
+                block_size=settings.block_size,
+            ),
             handoff=handoff,
             emit=lambda request_id, outcome: self.service.emit(request_id, outcome),
             on_fatal=die,

@@ -6,6 +6,7 @@ and `abort` from any thread, outcomes go out through one callback.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 # What is worth waking the transfer for: two staging slots. Less costs the compute more, by threads
 # that compete for cores and the interpreter, than an earlier start gains the transfer.
 _WORTH_SENDING_BYTES = 1 << 20
+# How much of the throughput's estimate each further step is.
+_THROUGHPUT_WEIGHT = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +146,7 @@ class Worker:
         self._emit = emit
         self._on_fatal = on_fatal
         self._jobs: dict[int, _Job] = {}
+        self._tokens_per_s = math.inf
         self._inbox: deque[Request | int | TransferEvent] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -195,7 +199,12 @@ class Worker:
             while not self._stopping:
                 self._take_inbox()
                 self._expire()
-                step = self._scheduler.schedule(self._pool.counts().available, self._enter)
+                step = self._scheduler.schedule(
+                    self._pool.counts().available,
+                    now=time.monotonic(),
+                    tokens_per_s=self._tokens_per_s,
+                    enter=self._enter,
+                )
                 self._run(step)
                 self._report()
                 if not step.slices:
@@ -237,6 +246,7 @@ class Worker:
                 tokens=len(request.prompt),
                 blocks=self.blocks_for(len(request.prompt)),
                 priority=request.priority,
+                deadline_s=now + request.ttl_s,
             )
         )
 
@@ -260,8 +270,10 @@ class Worker:
             )
             for job, piece in work
         ]
+        began_s = time.monotonic()
         logits_SV = self._runner.forward(chunks, self._hand_over(work))
         computed_s = time.monotonic()
+        self._measure(sum(piece.length for piece in step.slices), computed_s - began_s)
         self._remember(work)
         rows, done = [], []
         for row, (job, piece) in enumerate(work):
@@ -290,6 +302,15 @@ class Worker:
                 self._handoff.ready(request_id, layers, tokens)
 
         return on_layer
+
+    def _measure(self, tokens: int, elapsed_s: float) -> None:
+        # A small step says little of what a large one reaches: its fixed costs are most of it.
+        if 2 * tokens < self._scheduler.max_batched_tokens or elapsed_s <= 0:
+            return
+        measured = tokens / elapsed_s
+        if math.isinf(self._tokens_per_s):
+            self._tokens_per_s = measured
+        self._tokens_per_s += _THROUGHPUT_WEIGHT * (measured - self._tokens_per_s)
 
     def _enter(self, request_id: int) -> int:
         """Give a prompt its blocks; return how many of its tokens need not be computed."""
