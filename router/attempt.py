@@ -295,6 +295,7 @@ class Attempt:
         # Without reservation and first token there is nothing that another try would lose.
         if not error.retryable or not (self._is_granted or self._first is not None):
             raise error
+        self._pools.suspect(leg.key)
         self._drop_leg(is_finished=False)
         self._lost.add(leg.key)
         self._transfer_id = None

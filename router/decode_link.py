@@ -16,7 +16,7 @@ from router.events import DecodeEvent, DecodeFailed, Grant, Output, TransferLost
 from router.membership import Instance
 from router.request import ValidRequest
 from router.wire import output_from_wire, sampling_to_wire, stop_to_wire
-from router.workers import ABORT_TIMEOUT_S, CONNECT_TIMEOUT_S, ttl_ms, worker_error
+from router.workers import ABORT_TIMEOUT_S, CONNECT_TIMEOUT_S, answers, ttl_ms, worker_error
 from service.channels import dial
 from service.errors import Unavailable, WorkFailed
 
@@ -135,6 +135,10 @@ class DecodeLink:
         except grpc.aio.AioRpcError:
             return not self._up
         return True
+
+    async def answers(self) -> bool:
+        """Returns whether the instance answers at all, within a few seconds."""
+        return await answers(self._channel)
 
     def lose(self) -> None:
         """Gives the instance up: tells every attached request now, and calls back no more."""

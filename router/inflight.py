@@ -108,9 +108,10 @@ class Inflight:
                 await self._relay(attempt, run, emit)
                 return
             except ServiceError as exc:
-                self._judge(exc, run)
-                if attempt.suspect is not None:
+                if attempt.suspect is not None and exc.retryable:
+                    self._pools.suspect(attempt.suspect)
                     run.avoid |= {attempt.suspect}
+                self._judge(exc, run)
                 _log.info("starting over: %s", exc.message, extra={"request_id": job.shown_id})
             finally:
                 attempt.close()

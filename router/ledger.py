@@ -102,8 +102,13 @@ class _Account:
 
     capacity: Capacity
     draining: bool = False
+    suspended: bool = False
     total: int = 0
     entries: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def takes_new(self) -> bool:
+        return not self.draining and not self.suspended
 
     def enter(self, request_id: int, amount: int) -> None:
         self.entries[request_id] = amount
@@ -153,6 +158,12 @@ class Ledger:
             if key in accounts:
                 accounts[key].draining = True
 
+    def set_suspended(self, key: InstanceKey, suspended: bool) -> None:
+        """While suspended, the instance keeps what it has and gets nothing new."""
+        for accounts in (self._decodes, self._prefills):
+            if key in accounts:
+                accounts[key].suspended = suspended
+
     # ---- views
 
     def decodes(self) -> list[DecodeView]:
@@ -164,7 +175,7 @@ class Ledger:
                 sequences=len(account.entries),
             )
             for key, account in self._decodes.items()
-            if not account.draining
+            if account.takes_new
         ]
 
     def prefills(self) -> list[PrefillView]:
@@ -177,7 +188,7 @@ class Ledger:
                 max_outstanding_requests=self._max_prefill_requests,
             )
             for key, account in self._prefills.items()
-            if not account.draining
+            if account.takes_new
         ]
 
     def reserved_blocks(self, key: InstanceKey) -> int:
@@ -185,11 +196,11 @@ class Ledger:
 
     def largest_request_tokens(self) -> int:
         """The largest prompt + max_new_tokens that some decode instance could ever hold."""
-        return max((d.capacity.largest_sequence for d in self.decodes()), default=0)
+        return _largest(self._decodes)
 
     def largest_prompt_tokens(self) -> int:
         """The longest prompt that some prefill instance could ever hold."""
-        return max((p.capacity.largest_sequence for p in self.prefills()), default=0)
+        return _largest(self._prefills)
 
     def fits_ever(self, need: Need) -> bool:
         """Whether the instances of now could hold the request if they were empty."""
@@ -204,7 +215,7 @@ class Ledger:
         if request_id in self._prefill_of or request_id in self._decode_of:
             raise LedgerError(f"request {request_id:016x} has a reservation already")
         prefill = self._prefills.get(placement.prefill)
-        if prefill is None or prefill.draining:
+        if prefill is None or not prefill.takes_new:
             return False
         if len(prefill.entries) >= self._max_prefill_requests:
             return False
@@ -218,7 +229,7 @@ class Ledger:
 
     def _reserve_blocks(self, request_id: int, need: Need, key: InstanceKey) -> bool:
         account = self._decodes.get(key)
-        if account is None or account.draining:
+        if account is None or not account.takes_new:
             return False
         blocks = account.capacity.blocks_for(need.total_tokens)
         if (
@@ -263,3 +274,9 @@ class Ledger:
             capacity = account.capacity
             if account.total > capacity.blocks or len(account.entries) > capacity.max_sequences:
                 raise LedgerError(f"{key.name}: more is promised than it has")
+
+
+def _largest(accounts: dict[InstanceKey, _Account]) -> int:
+    """The longest sequence of instances that take new requests, or will again."""
+    staying = (account for account in accounts.values() if not account.draining)
+    return max((account.capacity.largest_sequence for account in staying), default=0)

@@ -1,9 +1,11 @@
 """Owns the instances as the router works with them: table, links and ledger kept in step.
 
 An instance is in the table while its Register stream lives, and in the ledger while it may be
-given work: registered, connected, and not draining when it came.
+given work: registered, connected, and not draining when it came. One that failed a request gets
+no other before it has answered: its process may be gone, and its streams end one after another.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable
 
@@ -15,6 +17,9 @@ from router.membership import Instance, Member, Members, Model, Role
 from router.prefill_link import PrefillLink
 from router.tasks import Tasks
 from service.errors import NotFound, Unavailable
+
+# Between two questions whether a suspect answers; the first is asked at once.
+_SUSPECT_PAUSE_S = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +39,7 @@ class Pools:
         self._clock = clock
         self._decodes: dict[InstanceKey, DecodeLink] = {}
         self._prefills: dict[InstanceKey, PrefillLink] = {}
+        self._suspects: set[InstanceKey] = set()
         self._links = 0
         self._tasks = Tasks()
 
@@ -50,6 +56,25 @@ class Pools:
         if key not in self._prefills:
             raise Unavailable(f"prefill instance {key.name!r} is lost", reason="INSTANCE_LOST")
         return self._prefills[key]
+
+    def suspect(self, key: InstanceKey) -> None:
+        """Gives the instance nothing new until it has answered."""
+        link = self._prefills.get(key) or self._decodes.get(key)
+        if link is not None and key not in self._suspects:
+            self._suspects.add(key)
+            self._ledger.set_suspended(key, True)
+            self._admission.instances_changed()
+            self._tasks.spawn(self._clear(link))
+
+    async def _clear(self, link: PrefillLink | DecodeLink) -> None:
+        key = link.instance.key
+        while key in self._prefills or key in self._decodes:
+            if await link.answers():
+                break
+            await asyncio.sleep(_SUSPECT_PAUSE_S)
+        self._suspects.discard(key)
+        self._ledger.set_suspended(key, False)
+        self._admission.instances_changed()
 
     # ---- coming and going
 

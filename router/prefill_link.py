@@ -16,7 +16,7 @@ from router.events import FirstToken, Grant, PrefillEnded, PrefillEvent, Transfe
 from router.membership import Instance
 from router.request import ValidRequest
 from router.wire import first_token_from_wire, sampling_to_wire, stop_to_wire
-from router.workers import ABORT_TIMEOUT_S, CONNECT_TIMEOUT_S, ttl_ms, worker_error
+from router.workers import ABORT_TIMEOUT_S, CONNECT_TIMEOUT_S, answers, ttl_ms, worker_error
 from service.channels import dial
 from service.errors import ServiceError, Unavailable
 
@@ -78,6 +78,10 @@ class PrefillLink:
         except grpc.aio.AioRpcError:
             return self._is_lost
         return True
+
+    async def answers(self) -> bool:
+        """Returns whether the instance answers at all, within a few seconds."""
+        return await answers(self._channel)
 
     def lose(self) -> None:
         """Gives the instance up: ends all streams, and whoever waits on one is told so."""

@@ -1,6 +1,9 @@
-"""Owns what the links to both kinds of instances share: time limits and the meaning of errors."""
+"""Owns what the links to both kinds of instances share: time limits, the meaning of errors, and
+the question whether an instance answers at all.
+"""
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from router.membership import Instance
 from service.errors import (
@@ -40,6 +43,18 @@ def _is_broken_stream(error: ServiceError) -> bool:
     return isinstance(error, Internal) and (
         error.reason == "UNKNOWN" or error.message == "Internal error from Core"
     )
+
+
+async def answers(channel: grpc.aio.Channel) -> bool:
+    """Returns whether an instance answers on its channel within `CONNECT_TIMEOUT_S`."""
+    health = health_pb2_grpc.HealthStub(channel)
+    try:
+        await health.Check(
+            health_pb2.HealthCheckRequest(), timeout=CONNECT_TIMEOUT_S, wait_for_ready=True
+        )
+    except grpc.aio.AioRpcError:
+        return False
+    return True
 
 
 def ttl_ms(remaining_s: float) -> int:

@@ -53,7 +53,7 @@ class Process:
             stdout=subprocess.PIPE,
             text=True,
             # What several arenas of the allocator keep back is no leak and hides one.
-            env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+            env={**os.environ, "MALLOC_ARENA_MAX": "1", "PYTHONFAULTHANDLER": "1"},
         )
         self._heard: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -64,7 +64,8 @@ class Process:
         for line in self._process.stdout:
             if line.startswith("{"):
                 self._heard.put(line)
-        self._heard.put('{"error": "the process has ended"}')
+        ended = f"the process has ended with {self._process.wait()}"
+        self._heard.put(json.dumps({"error": ended}))
 
     def tell(self, do: str, **arguments: Any) -> None:
         """Give a command; its answer must be taken by `answer`."""

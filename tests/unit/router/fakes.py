@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -143,6 +144,7 @@ class FakeInstance:
 
     async def start(self) -> None:
         self._add_to(self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         self.address = f"127.0.0.1:{port}"
         await self._server.start()
@@ -159,11 +161,15 @@ class FakeInstance:
         self._registration = asyncio.create_task(registration.run())
         return self._registration
 
+    async def hang_up(self) -> None:
+        """Ends all streams but the registration, as if a dying process let go of that last."""
+        await self._server.stop(0)
+
     async def die(self) -> None:
         """Ends at once, as a killed process does."""
         if self._registration is not None:
             self._registration.cancel()
-        await self._server.stop(0)
+        await self.hang_up()
         if self._registration is not None:
             await asyncio.wait({self._registration})
 

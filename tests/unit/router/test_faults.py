@@ -105,6 +105,24 @@ async def test_prefill_restart_takes_the_request_again() -> None:
         await system.settled()
 
 
+@pytest.mark.parametrize("granted", [False, True])
+async def test_dying_prefill_whose_registration_still_lives_costs_one_retry(granted: bool) -> None:
+    async with pair(restart_grace_s=20) as (system, prefill, decode):
+        if not granted:
+            decode.reserve_gate.clear()
+        prefill.compute_gate.clear()
+        call = asyncio.ensure_future(collect(system.generate(max_new_tokens=5)))
+        await until(lambda: bool(prefill.starts) and bool(decode.held) == granted)
+        await prefill.hang_up()
+        await asyncio.sleep(0.3)  # longer than all retries would take
+        decode.reserve_gate.set()
+        await prefill.die()
+        await system.add_prefill()
+        messages = await call
+        assert messages[-1].stats.retries == 1
+        await system.settled()
+
+
 async def test_decode_death_before_the_first_token_is_made_good_elsewhere() -> None:
     async with pair() as (system, prefill, decode):
         prefill.compute_gate.clear()

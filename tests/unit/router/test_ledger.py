@@ -46,6 +46,21 @@ def test_need_is_rounded_up_to_blocks_and_given_back_whole() -> None:
     assert book.is_idle()
 
 
+def test_suspended_instance_keeps_what_it_has_and_gets_nothing_new() -> None:
+    book = ledger()
+    assert book.try_reserve(1, need(), PLACE)
+    for key in (PREFILL, DECODE):
+        book.set_suspended(key, True)
+        assert not book.try_reserve(2, need(), PLACE)
+        assert book.fits_ever(need())
+        book.check_integrity()
+        book.set_suspended(key, False)
+    assert book.try_reserve(2, need(), PLACE)
+    book.release(1)
+    book.release(2)
+    assert book.is_idle()
+
+
 def test_nothing_is_booked_where_a_part_does_not_fit() -> None:
     book = ledger(blocks=4, sequences=2)
     assert not book.try_reserve(1, need(64, 16), PLACE)
