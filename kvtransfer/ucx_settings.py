@@ -44,6 +44,8 @@ def environment(settings: UcxSettings) -> dict[str, str]:
         "UCX_WARN_UNUSED_ENV_VARS": "n",
         # Standard output belongs to whoever runs this process.
         "UCX_LOG_FILE": "stderr",
+        # It warns of every request that was under way on a link that is given up.
+        "UCX_LOG_LEVEL": "error",
     }
     if settings.tls is not None:
         variables["UCX_TLS"] = settings.tls

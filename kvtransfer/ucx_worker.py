@@ -13,7 +13,9 @@ armed again. With a worker for each link this is the end of that link only.
 Why a worker is destroyed behind ucxx's back when something was outstanding on it: ucxx 0.52 keeps
 a request that is cancelled while under way, its endpoint and its worker for ever (a cycle of
 references). Destroying the UCP worker frees what matters and makes sure that nothing writes into
-a buffer any more; what ucxx itself holds, some kilobytes, is given up.
+a buffer any more; what ucxx itself holds, some kilobytes, is given up. The endpoint is not closed
+before: with a peer that goes away at the same moment that has crashed inside UCX (once in a few
+hundred times), and it waits without a bound for what is still in the queue of a stopped one.
 """
 
 import ctypes
@@ -142,10 +144,6 @@ class Worker:
             self._endpoint = None
             del self._worker
             return ended
-        if self._endpoint.alive:
-            # Cancels what can be cancelled, so that UCX finds nothing to complain of.
-            self._endpoint.close_blocking()
-            self._worker.progress()
         self._owner.give_up()
         _keep_for_ever(self._worker, self._endpoint, *(entry[0] for entry in self._outstanding))
         own = _watched_by(self.event_fd)

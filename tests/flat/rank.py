@@ -43,6 +43,7 @@ from kvtransfer import (
 )
 from kvtransfer.network import NetworkTransport
 from kvtransfer.settings import Lane
+from kvtransfer.ucx_settings import UcxSettings, apply
 from tests.flat.growth import GIVEN_UP, Held
 from tests.flat.held import Live, at_rest, by_agent, by_process, probed
 from tests.flat.leaks import KINDS, Leak, patch
@@ -243,7 +244,8 @@ class Rank:
         return seen.result(WAIT_S)
 
     def _count_links_given_up(self) -> None:
-        from kvtransfer.ucx_worker import Worker  # reads the environment when it is loaded
+        apply(UcxSettings())  # UCX reads the environment when it is loaded, which is here
+        from kvtransfer.ucx_worker import Worker
 
         close = Worker.close
 
