@@ -6,7 +6,7 @@ the worker keeps a request's blocks until the transfer's end comes back as an ev
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvtransfer import CacheLayout, Kept, SendAgent, SendTransfer, Span
@@ -44,8 +44,16 @@ class Handoff:
     Every method may be called from any thread and returns at once.
     """
 
-    def __init__(self, agent: SendAgent) -> None:
+    def __init__(
+        self,
+        agent: SendAgent,
+        layers: int,
+        blocks_of: Callable[[Sequence[int]], Sequence[int]] = tuple,
+    ) -> None:
+        """For a model of so many layers; `blocks_of` gives this rank's part of a block table."""
         self._agent = agent
+        self._layers = layers
+        self._blocks_of = blocks_of
         self._lock = threading.Lock()
         self._outgoing: dict[int, _Outgoing] = {}
         self._requests: dict[int, int] = {}  # by transfer id, until the transfer has ended
@@ -60,7 +68,7 @@ class Handoff:
         with self._lock:
             outgoing = self._outgoing[request_id]
             outgoing.tokens = tokens
-            outgoing.block_ids = block_ids
+            outgoing.block_ids = self._blocks_of(block_ids)
             self._begin_if_possible(request_id, outgoing)
 
     def grant(self, request_id: int, grant: Grant) -> None:
@@ -81,6 +89,10 @@ class Handoff:
                 outgoing.held.append((layers, tokens))
             else:
                 self._agent.ready(outgoing.grant.transfer_id, layers, tokens)
+
+    def cached(self, request_id: int, tokens: Span) -> None:
+        """All layers of these tokens are final in memory."""
+        self.ready(request_id, Span(0, self._layers), tokens)
 
     def close(self, request_id: int) -> bool:
         """End a request; True where its transfer's end is still to come as an event."""

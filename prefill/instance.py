@@ -13,6 +13,7 @@ from engine.prefix_cache import PrefixCache
 from kvtransfer import SendAgent, SharedRegion, TransferSettings
 from kvtransfer.hardware import describe_rdma
 from kvtransfer.network import NetworkTransport
+from prefill.compute import RankCompute
 from prefill.config import PrefillConfig
 from prefill.handoff import Handoff
 from prefill.metrics import Metrics
@@ -64,7 +65,8 @@ class Instance:
             on_event=lambda event: self._worker.transfer_event(event),
             region=region,
         )
-        handoff = Handoff(self._agent)
+        shape = model.layout.groups[0].shape
+        handoff = Handoff(self._agent, shape.layers)
         pool = BlockPool(model.num_blocks)
         cache = (
             PrefixCache(
@@ -74,15 +76,15 @@ class Instance:
             else None
         )
         self._worker = Worker(
-            runner=model.runner,
-            shape=model.layout.groups[0].shape,
+            compute=RankCompute(model.runner, shape, handoff),
+            block_tokens=settings.block_size,
             pool=pool,
             cache=cache,
             scheduler=Scheduler(
                 max_batched_tokens=max(settings.max_batched_tokens, settings.block_size),
                 block_size=settings.block_size,
             ),
-            handoff=handoff,
+            transfers=handoff,
             emit=lambda request_id, outcome: self.service.emit(request_id, outcome),
             on_fatal=die,
         )

@@ -1,8 +1,9 @@
 """The prefill engine's thread: takes requests, runs steps, hands tokens and KV on.
 
-Owns the model runner, the block pool and every request's state between submission and the end of
-its transfer; nothing else touches them. Knows nothing of gRPC: requests come in through `submit`
-and `abort` from any thread, outcomes go out through one callback.
+Owns the block pool and every request's state between submission and the end of its transfer;
+nothing else touches them. Knows nothing of gRPC: requests come in through `submit` and `abort` from
+any thread, outcomes go out through one callback. Whether one rank computes or several is no matter
+here.
 """
 
 import logging
@@ -12,23 +13,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from engine.blocks import BlockCounts, BlockPool
 from engine.prefix_cache import PrefixCache
-from engine.runner import Chunk, ModelRunner
 from engine.sampling import Sampled, SamplingParams, SequenceState, sample
 from engine.stopping import StopCriteria
-from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferEvent
-from prefill.handoff import Handoff
+from kvtransfer import Closed, Completed, Failed, Span, TransferEvent
+from prefill.compute import Compute, Piece
 from prefill.scheduler import Prompt, Scheduler, Slice, Step
 
 log = logging.getLogger(__name__)
 
-# What is worth waking the transfer for: two staging slots. Less costs the compute more, by threads
-# that compete for cores and the interpreter, than an earlier start gains the transfer.
-_WORTH_SENDING_BYTES = 1 << 20
 # How much of the throughput's estimate each further step is.
 _THROUGHPUT_WEIGHT = 0.2
 
@@ -111,16 +109,31 @@ class Load:
     waiting: int
 
 
-def layers_at_once(shape: KVShape, tokens: int) -> int:
-    """How many layers of so many tokens to hand over together: 1 for long chunks, all for short."""
-    layer_bytes = 2 * shape.kv_heads * shape.head_size * shape.element_bytes * max(1, tokens)
-    return min(shape.layers, -(-_WORTH_SENDING_BYTES // layer_bytes))
+class Transfers(Protocol):
+    """The transfers of an instance, by request; see `handoff.Handoff`."""
+
+    def open(self, request_id: int, tokens: int, block_ids: Sequence[int]) -> None:
+        """The request's blocks exist; its layers will follow."""
+        ...
+
+    def cached(self, request_id: int, tokens: Span) -> None:
+        """All layers of these tokens are in the cache."""
+        ...
+
+    def close(self, request_id: int) -> bool:
+        """End a request; True where its transfer's end is still to come as an event."""
+        ...
+
+    def ended(self, transfer_id: int) -> int | None:
+        """A transfer has ended, one way or another: whose it was, the first time it is asked."""
+        ...
 
 
 class Worker:
     """Runs prompts through the model, one step at a time, until it is stopped.
 
     Args:
+        block_tokens: Tokens that a block of the pool holds.
         emit: Called with (request id, outcome) from the worker's thread; must return at once.
         on_fatal: Called once when the engine itself breaks; the instance must then go down.
     """
@@ -128,21 +141,21 @@ class Worker:
     def __init__(
         self,
         *,
-        runner: ModelRunner,
-        shape: KVShape,
+        compute: Compute,
+        block_tokens: int,
         pool: BlockPool,
         cache: PrefixCache | None,
         scheduler: Scheduler,
-        handoff: Handoff,
+        transfers: Transfers,
         emit: Callable[[int, Outcome], None],
         on_fatal: Callable[[BaseException], None],
     ) -> None:
-        self._runner = runner
-        self._shape = shape
+        self._compute = compute
+        self._block_tokens = block_tokens
         self._pool = pool
         self._cache = cache
         self._scheduler = scheduler
-        self._handoff = handoff
+        self._transfers = transfers
         self._emit = emit
         self._on_fatal = on_fatal
         self._jobs: dict[int, _Job] = {}
@@ -177,7 +190,7 @@ class Worker:
 
     def blocks_for(self, tokens: int) -> int:
         """Cache blocks that a prompt of so many tokens takes."""
-        return -(-tokens // self._runner.cache.block_size)
+        return -(-tokens // self._block_tokens)
 
     def stop(self) -> None:
         """Stop after the step in progress and wait for the thread to end."""
@@ -262,16 +275,18 @@ class Worker:
         if not step.slices:
             return
         work = [(self._jobs[piece.request_id], piece) for piece in step.slices]
-        chunks = [
-            Chunk(
-                token_ids=job.request.prompt[piece.start : piece.end],
+        pieces = [
+            Piece(
+                request_id=piece.request_id,
                 start=piece.start,
-                block_table=job.blocks,
+                token_ids=job.request.prompt[piece.start : piece.end],
+                blocks=job.blocks,
+                transfer=job.request.transfer,
             )
             for job, piece in work
         ]
         began_s = time.monotonic()
-        logits_SV = self._runner.forward(chunks, self._hand_over(work))
+        logits_SV = self._compute.run(pieces)
         computed_s = time.monotonic()
         self._measure(sum(piece.length for piece in step.slices), computed_s - began_s)
         self._remember(work)
@@ -283,25 +298,6 @@ class Worker:
                 done.append(job)
         if done:
             self._first_tokens(done, logits_SV[rows])
-
-    def _hand_over(self, work: Sequence[tuple[_Job, Slice]]) -> Callable[[int], None]:
-        """What to do when a layer of the step is in the cache."""
-        sending = [
-            (piece.request_id, Span(piece.start, piece.end))
-            for job, piece in work
-            if job.request.transfer
-        ]
-        stride = layers_at_once(self._shape, sum(len(tokens) for _, tokens in sending))
-
-        def on_layer(layer: int) -> None:
-            end = layer + 1
-            if end % stride and end != self._shape.layers:
-                return
-            layers = Span(layer // stride * stride, end)
-            for request_id, tokens in sending:
-                self._handoff.ready(request_id, layers, tokens)
-
-        return on_layer
 
     def _measure(self, tokens: int, elapsed_s: float) -> None:
         # A small step says little of what a large one reaches: its fixed costs are most of it.
@@ -323,10 +319,9 @@ class Worker:
             # The transfer reads these blocks until its end is reported, whatever becomes of the
             # request: they may not go to another prompt before.
             self._pool.pin(job.blocks)
-            self._handoff.open(request_id, len(request.prompt), job.blocks)
+            self._transfers.open(request_id, len(request.prompt), job.blocks)
             if job.cached_tokens:
-                cached = Span(0, job.cached_tokens)
-                self._handoff.ready(request_id, Span(0, self._shape.layers), cached)
+                self._transfers.cached(request_id, Span(0, job.cached_tokens))
         return job.cached_tokens
 
     def _take_blocks(self, job: _Job) -> None:
@@ -386,7 +381,7 @@ class Worker:
         self._scheduler.remove(request_id)
         if job.blocks:
             self._pool.release(job.blocks)
-        if not self._handoff.close(request_id):
+        if not self._transfers.close(request_id):
             self._free(request_id)
 
     def _fail(self, request_id: int, reason: str, message: str, retryable: bool) -> None:
@@ -402,7 +397,7 @@ class Worker:
     def _transfer_event(self, event: TransferEvent) -> None:
         if not isinstance(event, Completed | Failed | Closed):
             return
-        request_id = self._handoff.ended(event.transfer_id)
+        request_id = self._transfers.ended(event.transfer_id)
         if request_id is None:
             return
         job = self._jobs[request_id]

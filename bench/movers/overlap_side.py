@@ -17,8 +17,8 @@ from bench.movers.side import serve
 from engine.config import load_config
 from engine.runner import Chunk, ModelRunner
 from kvtransfer import Span
+from prefill.compute import layers_at_once
 from prefill.config import PrefillConfig
-from prefill.worker import layers_at_once
 from service.malloc import keep_freed_memory
 
 

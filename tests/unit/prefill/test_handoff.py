@@ -39,7 +39,7 @@ def grant(transfer_id: int = 77) -> Grant:
 
 def make() -> tuple[Handoff, FakeAgent]:
     agent = FakeAgent()
-    return Handoff(agent), agent  # type: ignore[arg-type]
+    return Handoff(agent, layers=2), agent  # type: ignore[arg-type]
 
 
 def test_layers_that_are_ready_before_the_grant_follow_it() -> None:

@@ -14,6 +14,7 @@ from engine.sampling import SamplingParams
 from engine.stopping import StopCriteria
 from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferStats, uniform_cache
 from kvtransfer.errors import PeerLost
+from prefill.compute import RankCompute, layers_at_once
 from prefill.handoff import Grant, Handoff
 from prefill.scheduler import Scheduler
 from prefill.worker import (
@@ -23,7 +24,6 @@ from prefill.worker import (
     RequestFailed,
     Transferred,
     Worker,
-    layers_at_once,
 )
 
 BLOCKS = 8
@@ -32,9 +32,6 @@ LAYOUT = uniform_cache((KVShape(layers=2, kv_heads=1, head_size=8, dtype="float3
 
 class FakeRunner:
     """Answers token 3 to everything; can be told to break."""
-
-    class cache:
-        block_size = 4
 
     broken = False
 
@@ -84,17 +81,17 @@ class Bench:
         self.runner = FakeRunner()
         self.pool = BlockPool(BLOCKS)
         self.cache = PrefixCache(self.pool, block_size=4, fingerprint="x")
-        self.handoff = Handoff(self.agent)  # type: ignore[arg-type]
+        self.handoff = Handoff(self.agent, layers=2)  # type: ignore[arg-type]
         self.outcomes: list[tuple[int, Outcome]] = []
         self.fatal: list[BaseException] = []
         self._changed = threading.Condition()
         self.worker = Worker(
-            runner=self.runner,  # type: ignore[arg-type]
-            shape=LAYOUT.groups[0].shape,
+            compute=RankCompute(self.runner, LAYOUT.groups[0].shape, self.handoff),  # type: ignore[arg-type]
+            block_tokens=4,
             pool=self.pool,
             cache=self.cache,
             scheduler=Scheduler(max_batched_tokens=16),
-            handoff=self.handoff,
+            transfers=self.handoff,
             emit=self._emit,
             on_fatal=self.fatal.append,
         )
