@@ -15,11 +15,11 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from kvtransfer.errors import LayoutMismatch
 
-CpOrder = Literal["contiguous", "zigzag"]
+CpOrder = Literal["contiguous", "zigzag", "cyclic"]
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MAX_GROUPS = 255
@@ -111,7 +111,10 @@ class KVLayout:
 
     Together the ranks hold each element; replicas hold it alike. A state group has block_size 1.
     Under cp, shares of a sequence are cut at multiples of `cp_grain` tokens, a multiple of the
-    block size (None: the block size); all groups of a cache should have the same one.
+    block size (None: the block size); all groups of a cache should have the same one. Contiguous
+    and zigzag shares depend on the sequence's length. Cyclic ones do not: grains are dealt one by
+    one, from rank 0 to the last and back again, so that a prompt may come in chunks, and begin
+    like another one, and its tokens are still where they belong.
     """
 
     shape: KVShape
@@ -125,8 +128,9 @@ class KVLayout:
             raise ValueError(
                 f"block_size must be at least 1, and 1 for a state, found {self.block_size}"
             )
-        if self.cp_order not in ("contiguous", "zigzag"):
-            raise ValueError(f"cp_order must be contiguous or zigzag, found {self.cp_order!r}")
+        if self.cp_order not in get_args(CpOrder):
+            orders = ", ".join(get_args(CpOrder))
+            raise ValueError(f"cp_order must be one of {orders}; found {self.cp_order!r}")
         if self.grain < 1 or self.grain % self.block_size:
             raise ValueError(
                 f"cp_grain must be a multiple of the block size {self.block_size}, "
@@ -230,6 +234,8 @@ class KVLayout:
         attention under a causal mask wants it.
         """
         grains = -(-total_tokens // self.grain)
+        if self.cp_order == "cyclic" and shard.cp_size > 1:
+            return self._dealt(shard, grains, total_tokens)
         zigzag = self.cp_order == "zigzag" and shard.cp_size > 1
         chunks = 2 * shard.cp_size if zigzag else shard.cp_size
         chunk_tokens = -(-grains // chunks) * self.grain
@@ -239,6 +245,16 @@ class KVLayout:
             for i in mine
         )
         return _joined(span for span in spans if len(span))
+
+    def _dealt(self, shard: Shard, grains: int, total_tokens: int) -> tuple[Span, ...]:
+        """Return a shard's spans where grains are dealt in rounds, there and back."""
+        there, back = shard.cp_rank, 2 * shard.cp_size - 1 - shard.cp_rank
+        mine = (first + i for first in range(0, grains, 2 * shard.cp_size) for i in (there, back))
+        return _joined(
+            Span(i * self.grain, min((i + 1) * self.grain, total_tokens))
+            for i in mine
+            if i < grains
+        )
 
 
 def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
@@ -315,6 +331,7 @@ def uniform(
     cp: int = 1,
     dp: int = 1,
     cp_order: CpOrder = "contiguous",
+    cp_grain: int | None = None,
 ) -> KVLayout:
     """Return the layout of dp x pp x cp x tp ranks, tp fastest; tp > kv_heads replicates heads.
 
@@ -347,7 +364,7 @@ def uniform(
         block_size=1 if shape.state else block_size,
         shards=tuple(shards),
         cp_order=cp_order,
-        cp_grain=block_size if shape.state else None,
+        cp_grain=cp_grain or (block_size if shape.state else None),
     )
 
 
@@ -360,11 +377,14 @@ def uniform_cache(
     cp: int = 1,
     dp: int = 1,
     cp_order: CpOrder = "contiguous",
+    cp_grain: int | None = None,
 ) -> CacheLayout:
     """Return a cache of `uniform` groups; each group's layers are split over pp for themselves."""
     return CacheLayout(
         tuple(
-            uniform(shape, block_size, tp=tp, pp=pp, cp=cp, dp=dp, cp_order=cp_order)
+            uniform(
+                shape, block_size, tp=tp, pp=pp, cp=cp, dp=dp, cp_order=cp_order, cp_grain=cp_grain
+            )
             for shape in shapes
         )
     )

@@ -19,6 +19,7 @@ from service.errors import InvalidRequest
 _CP_ORDERS: dict[CpOrder, kv_pb2.CpOrder.ValueType] = {
     "contiguous": kv_pb2.CP_ORDER_CONTIGUOUS,
     "zigzag": kv_pb2.CP_ORDER_ZIGZAG,
+    "cyclic": kv_pb2.CP_ORDER_CYCLIC,
 }
 _FINISH = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,

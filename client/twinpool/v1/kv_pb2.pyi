@@ -28,12 +28,14 @@ class _CpOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CpOrder.Value
     CP_ORDER_UNSPECIFIED: _CpOrder.ValueType  # 0
     CP_ORDER_CONTIGUOUS: _CpOrder.ValueType  # 1
     CP_ORDER_ZIGZAG: _CpOrder.ValueType  # 2
+    CP_ORDER_CYCLIC: _CpOrder.ValueType  # 3
 
 class CpOrder(_CpOrder, metaclass=_CpOrderEnumTypeWrapper): ...
 
 CP_ORDER_UNSPECIFIED: CpOrder.ValueType  # 0
 CP_ORDER_CONTIGUOUS: CpOrder.ValueType  # 1
 CP_ORDER_ZIGZAG: CpOrder.ValueType  # 2
+CP_ORDER_CYCLIC: CpOrder.ValueType  # 3
 Global___CpOrder: _TypeAlias = CpOrder  # noqa: Y015
 
 @_typing.final

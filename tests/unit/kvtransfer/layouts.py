@@ -56,10 +56,11 @@ def layouts(draw: st.DrawFn, shape: KVShape, block_size: int) -> KVLayout:
         pp=draw(st.integers(1, min(2, shape.layers))),
         cp=draw(st.sampled_from([1, 1, 2, 3])),
         cp_order=draw(_CP_ORDERS),
+        cp_grain=None if shape.state else block_size * draw(st.sampled_from([1, 1, 2, 3])),
     )
 
 
-_CP_ORDERS: st.SearchStrategy[CpOrder] = st.sampled_from(["contiguous", "zigzag"])
+_CP_ORDERS: st.SearchStrategy[CpOrder] = st.sampled_from(["contiguous", "zigzag", "cyclic"])
 
 
 @st.composite
@@ -74,6 +75,7 @@ def caches(draw: st.DrawFn, model: tuple[KVShape, ...], block_size: int) -> Cach
         cp=draw(st.sampled_from([1, 1, 2, 3])),
         dp=dp,
         cp_order=draw(_CP_ORDERS),
+        cp_grain=block_size * draw(st.sampled_from([1, 1, 2, 3])),
     ).dp_rank(draw(st.integers(0, dp - 1)), dp)
 
 

@@ -238,3 +238,22 @@ def test_a_kept_that_does_not_fit_is_refused() -> None:
     for wrong in (good[:1], ((0,), good[1]), ((0, 0, 0, 65), good[1]), (good[0], (0, 0, 0, 2))):
         with pytest.raises(ValueError, match="kept"):
             plan_cache(cache, cache, Span(0, 64), 64, wrong)
+
+
+@pytest.mark.parametrize("grain", [4, 12])
+def test_cyclic_shares_do_not_depend_on_what_follows(grain: int) -> None:
+    layout = uniform(SHAPE, 4, cp=3, cp_order="cyclic", cp_grain=grain)
+    owners = [0, 1, 2, 2, 1, 0, 0, 1, 2]
+    for total in range(1, len(owners) * grain + 1):
+        for shard in layout.shards:
+            held = {token for span in layout.tokens_of(shard, total) for token in span}
+            assert held == {t for t in range(total) if owners[t // grain] == shard.cp_rank}
+
+
+def test_cyclic_shares_meet_where_the_dealing_turns() -> None:
+    layout = uniform(SHAPE, 4, cp=2, cp_order="cyclic", cp_grain=8)
+    spans = [layout.tokens_of(shard, 60) for shard in layout.shards]
+    assert spans == [
+        (Span(0, 8), Span(24, 40), Span(56, 60)),
+        (Span(8, 24), Span(40, 56)),
+    ]

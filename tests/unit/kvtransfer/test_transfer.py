@@ -116,11 +116,18 @@ SMALL = KVShape(layers=4, kv_heads=2, head_size=8, dtype="float16")
     ("source", "target"),
     [
         (uniform(SMALL, 16, cp=2, cp_order="zigzag"), uniform(SMALL, 8, tp=2)),
+        (uniform(SMALL, 8, cp=2, tp=2, cp_order="cyclic", cp_grain=16), uniform(SMALL, 16, tp=2)),
         (uniform(SMALL, 8, tp=2, pp=2), uniform(SMALL, 16)),
         (uniform(SMALL, 16, tp=4), uniform(SMALL, 4, tp=2, cp=2)),
         (uniform(SMALL, 16), uniform(SMALL, 16, tp=4)),
     ],
-    ids=["cp-zigzag-to-tp", "tp-pp-to-one", "replicas-to-tp-cp", "one-to-replicas"],
+    ids=[
+        "cp-zigzag-to-tp",
+        "cp-cyclic-to-tp",
+        "tp-pp-to-one",
+        "replicas-to-tp-cp",
+        "one-to-replicas",
+    ],
 )
 def test_pools_of_different_layouts(source: KVLayout, target: KVLayout) -> None:
     network, total = Network(), 101
