@@ -80,15 +80,13 @@ def make_batch(chunks: Sequence[Chunk], cache: KVCache, vocab_size: int) -> Batc
     """Lay out a pass. Raises BatchError where a chunk cannot be run with this cache."""
     if not chunks:
         raise BatchError("a pass needs at least one chunk")
-    tables = [_block_table(chunk, cache) for chunk in chunks]
+    tables = [block_table(chunk, cache.block_size, cache.num_blocks) for chunk in chunks]
     # Decode rows first, longest first, so that groups of like length are slices of the pass.
     order = sorted(
         range(len(chunks)),
         key=lambda i: (len(chunks[i].token_ids) > 1, -chunks[i].end),
     )
-    token_ids_T = np.concatenate([np.asarray(chunks[i].token_ids, np.int64) for i in order])
-    if token_ids_T.min() < 0 or token_ids_T.max() >= vocab_size:
-        raise BatchError(f"a token id is outside the vocabulary of {vocab_size}")
+    token_ids_T = np.concatenate([token_ids(chunks[i], vocab_size) for i in order])
     positions_T = np.concatenate([np.arange(chunks[i].start, chunks[i].end) for i in order])
     blocks_T = np.concatenate(
         [tables[i][np.arange(chunks[i].start, chunks[i].end) // cache.block_size] for i in order]
@@ -109,16 +107,27 @@ def make_batch(chunks: Sequence[Chunk], cache: KVCache, vocab_size: int) -> Batc
     )
 
 
-def _block_table(chunk: Chunk, cache: KVCache) -> NDArray[np.int64]:
-    """Return the blocks that the chunk's tokens, old and new, are in."""
+def token_ids(chunk: Chunk, vocab_size: int) -> NDArray[np.int64]:
+    """Return the chunk's tokens; raises BatchError for one that does not exist."""
+    ids = np.asarray(chunk.token_ids, np.int64)
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise BatchError(f"a token id is outside the vocabulary of {vocab_size}")
+    return ids
+
+
+def block_table(chunk: Chunk, block_tokens: int, num_blocks: int) -> NDArray[np.int64]:
+    """Return the blocks that the chunk's tokens, old and new, are in.
+
+    Raises BatchError for a chunk without tokens, and where blocks are missing or do not exist.
+    """
     if not chunk.token_ids or chunk.start < 0:
         raise BatchError(f"a chunk of {len(chunk.token_ids)} tokens from {chunk.start} on")
-    needed = -(-chunk.end // cache.block_size)
+    needed = -(-chunk.end // block_tokens)
     table = np.asarray(chunk.block_table[:needed], np.int64)
     if len(table) < needed:
         raise BatchError(f"{chunk.end} tokens need {needed} blocks; the table has {len(table)}")
-    if table.min() < 0 or table.max() >= cache.num_blocks:
-        raise BatchError(f"a block table names a block outside the cache's {cache.num_blocks}")
+    if table.min() < 0 or table.max() >= num_blocks:
+        raise BatchError(f"a block table names a block outside the cache's {num_blocks}")
     return table
 
 

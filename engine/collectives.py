@@ -15,11 +15,15 @@ class GroupCollectives:
     def all_reduce(self, x: Tensor) -> Tensor:
         """See Collectives."""
         x = x.contiguous()
+        if not x.numel():
+            return x
         dist.all_reduce(x, group=self._group)
         return x
 
     def all_gather(self, x: Tensor, width: int) -> Tensor:
         """See Collectives."""
+        if not x.shape[0]:
+            return x.new_empty(*x.shape[:-1], width)
         part = -(-width // self._size)
         own = x.new_zeros(*x.shape[:-1], part)
         own[..., : x.shape[-1]] = x

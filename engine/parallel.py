@@ -44,7 +44,8 @@ class Alone:
 class Layout:
     """Degrees of tensor, pipeline, context, expert and data parallelism, and this rank's place.
 
-    Raises UnsupportedError for what cannot be run; all but tp must be 1 for now.
+    With cp, tokens are dealt to the ranks in grains of `cp_grain`; see engine.ring.cyclic. Raises
+    UnsupportedError for what cannot be run; all but tp and cp must be 1 for now.
     """
 
     tp: int = 1
@@ -53,16 +54,21 @@ class Layout:
     ep: int = 1
     dp: int = 1
     tp_rank: int = 0
+    cp_rank: int = 0
+    cp_grain: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("pp", "cp", "ep", "dp"):
+        for name in ("pp", "ep", "dp"):
             degree = getattr(self, name)
             if degree != 1:
                 raise UnsupportedError(
                     f"{name}={degree}: this engine does not split a model so; use {name}=1"
                 )
-        if self.tp < 1 or not 0 <= self.tp_rank < self.tp:
-            raise UnsupportedError(f"rank {self.tp_rank} of tp={self.tp} does not exist")
+        for name, size, rank in (("tp", self.tp, self.tp_rank), ("cp", self.cp, self.cp_rank)):
+            if not 0 <= rank < size:
+                raise UnsupportedError(f"rank {rank} of {name}={size} does not exist")
+        if self.cp > 1 and self.cp_grain < 1:
+            raise UnsupportedError(f"cp={self.cp} needs a grain of whole blocks, found none")
 
     def check(self, config: ModelConfig) -> None:
         """Raise UnsupportedError, naming the degrees that would do, where tp divides no heads."""

@@ -12,11 +12,16 @@ from torch import Tensor
 
 from engine.batch import Batch, Chunk, make_batch
 from engine.config import ModelConfig
+from engine.errors import UnsupportedError
+from engine.kernels import attention_kernel
 from engine.kvcache import Allocate, KVCache
 from engine.layers.attention import Pass
 from engine.layers.layer import Placement
 from engine.models import MODELS
 from engine.parallel import Alone, Collectives, Layout
+from engine.ring.comm import Wire
+from engine.ring.cyclic import Dealing
+from engine.ring.passes import AUTO, Ring
 from engine.weights import Progress, load_weights
 
 __all__ = ["Chunk", "ModelRunner"]
@@ -44,10 +49,16 @@ class ModelRunner:
         block_size: int,
         layout: Layout | None = None,
         ranks: Collectives | None = None,
+        ring: Wire | None = None,
+        ring_mode: str = AUTO,
         progress: Progress | None = None,
         allocate: Allocate | None = None,
     ) -> None:
-        """With a layout of several ranks, `ranks` joins them: all must run the same passes."""
+        """`num_blocks` are the instance's; with cp each has a grain on every cp rank.
+
+        With a layout of several ranks, `ranks` joins those of tp and `ring` those of cp, in the
+        way `ring_mode` says (engine.ring.passes.MODES): all must run the same passes.
+        """
         layout = layout or Layout()
         layout.check(config)
         self.config = config
@@ -58,29 +69,57 @@ class ModelRunner:
                 folder, list(self._model.slots()), ignored=self._model.ignores, progress=progress
             )
             self._model.prepare()
+        self._dealing = _dealing(layout, block_size)
+        self._num_heads = config.num_heads // layout.tp
+        self._attend = attention_kernel(device)
         # Outside inference mode: transfers write into the cache from other threads.
         self.cache = KVCache(
             config=config,
             dtype=dtype,
             device=device,
-            num_blocks=num_blocks,
+            num_blocks=num_blocks * (self._dealing.grain // block_size),
             block_size=block_size,
             layout=layout,
             allocate=allocate,
         )
+        self._ring = None
+        if layout.cp > 1:
+            if ring is None or (ring.size, ring.rank) != (layout.cp, layout.cp_rank):
+                raise ValueError(f"{layout} needs a wire between its {layout.cp} cp ranks")
+            self._ring = Ring(ring, self._dealing, self.cache, ring_mode)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the instance; each holds `block_tokens`."""
+        return self.cache.num_blocks * self.cache.block_size // self._dealing.grain
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block of the instance, over all of its cp ranks."""
+        return self._dealing.round
+
+    def local_blocks(self, table: Sequence[int]) -> Sequence[int]:
+        """Return the blocks of this rank's cache that blocks of the instance stand for."""
+        return self._dealing.blocks(table, self.cache.block_size)
 
     def forward(self, chunks: Sequence[Chunk], on_layer: OnLayer | None = None) -> Tensor:
         """Compute the chunks, cache their K and V, and return the logits after each chunk.
 
-        The result is [S, V] in fp32, in the chunks' order. `on_layer(l)` is called as soon as
-        layer l's K and V of all chunks are in the cache. Raises BatchError before anything is
-        written where a chunk cannot be run.
+        The result is [S, V] in fp32, in the chunks' order; with cp it is [0, V] on all ranks but
+        cp rank 0. `on_layer(l)` is called as soon as layer l's K and V of all chunks are in the
+        cache. Raises BatchError before anything is written where a chunk cannot be run.
         """
+        if self._ring is not None:
+            return self._run_ring(self._ring, chunks, on_layer)
         batch = self._batch(chunks)
         return self._run(batch, batch.last_rows_S, on_layer)
 
     def forward_all(self, chunks: Sequence[Chunk]) -> list[Tensor]:
-        """Do as `forward` does, and return the logits of every token: [T, V] for each chunk."""
+        """Do as `forward` does, and return the logits of every token: [T, V] for each chunk.
+
+        For one cp rank only.
+        """
+        assert self._ring is None
         batch = self._batch(chunks)
         rows_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
         logits_TV = self._run(batch, rows_T, None)
@@ -91,29 +130,58 @@ class ModelRunner:
 
         Writes into block 0 upwards and zeroes it again: call it before any sequence runs.
         """
-        capacity = self.cache.num_blocks * self.cache.block_size
         for tokens in _WARM_UP_TOKENS:
-            tokens = min(tokens, capacity)
-            blocks = range(-(-tokens // self.cache.block_size))
+            tokens = min(tokens * self._dealing.ranks, self.num_blocks * self.block_tokens)
+            blocks = range(-(-tokens // self.block_tokens))
             self.forward([Chunk(token_ids=[0] * tokens, start=0, block_table=blocks)])
-            self.cache.tensor[:, :, : len(blocks)].zero_()
+            self.cache.tensor[:, :, : len(self.local_blocks(blocks))].zero_()
 
     @staticmethod
     def kv_block_bytes(
         config: ModelConfig, dtype: torch.dtype, block_size: int, layout: Layout | None = None
     ) -> int:
-        """Return the bytes of one block over all layers, to size a cache from a memory budget."""
-        return KVCache.block_bytes(config, dtype, block_size, layout or Layout())
+        """Return what a block takes on this rank over all layers, to size a cache by its memory."""
+        layout = layout or Layout()
+        blocks = _dealing(layout, block_size).grain // block_size
+        return blocks * KVCache.block_bytes(config, dtype, block_size, layout)
 
     def _batch(self, chunks: Sequence[Chunk]) -> Batch:
         return make_batch(chunks, self.cache, self.config.vocab_size)
 
     @torch.inference_mode()
     def _run(self, batch: Batch, wanted_S: Tensor, on_layer: OnLayer | None) -> Tensor:
+        def attend(layer: int, qkv_TNH: Tensor) -> Tensor:
+            return self._attend(qkv_TNH, self.cache.runs[layer], batch, self._num_heads)
+
         shared = Pass(
-            batch=batch,
+            token_ids_T=batch.token_ids_T,
+            slot_mapping_TX=batch.slot_mapping_TX,
             angles=self._model.rotary.angles(batch.positions_T),
             cache=self.cache,
+            attend=attend,
             on_layer=on_layer,
         )
         return self._model(shared, wanted_S)
+
+    @torch.inference_mode()
+    def _run_ring(self, ring: Ring, chunks: Sequence[Chunk], on_layer: OnLayer | None) -> Tensor:
+        made = ring.make_pass(chunks, self.config.vocab_size)
+        shared = Pass(
+            token_ids_T=made.token_ids_T,
+            slot_mapping_TX=made.slot_mapping_TX,
+            angles=self._model.rotary.angles(made.positions_T),
+            cache=self.cache,
+            attend=ring.attention(made, self._num_heads),
+            on_layer=on_layer,
+        )
+        rows = [row for _, row in made.last_rows]
+        wanted_S = torch.tensor(rows, dtype=torch.long, device=made.token_ids_T.device)
+        return ring.collect(made, self._model(shared, wanted_S))
+
+
+def _dealing(layout: Layout, block_size: int) -> Dealing:
+    """Return how tokens are dealt to cp ranks; to a single one, block by block."""
+    grain = layout.cp_grain if layout.cp > 1 else block_size
+    if grain % block_size:
+        raise UnsupportedError(f"a grain of {grain} tokens is not whole blocks of {block_size}")
+    return Dealing(layout.cp, grain)

@@ -1,15 +1,21 @@
 """Settings of a prefill instance; imports nothing heavy."""
 
-from pydantic import Field
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
 
 from service.instance_config import InstanceConfig
+
+_GRAIN_TOKENS = 256
 
 
 class PrefillConfig(InstanceConfig):
     """What `twinpool prefill` takes."""
 
     max_batched_tokens: int = Field(
-        default=2048, ge=1, description="Prompt tokens that one step computes at most."
+        default=2048,
+        ge=1,
+        description="Prompt tokens that one step computes at most, times --cp.",
     )
     prefix_cache: bool = Field(
         default=True,
@@ -18,3 +24,43 @@ class PrefillConfig(InstanceConfig):
     max_queue: int = Field(
         default=256, ge=1, description="Requests held at once; more are refused."
     )
+    cp: int = Field(
+        default=1, ge=1, le=1024, description="Ranks that a prompt's tokens are split over."
+    )
+    tp: int = Field(
+        default=1, ge=1, le=1024, description="Ranks that the model's matrices are split over."
+    )
+    cp_grain: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens in a row that one of --cp ranks has, whole blocks; about 256 if unset.",
+    )
+    ring: Literal["auto", "pass-kv", "pass-q", "gather"] = Field(
+        default="auto",
+        description="What --cp ranks send each other: keys and values, queries, or all to all.",
+    )
+
+    @property
+    def ranks(self) -> int:
+        """Processes that make up the instance."""
+        return self.cp * self.tp
+
+    @property
+    def rank_threads(self) -> int:
+        """Threads that each rank computes with: the given number, or its part of the default."""
+        given = "threads" in self.model_fields_set
+        return self.threads if given else max(1, self.threads // self.ranks)
+
+    @property
+    def grain(self) -> int:
+        """Tokens in a row that one of `cp` ranks has."""
+        return self.cp_grain or max(1, _GRAIN_TOKENS // self.block_size) * self.block_size
+
+    @model_validator(mode="after")
+    def _is_whole_blocks(self) -> Self:
+        if self.grain % self.block_size:
+            raise ValueError(
+                f"--cp-grain: found {self.cp_grain}; must be a multiple of --block-size,"
+                f" {self.block_size}"
+            )
+        return self

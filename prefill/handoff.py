@@ -8,6 +8,7 @@ the worker keeps a request's blocks until the transfer's end comes back as an ev
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvtransfer import CacheLayout, Kept, SendAgent, SendTransfer, Span
 
@@ -29,6 +30,37 @@ class Grant:
     kept: Kept = ()
 
 
+class Transfers(Protocol):
+    """The transfers of an instance by request, whatever its ranks.
+
+    Every method may be called from any thread and returns at once.
+    """
+
+    def expect(self, request_id: int) -> None:
+        """A request will be transferred: its grant is welcome from now on."""
+        ...
+
+    def open(self, request_id: int, tokens: int, block_ids: Sequence[int]) -> None:
+        """The request's blocks exist; its layers will follow."""
+        ...
+
+    def grant(self, request_id: int, grant: Grant) -> None:
+        """Decode has given leave: send what is ready, and the rest as it comes."""
+        ...
+
+    def cached(self, request_id: int, tokens: Span) -> None:
+        """All layers of these tokens are final in memory."""
+        ...
+
+    def close(self, request_id: int) -> bool:
+        """End a request; True where its transfer's end is still to come as an event."""
+        ...
+
+    def ended(self, transfer_id: int) -> int | None:
+        """A transfer has ended, one way or another: whose it was, the first time it is asked."""
+        ...
+
+
 @dataclass(kw_only=True)
 class _Outgoing:
     tokens: int = 0
@@ -41,7 +73,7 @@ class _Outgoing:
 class Handoff:
     """The transfers of one prefill rank, from the first layer to the receiver's acknowledgement.
 
-    Every method may be called from any thread and returns at once.
+    See Transfers; and `ready` is for each layer of the steps that this rank computes.
     """
 
     def __init__(
@@ -102,6 +134,14 @@ class Handoff:
                 return False
             self._agent.abort(outgoing.grant.transfer_id)
             return True
+
+    def transfer_of(self, request_id: int) -> int | None:
+        """The request's transfer, once it has begun and until the request is closed."""
+        with self._lock:
+            outgoing = self._outgoing.get(request_id)
+            if outgoing is None or outgoing.grant is None or outgoing.block_ids is None:
+                return None
+            return outgoing.grant.transfer_id
 
     def ended(self, transfer_id: int) -> int | None:
         """A transfer has ended, one way or another: whose it was, the first time it is asked."""

@@ -1,28 +1,35 @@
 """One prefill instance from start to drain: builds the parts and joins them.
 
-Owns the order in which they start and stop.
+Owns the order in which they start and stop. This is the first rank's process; where there are
+others, they follow it.
 """
 
+import asyncio
 import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 from twinpool.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 
 from engine.blocks import BlockPool
 from engine.prefix_cache import PrefixCache
-from kvtransfer import SendAgent, SharedRegion, TransferSettings
-from kvtransfer.hardware import describe_rdma
-from kvtransfer.network import NetworkTransport
-from prefill.compute import RankCompute
+from kvtransfer import SharedRegion, TransferEvent
+from prefill.compute import Compute
 from prefill.config import PrefillConfig
-from prefill.handoff import Handoff
+from prefill.group import check_layout, led
+from prefill.handoff import Transfers
+from prefill.leader import Followers, GroupCompute, GroupTransfers, peers_message
 from prefill.metrics import Metrics
+from prefill.rank import Rank
 from prefill.scheduler import Scheduler
-from prefill.server import Peers, PrefillService
+from prefill.server import PrefillService
 from prefill.worker import Worker
 from service.instance import (
     Incarnation,
     Model,
+    Part,
     die,
     load_model,
     make_hello,
@@ -41,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 class Instance:
-    """The transfer agent, the engine's thread and the gRPC service, joined."""
+    """The ranks, the engine's thread and the gRPC service, joined."""
 
     def __init__(
         self,
@@ -50,76 +57,89 @@ class Instance:
         who: Incarnation,
         registry: CollectorRegistry,
         region: SharedRegion,
+        followers: Followers | None,
     ) -> None:
-        """`region` is where the model's cache was allocated."""
+        """`region` is where the model's cache was allocated; `followers` are the other ranks."""
         identity = make_identity(model, who)
-        transport = NetworkTransport()
-        log.info(describe_rdma(driven=transport.rdma))
-        self._agent = SendAgent(
-            transport=transport,
-            memories=(model.runner.cache.tensor,),
-            layout=model.layout,
-            rank=0,
-            identity=identity,
-            settings=TransferSettings(host=settings.data_host, lane=settings.kv_lane),
-            on_event=lambda event: self._worker.transfer_event(event),
-            region=region,
-        )
-        shape = model.layout.groups[0].shape
-        handoff = Handoff(self._agent, shape.layers)
-        pool = BlockPool(model.num_blocks)
+        self._rank = Rank(settings, model, identity, region, lambda event: self._on_event(event))
+        self._followers = followers
+        compute, transfers = self._of_all_ranks(settings.ranks)
+        pool, tokens = BlockPool(model.num_blocks), model.block_tokens
         cache = (
-            PrefixCache(
-                pool, block_size=settings.block_size, fingerprint=identity.compatibility.hex()
-            )
+            PrefixCache(pool, block_size=tokens, fingerprint=identity.compatibility.hex())
             if settings.prefix_cache
             else None
         )
         self._worker = Worker(
-            compute=RankCompute(model.runner, shape, handoff),
-            block_tokens=settings.block_size,
+            compute=compute,
+            block_tokens=tokens,
             pool=pool,
             cache=cache,
             scheduler=Scheduler(
-                max_batched_tokens=max(settings.max_batched_tokens, settings.block_size),
-                block_size=settings.block_size,
+                max_batched_tokens=max(settings.max_batched_tokens * settings.cp, tokens),
+                block_size=tokens,
             ),
-            transfers=handoff,
+            transfers=transfers,
             emit=lambda request_id, outcome: self.service.emit(request_id, outcome),
             on_fatal=die,
         )
-        self.peers = Peers(self._agent)
         self.service = PrefillService(
             name=who.name,
             config=model.config,
             total_blocks=model.num_blocks,
             max_queue=settings.max_queue,
             worker=self._worker,
-            handoff=handoff,
-            peers=self.peers,
+            transfers=transfers,
+            peers=self._rank.peers,
             metrics=Metrics(registry),
         )
-        PoolMetrics("prefill", registry, heartbeat=self.heartbeat, transfer=self._agent.stats)
+        PoolMetrics("prefill", registry, heartbeat=self.heartbeat, transfer=self._rank.agent.stats)
+
+    def _of_all_ranks(self, ranks: int) -> tuple[Compute, Transfers]:
+        """What the worker works with: this rank alone, or all as one."""
+        self._on_event: Callable[[TransferEvent], None]
+        if self._followers is None:
+            self._on_event = lambda event: self._worker.transfer_event(event)
+            return self._rank.compute, self._rank.handoff
+        transfers = GroupTransfers(
+            self._rank.handoff,
+            self._rank.agent,
+            ranks,
+            tell=self._followers.tell,
+            emit=lambda end: self._worker.transfer_event(end),
+        )
+        self._on_event = partial(transfers.take, 0)
+        self._followers.on_end = transfers.take
+        return GroupCompute(self._rank.compute, self._followers), transfers
 
     def start(self) -> None:
         """Start the threads."""
-        self._agent.start()
+        self._rank.agent.start()
         self._worker.start()
 
     def close(self) -> None:
         """Stop the threads."""
         self._worker.stop()
-        self._agent.close()
+        self._rank.agent.close()
+
+    def update_peers(self, peers: Sequence[worker_pb2.Peer]) -> None:
+        """Connect all ranks to the decode instances that the router names."""
+        self._rank.peers.update(peers)
+        if self._followers is not None:
+            self._followers.tell(peers_message(peers))
 
     def heartbeat(self) -> worker_pb2.Heartbeat:
         """What routers are told again and again."""
         load = self._worker.load()
+        pairs = pairs_to_wire(self._rank.agent.stats().peers)
+        if self._followers is not None:
+            pairs += self._followers.pairs()
         return worker_pb2.Heartbeat(
             blocks=counts_to_wire(load.blocks),
             running=load.running,
             waiting=load.waiting,
             draining=self.service.draining,
-            pairs=pairs_to_wire(self._agent.stats().peers),
+            pairs=pairs,
         )
 
 
@@ -127,12 +147,43 @@ async def main(settings: PrefillConfig) -> None:
     """Run one prefill instance until it is stopped."""
     who = new_incarnation(settings, "prefill")
     configure_logging(
-        role="prefill", instance=who.name, level=settings.log_level, as_json=settings.log_json
+        role="prefill",
+        instance=who.name if settings.ranks == 1 else f"{who.name}[0]",
+        level=settings.log_level,
+        as_json=settings.log_json,
     )
     region = SharedRegion()  # so that a decode instance on this host can read the cache itself
-    model = load_model(settings, region.allocate)
+    try:
+        async with _led(settings, who) as (followers, part):
+            await _serve(settings, who, region, followers, part)
+    finally:
+        region.close()
+
+
+@asynccontextmanager
+async def _led(
+    settings: PrefillConfig, who: Incarnation
+) -> AsyncIterator[tuple[Followers | None, Part]]:
+    if settings.ranks == 1:
+        yield None, Part()
+        return
+    check_layout(settings)
+    async with led(settings, who) as (followers, part):
+        yield followers, part
+
+
+async def _serve(
+    settings: PrefillConfig,
+    who: Incarnation,
+    region: SharedRegion,
+    followers: Followers | None,
+    part: Part,
+) -> None:
+    model = await asyncio.to_thread(
+        load_model, settings, region.allocate, part, settings.rank_threads
+    )
     registry = new_registry()
-    instance = Instance(settings, model, who, registry, region)
+    instance = Instance(settings, model, who, registry, region, followers)
     server = Server(
         "prefill", host=settings.host, port=settings.port, reflection=settings.reflection
     )
@@ -142,6 +193,8 @@ async def main(settings: PrefillConfig) -> None:
     await server.start()
     instance.start()
     try:
+        if followers is not None:
+            await followers.wait_ready(model.num_blocks, model.description.fingerprint)
         registration = Registration(
             router_address=settings.router,
             hello=make_hello(
@@ -154,7 +207,7 @@ async def main(settings: PrefillConfig) -> None:
             ),
             heartbeat=instance.heartbeat,
             assets=lambda: model.assets.files,
-            on_peers=instance.peers.update,
+            on_peers=instance.update_peers,
             on_drain=lambda _: server.request_stop(),
         )
         await serve_instance(
@@ -166,4 +219,3 @@ async def main(settings: PrefillConfig) -> None:
         )
     finally:
         instance.close()
-        region.close()

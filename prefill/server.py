@@ -1,6 +1,6 @@
-"""The prefill instance as a gRPC server: one stream per request, aborts, the peers it sends to.
+"""The prefill instance as a gRPC server: one stream per request, and aborts.
 
-Owns the streams' outcomes and the wiring of worker, handoff and send agent. Wire messages become
+Owns the streams' outcomes. Wire messages become
 dataclasses here and go no further in.
 """
 
@@ -9,69 +9,24 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
+from twinpool.v1 import worker_pb2, worker_pb2_grpc
 
 from engine.config import ModelConfig
-from kvtransfer import CacheLayout, PeerAddress, SendAgent
-from prefill.handoff import Grant, Handoff
+from prefill.handoff import Transfers
 from prefill.metrics import Metrics
+from prefill.peers import Peers
 from prefill.worker import FirstToken, Outcome, Request, RequestFailed, Transferred, Worker
 from service.errors import InvalidRequest, Refused, Unavailable, WorkFailed
 from service.wire import (
-    addresses_from_wire,
     finish_to_wire,
-    kept_from_wire,
-    layout_from_wire,
     logprobs_to_wire,
     sampling_from_wire,
-    span_from_wire,
     stop_from_wire,
 )
 
 log = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 0.5
-
-
-class Peers:
-    """The decode instances that this one may send to, as the router last named them."""
-
-    def __init__(self, agent: SendAgent) -> None:
-        self._agent = agent
-        self._known: dict[str, tuple[int, CacheLayout]] = {}
-
-    def update(self, peers: list[worker_pb2.Peer]) -> None:
-        """Connect to new peers and newer epochs, and let go of those that are gone."""
-        for name in self._known.keys() - {peer.name for peer in peers}:
-            del self._known[name]
-            self._agent.forget(name)
-        for peer in peers:
-            layout = layout_from_wire(peer.layout)
-            self._known[peer.name] = (peer.epoch, layout)
-            self._agent.connect(
-                PeerAddress(
-                    instance=peer.name,
-                    epoch=peer.epoch,
-                    layout=layout,
-                    ranks=tuple(addresses_from_wire(peer.layout)),
-                    token=peer.data_token,
-                )
-            )
-
-    def layout(self, grant: kv_pb2.Grant) -> CacheLayout:
-        """The layout of a grant's instance.
-
-        Raises:
-            WorkFailed: The router has not named this instance, or not this epoch of it.
-        """
-        epoch, layout = self._known.get(grant.instance, (None, None))
-        if layout is None or epoch != grant.epoch:
-            raise WorkFailed(
-                f"decode instance {grant.instance!r} with epoch {grant.epoch} is not a peer",
-                reason="UnknownPeer",
-                retryable=True,
-            )
-        return layout
 
 
 class PrefillService(worker_pb2_grpc.PrefillServicer):
@@ -85,7 +40,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         total_blocks: int,
         max_queue: int,
         worker: Worker,
-        handoff: Handoff,
+        transfers: Transfers,
         peers: Peers,
         metrics: Metrics,
     ) -> None:
@@ -94,7 +49,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         self._total_blocks = total_blocks
         self._max_queue = max_queue
         self._worker = worker
-        self._handoff = handoff
+        self._transfers = transfers
         self._peers = peers
         self._metrics = metrics
         self._outcomes: dict[int, asyncio.Queue[Outcome]] = {}
@@ -112,7 +67,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         reader = asyncio.ensure_future(self._read_grants(request_id, request_iterator, outcomes))
         try:
             if request.transfer:
-                self._handoff.expect(request_id)
+                self._transfers.expect(request_id)
             self._worker.submit(request)
             last = False
             while not last:
@@ -190,25 +145,13 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         async for message in messages:
             try:
                 for grant in message.grants.grants:
-                    self._handoff.grant(request_id, self._grant(grant))
+                    self._transfers.grant(request_id, self._peers.grant(grant))
             except WorkFailed as error:
                 outcomes.put_nowait(
                     RequestFailed(
                         reason=error.reason, message=error.message, retryable=error.retryable
                     )
                 )
-
-    def _grant(self, grant: kv_pb2.Grant) -> Grant:
-        return Grant(
-            transfer_id=grant.transfer_id,
-            epoch=grant.epoch,
-            nonce=grant.nonce,
-            tokens=span_from_wire(grant.tokens),
-            ttl_s=grant.ttl_ms / 1000,
-            instance=grant.instance,
-            layout=self._peers.layout(grant),
-            kept=kept_from_wire(grant.kept),
-        )
 
 
 def _to_wire(outcome: Outcome, transfer: bool) -> tuple[worker_pb2.PrefillRunResponse, bool]:

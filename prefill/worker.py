@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -23,6 +22,7 @@ from engine.sampling import Sampled, SamplingParams, SequenceState, sample
 from engine.stopping import StopCriteria
 from kvtransfer import Closed, Completed, Failed, Span, TransferEvent
 from prefill.compute import Compute, Piece
+from prefill.handoff import Transfers
 from prefill.scheduler import Prompt, Scheduler, Slice, Step
 
 log = logging.getLogger(__name__)
@@ -107,26 +107,6 @@ class Load:
     blocks: BlockCounts
     running: int
     waiting: int
-
-
-class Transfers(Protocol):
-    """The transfers of an instance, by request; see `handoff.Handoff`."""
-
-    def open(self, request_id: int, tokens: int, block_ids: Sequence[int]) -> None:
-        """The request's blocks exist; its layers will follow."""
-        ...
-
-    def cached(self, request_id: int, tokens: Span) -> None:
-        """All layers of these tokens are in the cache."""
-        ...
-
-    def close(self, request_id: int) -> bool:
-        """End a request; True where its transfer's end is still to come as an event."""
-        ...
-
-    def ended(self, transfer_id: int) -> int | None:
-        """A transfer has ended, one way or another: whose it was, the first time it is asked."""
-        ...
 
 
 class Worker:

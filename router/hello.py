@@ -96,10 +96,10 @@ def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity
         value = getattr(message, name)
         _require(value > 0, f"hello.capacity.{name}", value, "a number above 0 is needed")
     _require(
-        message.block_size == layout.block_size,
+        message.block_size % layout.block_size == 0,
         "hello.capacity.block_size",
         message.block_size,
-        f"the layout's block_size, {layout.block_size} here, is needed",
+        f"a multiple of the layout's block_size, {layout.block_size} here, is needed",
     )
     return Capacity(
         blocks=message.blocks,

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from twinpool.v1 import common_pb2, worker_pb2
 from engine.config import ModelConfig, load_config
 from engine.errors import EngineError
 from engine.kvcache import Allocate
+from engine.parallel import Collectives, Layout
+from engine.ring.comm import Wire
 from engine.runner import ModelRunner
 from engine.weights import fingerprint
 from kvtransfer import (
@@ -53,6 +55,17 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a process has of its instance's model, and the ties to the ranks that have the rest."""
+
+    layout: Layout = field(default_factory=Layout)
+    ranks: Collectives | None = None
+    ring: Wire | None = None
+    ring_mode: str = "auto"
+    rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A model ready to run, and how the cluster knows it."""
 
@@ -61,26 +74,40 @@ class Model:
     layout: CacheLayout
     description: worker_pb2.ModelDescription
     assets: TextAssets
+    part: Part
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in the cache."""
-        return self.runner.cache.num_blocks
+        """Blocks in the instance's cache, each over all of its cp ranks."""
+        return self.runner.num_blocks
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that such a block holds."""
+        return self.runner.block_tokens
 
     @property
     def max_sequence_tokens(self) -> int:
         """Tokens of a sequence at most: what the model and the cache allow."""
-        return min(self.description.max_model_len, self.num_blocks * self.runner.cache.block_size)
+        return min(self.description.max_model_len, self.num_blocks * self.block_tokens)
 
 
-def load_model(settings: InstanceConfig, allocate: Allocate | None = None) -> Model:
+def load_model(
+    settings: InstanceConfig,
+    allocate: Allocate | None = None,
+    part: Part | None = None,
+    threads: int | None = None,
+) -> Model:
     """Read a model folder and get it ready to run; `allocate` gives the cache its memory.
+
+    With a `part` all ranks of the instance must do this, since they warm up together.
 
     Raises:
         StartError: The folder, the device or the memory does not do; the message says which.
     """
     folder = settings.model.expanduser()
-    torch.set_num_threads(settings.threads)
+    part = part or Part()
+    torch.set_num_threads(threads or settings.threads)
     keep_freed_memory()
     device = _device(settings.device)
     try:
@@ -94,8 +121,12 @@ def load_model(settings: InstanceConfig, allocate: Allocate | None = None) -> Mo
                 config=config,
                 dtype=dtype,
                 device=device,
-                num_blocks=_num_blocks(settings, config, dtype),
+                num_blocks=_num_blocks(settings, config, dtype, part.layout),
                 block_size=settings.block_size,
+                layout=part.layout,
+                ranks=part.ranks,
+                ring=part.ring,
+                ring_mode=part.ring_mode,
                 progress=progress,
                 allocate=allocate,
             )
@@ -109,8 +140,8 @@ def load_model(settings: InstanceConfig, allocate: Allocate | None = None) -> Mo
         description.architecture,
         description.dtype,
         time.monotonic() - started,
-        runner.cache.num_blocks,
-        settings.block_size,
+        runner.num_blocks,
+        runner.block_tokens,
     )
     shape = KVShape(
         layers=config.num_layers,
@@ -121,9 +152,17 @@ def load_model(settings: InstanceConfig, allocate: Allocate | None = None) -> Mo
     return Model(
         config=config,
         runner=runner,
-        layout=uniform_cache((shape,), settings.block_size),
+        layout=uniform_cache(
+            (shape,),
+            settings.block_size,
+            tp=part.layout.tp,
+            cp=part.layout.cp,
+            cp_order="cyclic",
+            cp_grain=part.layout.cp_grain or None,
+        ),
         description=description,
         assets=assets,
+        part=part,
     )
 
 
@@ -172,7 +211,7 @@ def make_hello(
         layout=layout_to_wire(model.layout, data_addresses),
         capacity=worker_pb2.Capacity(
             blocks=model.num_blocks,
-            block_size=settings.block_size,
+            block_size=model.block_tokens,
             max_sequences=max_sequences,
             max_sequence_tokens=model.max_sequence_tokens,
         ),
@@ -203,8 +242,10 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _num_blocks(settings: InstanceConfig, config: ModelConfig, dtype: torch.dtype) -> int:
-    block_bytes = ModelRunner.kv_block_bytes(config, dtype, settings.block_size)
+def _num_blocks(
+    settings: InstanceConfig, config: ModelConfig, dtype: torch.dtype, layout: Layout
+) -> int:
+    block_bytes = ModelRunner.kv_block_bytes(config, dtype, settings.block_size, layout)
     blocks = settings.kv_memory_mib * _MIB // block_bytes
     if blocks == 0:
         raise StartError(

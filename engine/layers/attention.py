@@ -10,23 +10,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.batch import Batch
 from engine.config import ModelConfig
-from engine.kernels import attention_kernel
 from engine.kvcache import KVCache
 from engine.layers.layer import Placement
 from engine.layers.linear import ColumnLinear, RowLinear
 from engine.layers.rotary import Angles
 from engine.weights import WeightSlot
 
+Attend = Callable[[int, Tensor], Tensor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """What the layers share in one forward pass. `on_layer(l)`: layer l's K and V are cached."""
+    """What the layers share in one forward pass.
 
-    batch: Batch
+    `attend(l, qkv)` is causal attention of the new tokens, [T, N + X, H] to [T, N * H], once their
+    K and V are in layer l of the cache; `on_layer(l)` is told when they are.
+    """
+
+    token_ids_T: Tensor
+    slot_mapping_TX: Tensor
     angles: Angles
     cache: KVCache
+    attend: Attend
     on_layer: Callable[[int], None] | None
 
 
@@ -42,8 +48,8 @@ class Attention:
         self._name = name
         self._num_heads = heads.stop - heads.start
         self._num_qk_heads = self._num_heads + kv_heads.stop - kv_heads.start
+        self._num_all_heads = self._num_qk_heads + kv_heads.stop - kv_heads.start
         self._head_size = size
-        self._attend = attention_kernel(placement.device)
         self._qkv = ColumnLinear(
             [
                 (f"{name}.q_proj", config.num_heads * size, q_rows),
@@ -81,15 +87,12 @@ class Attention:
         self._norm_MH[self._num_heads :] *= self._head_size**0.5
 
     def __call__(self, x_TD: Tensor, shared: Pass) -> Tensor:
-        qkv_TNH = self._qkv(x_TD).view(x_TD.shape[0], -1, self._head_size)
+        qkv_TNH = self._qkv(x_TD).view(len(x_TD), self._num_all_heads, self._head_size)
         self._normalise_and_rotate(qkv_TNH[:, : self._num_qk_heads], shared.angles)
-        shared.cache.insert(
-            self._layer, shared.batch.slot_mapping_TX, qkv_TNH[:, self._num_heads :]
-        )
+        shared.cache.insert(self._layer, shared.slot_mapping_TX, qkv_TNH[:, self._num_heads :])
         if shared.on_layer is not None:
             shared.on_layer(self._layer)
-        runs = shared.cache.runs[self._layer]
-        return self._out(self._attend(qkv_TNH, runs, shared.batch, self._num_heads))
+        return self._out(shared.attend(self._layer, qkv_TNH))
 
     def _normalise_and_rotate(self, qk_TMH: Tensor, angles: Angles) -> None:
         """Do both in place, in fp32 and with one rounding; see engine.layers.norm."""

@@ -107,10 +107,12 @@ class SparseMLP:
         y_PD = _grouped(gated(inner_PI), self._down_products, loads)
         place_P = torch.empty_like(order_P)
         place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-        return y_PD.index_select(0, place_P).view(*experts_TK.shape, -1)
+        return y_PD.index_select(0, place_P).view(*experts_TK.shape, y_PD.shape[1])
 
 
 def _grouped(x_PI: Tensor, products: Sequence[Product], loads: list[int]) -> Tensor:
     """Send consecutive slices of rows, `loads` long, each through its own product."""
+    if not len(x_PI):
+        return products[0](x_PI)
     slices = zip(torch.split(x_PI, loads), products, strict=True)
     return torch.cat([product(x) for x, product in slices if len(x)])

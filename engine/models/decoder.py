@@ -93,7 +93,7 @@ class Decoder:
 
     def __call__(self, shared: Pass, wanted_S: Tensor) -> Tensor:
         """Run a pass and return fp32 logits, [S, V], of the rows `wanted_S`."""
-        x_TD = self._embedding(shared.batch.token_ids_T)
+        x_TD = self._embedding(shared.token_ids_T)
         for layer in self._layers[:-1]:
             x_TD = layer(x_TD, shared, None)
         x_SD = self._layers[-1](x_TD, shared, wanted_S)

@@ -1,9 +1,9 @@
-"""Attention of one piece of a sequence's queries over some of its keys. Owns no memory.
+"""Attention of some of a sequence's queries over some of its keys. Owns no memory.
 
 Legend: T query rows, L key rows, t and l some of them, N query heads, G KV heads, X = 2G (the K
 heads, then the V heads), R = N / G query heads that share a KV head, H head size.
 
-Keys lie in order of their positions, so those that a slice of queries may look at are a range of
+Both lie in order of their positions, so the keys that a slice of queries may look at are a range of
 rows, and a mask is needed at its two ends only. Products are in the inputs' type, accumulated in
 fp32; all else is in fp32.
 """
@@ -22,23 +22,26 @@ _SLICE_QUERIES = 64
 _SLICE_SCORES = 1 << 23
 
 
-def seen(at_L: NDArray[np.int64], queries: range, window: int | None) -> tuple[int, int]:
+Positions = NDArray[np.int64]
+
+
+def seen(at_L: Positions, at_T: Positions, window: int | None) -> tuple[int, int]:
     """Return the first row, and that after the last, of the keys that some query may look at."""
-    if not queries:
+    if not len(at_T):
         return 0, 0
-    first = 0 if window is None else queries.start - window + 1
-    low, high = np.searchsorted(at_L, (first, queries.stop))
+    first = 0 if window is None else at_T[0] - window + 1
+    low, high = np.searchsorted(at_L, (first, at_T[-1] + 1))
     return int(low), int(high)
 
 
 def attend(
     q_TNH: Tensor,
-    queries: range,
+    at_T: Positions,
     kv_LXH: Tensor,
-    at_L: NDArray[np.int64],
+    at_L: Positions,
     window: int | None = None,
 ) -> Partial:
-    """Return the causal attention of queries at positions `queries` over keys at `at_L`, ascending.
+    """Return the causal attention of queries at positions `at_T` over keys at `at_L`, ascending.
 
     Queries are scaled already. With a window, a query sees itself and the window - 1 tokens before
     it. Keys that no query sees are not read.
@@ -46,7 +49,7 @@ def attend(
     tokens, heads, head_size = q_TNH.shape
     kv_heads = kv_LXH.shape[1] // 2
     partial = Partial.nothing(q_TNH)
-    begin, end = seen(at_L, queries, window)
+    begin, end = seen(at_L, at_T, window)
     if begin == end:
         return partial
     kv_XlH = kv_LXH[begin:end].transpose(0, 1).contiguous()
@@ -54,8 +57,8 @@ def attend(
     q_GTRH = q_TNH.view(tokens, kv_heads, -1, head_size).transpose(0, 1)
     step = max(1, min(_SLICE_SCORES // (heads * (end - begin)), _SLICE_QUERIES))
     for first in range(0, tokens, step):
-        piece = queries[first : first + step]
-        low, high = seen(at_L, piece, window)
+        at_t = at_T[first : first + step]
+        low, high = seen(at_L, at_t, window)
         if low == high:
             continue
         rows = slice(low - begin, high - begin)
@@ -63,27 +66,25 @@ def attend(
             q_GTRH[:, first : first + step],
             k_GlH[:, rows],
             v_GlH[:, rows],
-            _hidden(at_L[low:high], piece, window),
+            _hidden(at_L[low:high], at_t, window),
             partial.rows(first, first + step),
         )
     return partial
 
 
-def _hidden(
-    at_l: NDArray[np.int64], queries: range, window: int | None
-) -> Iterator[tuple[slice, Tensor]]:
+def _hidden(at_l: Positions, at_t: Positions, window: int | None) -> Iterator[tuple[slice, Tensor]]:
     """Yield columns that not every query may look at, with [t, 1, c], true where one must not.
 
     There are two sorts, which may overlap: keys after the first query, and those before the last
     one's window. All other columns need no mask, and a pass over the scores less.
     """
-    at_t1 = np.asarray(queries)[:, None]
-    after = slice(int(np.searchsorted(at_l, queries.start, "right")), len(at_l))
+    at_t1 = at_t[:, None]
+    after = slice(int(np.searchsorted(at_l, at_t[0], "right")), len(at_l))
     if after.start < after.stop:
         yield after, torch.from_numpy(at_l[after] > at_t1)[:, None]
     if window is None:
         return
-    before = slice(0, int(np.searchsorted(at_l, queries[-1] - window, "right")))
+    before = slice(0, int(np.searchsorted(at_l, at_t[-1] - window, "right")))
     if before.stop:
         yield before, torch.from_numpy(at_l[before] <= at_t1 - window)[:, None]
 

@@ -43,7 +43,7 @@ class PassKV:
         rank = self._wire.rank
         _check(q_TNH, kv_LXH, plan, self._wire)
         partial = Partial.nothing(q_TNH)
-        for origin, block_LXH in _round(self._wire, kv_LXH, plan.key_rows):
+        for origin, block_LXH in _round(self._wire, kv_LXH, plan.key_rows, plan.key_hops):
             _attend_block(partial, q_TNH, rank, block_LXH, origin, plan)
         return partial.out_TNH.to(q_TNH.dtype)
 
@@ -58,12 +58,15 @@ class PassQ:
         wire = self._wire
         _check(q_TNH, kv_LXH, plan, wire)
         [tag] = wire.tags(1)
-        coming = {rank: Partial.undefined(q_TNH) for rank in range(wire.size) if rank != wire.rank}
+        others = [rank for rank in range(wire.size) if rank != wire.rank]
+        coming = {r: Partial.undefined(q_TNH) for r in others if plan.sees(wire.rank, r)}
         pending = [wire.receive(part.memory, rank, tag) for rank, part in coming.items()]
         mine = Partial.nothing(q_TNH)
-        for origin, block_TNH in _round(wire, q_TNH, plan.query_rows):
+        for origin, block_TNH in _round(wire, q_TNH, plan.query_rows, plan.query_hops):
             if origin == wire.rank:
                 _attend_block(mine, block_TNH, origin, kv_LXH, wire.rank, plan)
+                continue
+            if not plan.sees(origin, wire.rank):
                 continue
             theirs = Partial.nothing(block_TNH)
             _attend_block(theirs, block_TNH, origin, kv_LXH, wire.rank, plan)
@@ -88,35 +91,44 @@ class GatherKV:
         blocks = [kv_LXH.new_empty(rows, *kv_LXH.shape[1:]) for rows in plan.key_rows]
         blocks[wire.rank] = kv_LXH.contiguous()
         others = [rank for rank in range(wire.size) if rank != wire.rank]
-        pending = [wire.receive(blocks[rank], rank, tag) for rank in others]
-        pending += [wire.send(blocks[wire.rank], rank, tag) for rank in others]
+        pending = [wire.receive(blocks[r], r, tag) for r in others if plan.sees(wire.rank, r)]
+        pending += [wire.send(blocks[wire.rank], r, tag) for r in others if plan.sees(r, wire.rank)]
         for each in pending:
             each.wait()
         partial = Partial.nothing(q_TNH)
         for origin, block_LXH in enumerate(blocks):
-            _attend_block(partial, q_TNH, wire.rank, block_LXH, origin, plan)
+            if plan.sees(wire.rank, origin):
+                _attend_block(partial, q_TNH, wire.rank, block_LXH, origin, plan)
         return partial.out_TNH.to(q_TNH.dtype)
 
 
-def _round(wire: Wire, mine: Tensor, rows: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """Yield every rank's block with its rank, this one's first.
+def _round(
+    wire: Wire, mine: Tensor, rows: Sequence[int], hops: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the blocks that come by with their ranks, this one's first.
 
     While the caller has one, it is also being sent on, and the next one arrives beside it. A block
-    is only good until the next one is asked for.
+    is only good until the next one is asked for. That of rank i makes `hops[i]` hops.
     """
-    tags = wire.tags(wire.size)
-    following, previous = (wire.rank + 1) % wire.size, (wire.rank - 1) % wire.size
+    size, rank = wire.size, wire.rank
+    tags = wire.tags(size)
+    following, previous = (rank + 1) % size, (rank - 1) % size
     current = mine.contiguous()
-    buffers = current.new_empty(min(2, wire.size - 1), max(rows), *mine.shape[1:])
-    for step in range(wire.size - 1):
-        arriving = buffers[step % 2][: rows[(wire.rank - step - 1) % wire.size]]
-        received = wire.receive(arriving, previous, tags[step])
-        sent = wire.send(current, following, tags[step])
-        yield (wire.rank - step) % wire.size, current
-        received.wait()
-        sent.wait()  # the next step receives into what this one sent
-        current = arriving
-    yield following, current
+    buffers = current.new_empty(min(2, size - 1), max(rows), *mine.shape[1:])
+    for step in range(size):
+        origin, coming = (rank - step) % size, (rank - step - 1) % size
+        pending = []
+        arriving = buffers[step % 2][: rows[coming]] if step < hops[coming] else None
+        if arriving is not None:
+            pending.append(wire.receive(arriving, previous, tags[step]))
+        if step < hops[origin]:
+            pending.append(wire.send(current, following, tags[step]))
+        if step <= hops[origin]:
+            yield origin, current
+        for each in pending:  # the next step receives into what this one sent
+            each.wait()
+        if arriving is not None:
+            current = arriving
 
 
 def _attend_block(
@@ -124,15 +136,12 @@ def _attend_block(
 ) -> None:
     """Add what one rank's queries see of one rank's keys, sequence by sequence."""
     for queries, keys in zip(plan.queries[q_rank], plan.keys[kv_rank], strict=True):
-        kv = kv_LXH[keys.begin : keys.end]
-        begin = queries.begin
-        for piece in queries.pieces:
-            end = begin + len(piece)
-            low, high = block.seen(keys.at, piece, plan.window)
-            if low < high:
-                part = block.attend(q_TNH[begin:end], piece, kv, keys.at, plan.window)
-                into.rows(begin, end).merge(part)
-            begin = end
+        low, high = block.seen(keys.at, queries.at, plan.window)
+        if low < high:
+            rows = slice(queries.begin, queries.end)
+            kv = kv_LXH[keys.begin : keys.end]
+            part = block.attend(q_TNH[rows], queries.at, kv, keys.at, plan.window)
+            into.rows(queries.begin, queries.end).merge(part)
 
 
 def _check(q_TNH: Tensor, kv_LXH: Tensor, plan: RingPlan, wire: Wire) -> None:

@@ -5,7 +5,7 @@ ranges, ascending, none empty, none touching. The rows of a rank's tensors are i
 sequence by sequence, position by position.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -30,7 +30,7 @@ def zigzag(tokens: range, ranks: int, grain: int = 1) -> tuple[Pieces, ...]:
         raise RingError(f"zigzag needs at least one rank and grain, found {ranks=} {grain=}")
     size = -(-len(tokens) // (2 * ranks * grain)) * grain
     chunks = [tokens[i * size : (i + 1) * size] for i in range(2 * ranks)]
-    return tuple(_joined((chunks[i], chunks[-1 - i])) for i in range(ranks))
+    return tuple(joined((chunks[i], chunks[-1 - i])) for i in range(ranks))
 
 
 def within(pieces: Pieces, tokens: range) -> Pieces:
@@ -55,7 +55,8 @@ def count(pieces: Iterable[range]) -> int:
     return sum(map(len, pieces))
 
 
-def _joined(pieces: Iterable[range]) -> Pieces:
+def joined(pieces: Iterable[range]) -> Pieces:
+    """Return pieces without empty ones, and without cuts where one goes on with the next."""
     joined: list[range] = []
     for piece in pieces:
         if joined and piece and joined[-1].stop == piece.start:
@@ -125,7 +126,7 @@ class SequenceShards:
 
     def after(self) -> tuple[Pieces, ...]:
         """Return where all tokens lie after the pass: `cached` of the next one."""
-        return tuple(_joined(old + new) for old, new in zip(self.cached, self.new, strict=True))
+        return tuple(joined(old + new) for old, new in zip(self.cached, self.new, strict=True))
 
     def keys(self, rank: int, window: int | None = None) -> Pieces:
         """Return what `rank` has of the keys that any new token may look at."""
@@ -231,6 +232,34 @@ class RingPlan:
     def key_rows(self) -> tuple[int, ...]:
         """By rank: how many keys it has."""
         return tuple(parts[-1].end for parts in self.keys)
+
+    def sees(self, query_rank: int, key_rank: int) -> bool:
+        """Tell whether some new token of one rank may look at a key of another."""
+        pairs = zip(self.queries[query_rank], self.keys[key_rank], strict=True)
+        return any(
+            queries.at[-1] >= keys.at[0]
+            and (self.window is None or queries.at[0] - self.window < keys.at[-1])
+            for queries, keys in pairs
+            if queries.pieces and keys.pieces
+        )
+
+    @cached_property
+    def key_hops(self) -> tuple[int, ...]:
+        """By rank: how far its keys must travel, from rank to rank, for all who look at them."""
+        return tuple(self._hops(rank, lambda to, own: self.sees(to, own)) for rank in self._all)
+
+    @cached_property
+    def query_hops(self) -> tuple[int, ...]:
+        """By rank: how far its queries must travel to come by all that they look at."""
+        return tuple(self._hops(rank, lambda to, own: self.sees(own, to)) for rank in self._all)
+
+    @property
+    def _all(self) -> range:
+        return range(self.ranks)
+
+    def _hops(self, own: int, wanted: Callable[[int, int], bool]) -> int:
+        hops = range(self.ranks - 1, 0, -1)
+        return next((hop for hop in hops if wanted((own + hop) % self.ranks, own)), 0)
 
 
 def _parts(by_sequence: Iterable[Pieces]) -> tuple[Part, ...]:

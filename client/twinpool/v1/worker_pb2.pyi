@@ -185,6 +185,7 @@ class Capacity(_message.Message):
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
     block_size: _builtins.int
+    """Tokens of a block of the whole instance: with context parallelism a multiple of the layout's."""
     max_sequences: _builtins.int
     max_sequence_tokens: _builtins.int
     """Tokens one sequence may have here at most."""

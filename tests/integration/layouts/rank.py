@@ -1,4 +1,4 @@
-"""One rank of a tensor-parallel model: runs the passes it is told to, and keeps the logits."""
+"""One rank of a split model: runs the passes it is told to, and keeps the logits."""
 
 import json
 import os
@@ -17,18 +17,19 @@ from safetensors.torch import save_file
 from engine.collectives import GroupCollectives
 from engine.config import load_config
 from engine.parallel import Collectives, Layout
+from engine.ring import GroupComm, Wire
 from engine.runner import Chunk, ModelRunner
 
 BLOCK_SIZE = 16
-LENGTHS = (1, 7, 64, 101)
+LENGTHS = (1, 7, 64, 101, 203)
 
 
-def passes(vocab_size: int) -> Iterator[list[Chunk]]:
+def passes(vocab_size: int, block_tokens: int) -> Iterator[list[Chunk]]:
     """Prompts of mixed lengths in two parts, then three tokens more of each."""
     random = torch.Generator().manual_seed(5)
     blocks, sequences = 0, []
     for length in LENGTHS:
-        count = -(-(length + 3) // BLOCK_SIZE)
+        count = -(-(length + 3) // block_tokens)
         tokens = torch.randint(vocab_size, (length + 3,), generator=random).tolist()
         sequences.append((length, tokens, list(range(blocks, blocks + count))))
         blocks += count
@@ -46,7 +47,14 @@ def passes(vocab_size: int) -> Iterator[list[Chunk]]:
         yield step([(length + more, length + more + 1) for length, _, _ in sequences])
 
 
-def logits(folder: Path, layout: Layout, ranks: Collectives | None, dtype: str) -> torch.Tensor:
+def logits(
+    folder: Path,
+    layout: Layout,
+    dtype: str,
+    ranks: Collectives | None = None,
+    ring: Wire | None = None,
+    mode: str = "auto",
+) -> torch.Tensor:
     """Return the logits after each chunk of every pass, [S, V]."""
     config = load_config(folder)
     runner = ModelRunner(
@@ -58,23 +66,37 @@ def logits(folder: Path, layout: Layout, ranks: Collectives | None, dtype: str) 
         block_size=BLOCK_SIZE,
         layout=layout,
         ranks=ranks,
+        ring=ring,
+        ring_mode=mode,
     )
-    return torch.cat([runner.forward(chunks) for chunks in passes(config.vocab_size)])
+    runner.warm_up()
+    made = passes(config.vocab_size, runner.block_tokens)
+    return torch.cat([runner.forward(chunks) for chunks in made])
 
 
 def main() -> None:
-    """Take part in every case: {name, model, tp, dtype}; rank 0 of each writes its logits."""
+    """Take part in every case: {name, model, tp, cp, grain, mode, dtype}; write the logits."""
     rank, world, port = (int(text) for text in sys.argv[1:4])
     cases, out = json.loads(sys.argv[4]), Path(sys.argv[5])
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
     )
     for case in cases:
-        group = dist.new_group(list(range(case["tp"])))
-        if rank >= case["tp"]:
+        tp, cp = case["tp"], case["cp"]
+        of_tp = [dist.new_group([c * tp + t for t in range(tp)]) for c in range(cp)]
+        of_cp = [dist.new_group([c * tp + t for c in range(cp)]) for t in range(tp)]
+        if rank >= tp * cp:
             continue
-        layout = Layout(tp=case["tp"], tp_rank=rank)
-        found = logits(Path(case["model"]), layout, GroupCollectives(group), case["dtype"])
+        cp_rank, tp_rank = divmod(rank, tp)
+        layout = Layout(tp=tp, tp_rank=tp_rank, cp=cp, cp_rank=cp_rank, cp_grain=case["grain"])
+        found = logits(
+            Path(case["model"]),
+            layout,
+            case["dtype"],
+            GroupCollectives(of_tp[cp_rank]),
+            Wire(GroupComm(of_cp[tp_rank], timeout_s=30)),
+            case["mode"],
+        )
         save_file({"logits": found}, out / f"{case['name']}.{rank}")
     dist.destroy_process_group()
 

@@ -42,7 +42,7 @@ def test_piece_agrees_with_exact_attention_at_its_positions(
     at_keys = torch.from_numpy(positions(keys))
     q, kv = inputs(seed, tokens, len(at_keys), 4, kv_heads, 8)
     queries = range(start, start + tokens)
-    partial = block.attend(q, queries, kv, positions(keys), window)
+    partial = block.attend(q, np.asarray(queries), kv, positions(keys), window)
     out, lse = attention(q, torch.tensor(queries, dtype=torch.int64), kv, at_keys, window)
     torch.testing.assert_close(partial.out_TNH.double(), out, rtol=0, atol=1e-5)
     torch.testing.assert_close(partial.lse_TN.double(), lse, rtol=1e-6, atol=1e-5)
@@ -55,7 +55,7 @@ def test_more_queries_than_a_slice_has_agree(
     monkeypatch.setattr(block, "_SLICE_SCORES", 4 * 17 * 400)  # 17 queries of 4 heads
     q, kv = inputs(5, 211, 400, 4, 2, 16)
     keys = (range(40, 140), range(200, 500))
-    partial = block.attend(q, range(180, 391), kv, positions(keys), window)
+    partial = block.attend(q, np.asarray(range(180, 391)), kv, positions(keys), window)
     at_keys = torch.from_numpy(positions(keys))
     out, lse = attention(q, torch.arange(180, 391), kv, at_keys, window)
     torch.testing.assert_close(partial.out_TNH.double(), out, rtol=0, atol=1e-5)
@@ -68,13 +68,13 @@ def test_keys_that_no_query_sees_are_not_read(window: int | None) -> None:
     kv[48:] = torch.nan  # after the last query
     if window is not None:
         kv[: 40 - window + 1] = torch.nan  # before the first query's window
-    partial = block.attend(q, range(40, 48), kv, np.arange(60), window)
+    partial = block.attend(q, np.asarray(range(40, 48)), kv, np.arange(60), window)
     assert partial.out_TNH.isfinite().all()
 
 
 def test_bfloat16_agrees_within_its_rounding() -> None:
     q, kv = (x.bfloat16() for x in inputs(7, 40, 300, 4, 2, 64))
-    partial = block.attend(q, range(260, 300), kv, np.arange(300))
+    partial = block.attend(q, np.asarray(range(260, 300)), kv, np.arange(300))
     out, lse = attention(q, torch.arange(260, 300), kv, torch.arange(300), None)
     assert partial.out_TNH.dtype == partial.lse_TN.dtype == torch.float32
     torch.testing.assert_close(partial.out_TNH.double(), out, rtol=0, atol=2**-7)
@@ -83,7 +83,7 @@ def test_bfloat16_agrees_within_its_rounding() -> None:
 
 def test_great_scores_do_not_overflow() -> None:
     q, kv = inputs(8, 4, 20, 2, 1, 8)
-    partial = block.attend(q * 1000, range(10, 14), kv, np.arange(20))
+    partial = block.attend(q * 1000, np.asarray(range(10, 14)), kv, np.arange(20))
     out, _ = attention(q * 1000, torch.arange(10, 14), kv, torch.arange(20), None)
     assert partial.lse_TN.abs().max() > 100  # exp of it is beyond fp32
     torch.testing.assert_close(partial.out_TNH.double(), out, rtol=0, atol=1e-3)
@@ -91,6 +91,6 @@ def test_great_scores_do_not_overflow() -> None:
 
 def test_queries_before_all_keys_see_nothing() -> None:
     q, kv = inputs(9, 4, 20, 2, 1, 8)
-    partial = block.attend(q, range(4), kv, np.arange(4, 24))
+    partial = block.attend(q, np.asarray(range(4)), kv, np.arange(4, 24))
     assert partial.lse_TN.eq(-torch.inf).all()
     assert partial.out_TNH.eq(0).all()

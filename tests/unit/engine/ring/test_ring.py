@@ -14,8 +14,11 @@ from engine.ring import (
     Load,
     PassKV,
     PassQ,
+    Pieces,
     RingAttention,
     RingError,
+    RingPlan,
+    SequenceShards,
     Wire,
 )
 from engine.ring.choose import pass_kv_bytes, pass_q_bytes
@@ -60,8 +63,56 @@ def test_every_rank_has_what_one_rank_would_have(
     for rank, (out, _) in enumerate(results):
         torch.testing.assert_close(out.double(), made.expected(rank), rtol=0, atol=1e-5)
     formula = pass_q_bytes if variant == "pass-q" else pass_kv_bytes
-    wanted = sum(formula(Load(new, cached), shape, ranks) for cached, new in lengths)
-    assert sum(sent for _, sent in results) == wanted
+    most = sum(formula(Load(new, cached), shape, ranks) for cached, new in lengths)
+    assert sum(sent for _, sent in results) == needed(made.plan, variant) <= most
+
+
+def needed(plan: RingPlan, variant: str) -> int:
+    """The bytes that must be sent: each block as far as somebody looks at it."""
+    kv_row = 2 * SHAPE.kv_heads * SHAPE.head_size * 4
+    q_row, home_row = SHAPE.heads * SHAPE.head_size * 4, SHAPE.heads * (SHAPE.head_size + 1) * 4
+    pairs = [(q, k) for q in range(plan.ranks) for k in range(plan.ranks) if q != k]
+    looks = [(q, k) for q, k in pairs if plan.sees(q, k)]
+    if variant == "gather-kv":
+        return sum(plan.key_rows[k] for _, k in looks) * kv_row
+    if variant == "pass-kv":
+        far = {k: max((q - k) % plan.ranks for q, of in looks if of == k) for _, k in looks}
+        return sum(plan.key_rows[k] * hops for k, hops in far.items()) * kv_row
+    far = {q: max((k - q) % plan.ranks for of, k in looks if of == q) for q, _ in looks}
+    there = sum(plan.query_rows[q] * hops for q, hops in far.items()) * q_row
+    return there + sum(plan.query_rows[q] for q, _ in looks) * home_row
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_prompts_that_lie_on_one_rank_each_cause_no_traffic(variant: str) -> None:
+    def run(comm: LoopbackComm) -> int:
+        nobody: tuple[Pieces, ...] = ((), ())
+        plan = RingPlan(
+            (
+                SequenceShards(new=((range(20),), ()), cached=nobody),
+                SequenceShards(new=((), (range(8, 30),)), cached=((), (range(8),))),
+            )
+        )
+        wire = Wire(comm)
+        q = torch.randn(plan.query_rows[comm.rank], SHAPE.heads, SHAPE.head_size)
+        kv = torch.randn(plan.key_rows[comm.rank], 2 * SHAPE.kv_heads, SHAPE.head_size)
+        VARIANTS[variant](wire).attend(q, kv, plan)
+        return wire.traffic.bytes_sent
+
+    assert on_ranks(2, run) == [0, 0]
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_long_prompt_sends_what_theory_says(variant: str) -> None:
+    made = MadePass(SHAPE, [(0, 400)], 4)
+
+    def run(comm: LoopbackComm) -> int:
+        wire = Wire(comm)
+        VARIANTS[variant](wire).attend(made.queries(comm.rank), made.keys(comm.rank), made.plan)
+        return wire.traffic.bytes_sent
+
+    formula = pass_q_bytes if variant == "pass-q" else pass_kv_bytes
+    assert sum(on_ranks(4, run)) == formula(Load(400, 0), SHAPE, 4)
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))

@@ -22,7 +22,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("Qwen3ForCausalLM", {"vocab_size": 512, "tie_word_embeddings": True}),
     "moe": ("Qwen3MoeForCausalLM", {"vocab_size": 300}),
 }
-CASES = [(model, tp) for model in MODELS for tp in (2, 4)]
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tp": 2},
+    "tp4": {"tp": 4},
+    "cp2": {"cp": 2},
+    "cp2 pass-q": {"cp": 2, "mode": "pass-q"},
+    "cp3 pass-kv": {"cp": 3, "grain": 32, "mode": "pass-kv"},
+    "cp3 gather": {"cp": 3, "mode": "gather"},
+    "cp4": {"cp": 4},
+    "cp4 coarse": {"cp": 4, "grain": 96},
+    "cp2 x tp2": {"cp": 2, "tp": 2},
+}
+DEFAULTS: dict[str, Any] = {"tp": 1, "cp": 1, "grain": 16, "mode": "auto"}
+CASES = [(model, layout) for model in MODELS for layout in LAYOUTS]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +50,14 @@ def computed(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     """All cases, computed by one group of ranks; by name and rank."""
     out = tmp_path_factory.mktemp("logits")
     cases = [
-        {"name": f"{name}-{tp}-{dtype}", "model": str(models[name]), "tp": tp, "dtype": dtype}
-        for name, tp in CASES
+        {
+            **DEFAULTS,
+            **LAYOUTS[layout],
+            "name": f"{name}-{layout}-{dtype}",
+            "model": str(models[name]),
+            "dtype": dtype,
+        }
+        for name, layout in CASES
         for dtype in ("float32", "bfloat16")
     ]
     port = str(free_port())
@@ -59,21 +77,25 @@ def computed(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-@pytest.mark.parametrize(("name", "tp"), CASES)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_fp32_logits_are_those_of_one_rank(
-    name: str, tp: int, models: dict[str, Path], computed: Path
+    name: str, layout: str, models: dict[str, Path], computed: Path
 ) -> None:
-    wanted = logits(models[name], Layout(), None, "float32")
-    for rank in range(tp):
-        found = load_file(computed / f"{name}-{tp}-float32.{rank}")["logits"]
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    wanted = logits(models[name], Layout(), "float32")
+    split = DEFAULTS | LAYOUTS[layout]
+    for rank in range(split["tp"] * split["cp"]):
+        found = load_file(computed / f"{name}-{layout}-float32.{rank}")["logits"]
+        if rank < split["tp"]:
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        else:
+            assert found.shape == (0, wanted.shape[1])
 
 
-@pytest.mark.parametrize(("name", "tp"), CASES)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_bf16_error_is_at_most_twice_that_of_one_rank(
-    name: str, tp: int, models: dict[str, Path], computed: Path
+    name: str, layout: str, models: dict[str, Path], computed: Path
 ) -> None:
-    truth = logits(models[name], Layout(), None, "float32")
-    own = (logits(models[name], Layout(), None, "bfloat16") - truth).square().mean().sqrt()
-    found = load_file(computed / f"{name}-{tp}-bfloat16.0")["logits"]
+    truth = logits(models[name], Layout(), "float32")
+    own = (logits(models[name], Layout(), "bfloat16") - truth).square().mean().sqrt()
+    found = load_file(computed / f"{name}-{layout}-bfloat16.0")["logits"]
     assert (found - truth).square().mean().sqrt() <= 2 * own

@@ -1,0 +1,194 @@
+"""The ranks of an instance: how they start, find each other, and which part each has.
+
+Owns the processes that the first rank starts, and the process groups of all. The ranks meet at a
+store of torch.distributed: the one that torchrun has made where it started them, else one of the
+first rank's own. Nothing but bytes goes through it.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
+from twinpool.v1 import rank_pb2_grpc
+
+from engine.collectives import GroupCollectives
+from engine.config import load_config
+from engine.errors import EngineError
+from engine.parallel import Layout
+from engine.ring.comm import GroupComm, Wire
+from prefill.config import PrefillConfig
+from prefill.leader import Followers
+from service.errors import StartError
+from service.instance import Incarnation, Part, die
+from service.lifecycle import Server
+from service.parent import PARENT_PID_VARIABLE
+
+log = logging.getLogger(__name__)
+
+# How long ranks wait for one that loads its model. One that has died is noticed at once.
+_MEETING = timedelta(minutes=30)
+# A rank that takes part in a step and is not heard of for so long has a broken network.
+_STEP_TIMEOUT_S = 60.0
+_END_S = 5.0
+_ADDRESS, _SECRET = "leader", "secret"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this process stands among the ranks, and where they meet."""
+
+    rank: int
+    store: Store
+    children: tuple["subprocess.Popen[bytes]", ...] = ()
+
+
+def given_rank() -> int | None:
+    """The rank that torchrun gave this process; None where it was not started so."""
+    rank = os.environ.get("RANK")
+    return int(rank) if rank is not None else None
+
+
+def given_place() -> Place:
+    """The place that the environment names, as torchrun sets it."""
+    store, rank, _ = next(rendezvous("env://", timeout=_MEETING))
+    return Place(rank=rank, store=PrefixStore("twinpool", store))
+
+
+def first_place(settings: PrefillConfig) -> Place:
+    """Start the other ranks on this host; they end with this process, however it ends."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_MEETING)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    children = []
+    for rank in range(1, settings.ranks):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(settings.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            PARENT_PID_VARIABLE: str(os.getpid()),
+        }
+        command = [sys.executable, "-m", "prefill.member"]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+        assert child.stdin is not None
+        child.stdin.write(settings.model_dump_json().encode())
+        child.stdin.close()
+        children.append(child)
+    return Place(rank=0, store=PrefixStore("twinpool", store), children=tuple(children))
+
+
+def take_part(settings: PrefillConfig, rank: int, store: Store) -> Part:
+    """Join the ranks' process groups; all ranks call it, and return when all have."""
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=settings.ranks, timeout=_MEETING
+    )
+    cp, tp = settings.cp, settings.tp
+    cp_rank, tp_rank = divmod(rank, tp)
+    # Every rank makes every group, in one order.
+    of_tp = [dist.new_group([c * tp + t for t in range(tp)]) for c in range(cp)]
+    of_cp = [dist.new_group([c * tp + t for c in range(cp)]) for t in range(tp)]
+    ring = Wire(GroupComm(of_cp[tp_rank], _STEP_TIMEOUT_S)) if cp > 1 else None
+    return Part(
+        layout=layout_of(settings, rank),
+        ranks=GroupCollectives(of_tp[cp_rank]) if tp > 1 else None,
+        ring=ring,
+        ring_mode=settings.ring,
+        rank=rank,
+    )
+
+
+@asynccontextmanager
+async def led(
+    settings: PrefillConfig,
+    who: Incarnation,
+) -> AsyncIterator[tuple[Followers, Part]]:
+    """Be the first rank: start the others where nobody else has, and join them.
+
+    At the end the others are let go. Where one is lost before, this process ends.
+    """
+    given = given_rank() is not None
+    place = await asyncio.to_thread(given_place) if given else first_place(settings)
+    secret = secrets.token_bytes(16)
+    followers = Followers(
+        count=settings.ranks - 1,
+        secret=secret,
+        instance=who.name,
+        epoch=who.epoch,
+        on_lost=lambda what: die(RankLost(what)),
+    )
+    server = Server("ranks", host=settings.data_host)
+    server.add(rank_pb2_grpc.add_RanksServicer_to_server, followers, "twinpool.v1.Ranks")
+    await server.start()
+    place.store.set(_SECRET, secret.hex())
+    place.store.set(_ADDRESS, server.address)
+    watching = [
+        asyncio.create_task(_watch(place.children, followers)),
+        asyncio.create_task(followers.watch()),
+    ]
+    try:
+        yield followers, await asyncio.to_thread(take_part, settings, 0, place.store)
+    finally:
+        followers.close()
+        for task in watching:
+            task.cancel()
+        await server.stop()
+        await asyncio.to_thread(_end, place.children)
+
+
+def check_layout(settings: PrefillConfig) -> None:
+    """Raise StartError for a layout that cannot be, before any rank is started."""
+    started = int(os.environ.get("WORLD_SIZE", settings.ranks))
+    if given_rank() is not None and started != settings.ranks:
+        raise StartError(
+            f"--cp {settings.cp} and --tp {settings.tp} make {settings.ranks} ranks, but torchrun"
+            f" has started {started}: give both the same number"
+        )
+    try:
+        layout_of(settings, 0).check(load_config(settings.model.expanduser()))
+    except EngineError as error:
+        raise StartError(str(error)) from error
+
+
+def layout_of(settings: PrefillConfig, rank: int) -> Layout:
+    """What part of the model a rank has: tp is fastest."""
+    cp_rank, tp_rank = divmod(rank, settings.tp)
+    grain = settings.grain if settings.cp > 1 else 0
+    return Layout(tp=settings.tp, tp_rank=tp_rank, cp=settings.cp, cp_rank=cp_rank, cp_grain=grain)
+
+
+def meet_first(place: Place) -> tuple[str, bytes]:
+    """The first rank's address and the ranks' secret; waits until it has told them."""
+    address = place.store.get(_ADDRESS).decode()
+    return address, bytes.fromhex(place.store.get(_SECRET).decode())
+
+
+class RankLost(Exception):
+    """A rank of this instance has ended or does not answer."""
+
+
+async def _watch(children: tuple["subprocess.Popen[bytes]", ...], followers: Followers) -> None:
+    """Notice ranks that end before they have called; later their streams tell sooner."""
+    while True:
+        for rank, child in enumerate(children, start=1):
+            if child.poll() is not None:
+                followers.lost(f"the process of rank {rank} has ended with {child.returncode}")
+        await asyncio.sleep(0.2)
+
+
+def _end(children: tuple["subprocess.Popen[bytes]", ...]) -> None:
+    for child in children:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(_END_S)
+        if child.poll() is None:
+            child.kill()
+            child.wait()

@@ -1,0 +1,24 @@
+"""`python -m prefill.member`: a rank that an instance's first one has started on its host.
+
+Its settings come on standard input, as JSON, and its place in the environment.
+"""
+
+import sys
+
+from prefill.config import PrefillConfig
+from service.parent import exit_with_supervisor
+from service.threads import set_thread_env
+
+
+def start(config: PrefillConfig) -> None:
+    """Be one of an instance's ranks, but not the first, until the first lets go."""
+    set_thread_env(config.rank_threads)  # before torch is imported, or it has no effect
+    from prefill.follower import FirstRankLost, follow
+    from service.lifecycle import run
+
+    run(lambda: follow(config), role="prefill", expected=(FirstRankLost,))
+
+
+if __name__ == "__main__":
+    exit_with_supervisor()
+    start(PrefillConfig.model_validate_json(sys.stdin.read()))

@@ -1,0 +1,81 @@
+"""Which decode instances a prefill rank may send to. Owns what the router last said of them."""
+
+from collections.abc import Iterable
+
+from twinpool.v1 import kv_pb2, worker_pb2
+
+from kvtransfer import CacheLayout, PeerAddress, SendAgent
+from prefill.handoff import Grant
+from service.errors import WorkFailed
+from service.wire import (
+    addresses_from_wire,
+    kept_from_wire,
+    kept_to_wire,
+    layout_from_wire,
+    span_from_wire,
+    span_to_wire,
+)
+
+
+class Peers:
+    """The decode instances that this rank may send to, as the router last named them."""
+
+    def __init__(self, agent: SendAgent) -> None:
+        self._agent = agent
+        self._known: dict[str, tuple[int, CacheLayout]] = {}
+
+    def update(self, peers: Iterable[worker_pb2.Peer]) -> None:
+        """Connect to new peers and newer epochs, and let go of those that are gone."""
+        peers = list(peers)
+        for name in self._known.keys() - {peer.name for peer in peers}:
+            del self._known[name]
+            self._agent.forget(name)
+        for peer in peers:
+            layout = layout_from_wire(peer.layout)
+            self._known[peer.name] = (peer.epoch, layout)
+            self._agent.connect(
+                PeerAddress(
+                    instance=peer.name,
+                    epoch=peer.epoch,
+                    layout=layout,
+                    ranks=tuple(addresses_from_wire(peer.layout)),
+                    token=peer.data_token,
+                )
+            )
+
+    def grant(self, message: kv_pb2.Grant) -> Grant:
+        """A grant with the layout of the instance that gave it.
+
+        Raises:
+            WorkFailed: The router has not named this instance, or not this epoch of it.
+        """
+        epoch, layout = self._known.get(message.instance, (None, None))
+        if layout is None or epoch != message.epoch:
+            raise WorkFailed(
+                f"decode instance {message.instance!r} with epoch {message.epoch} is not a peer",
+                reason="UnknownPeer",
+                retryable=True,
+            )
+        return Grant(
+            transfer_id=message.transfer_id,
+            epoch=message.epoch,
+            nonce=message.nonce,
+            tokens=span_from_wire(message.tokens),
+            ttl_s=message.ttl_ms / 1000,
+            instance=message.instance,
+            layout=layout,
+            kept=kept_from_wire(message.kept),
+        )
+
+
+def grant_to_wire(grant: Grant) -> kv_pb2.Grant:
+    """A grant as decode gave it."""
+    return kv_pb2.Grant(
+        transfer_id=grant.transfer_id,
+        epoch=grant.epoch,
+        nonce=grant.nonce,
+        tokens=span_to_wire(grant.tokens),
+        ttl_ms=max(1, int(grant.ttl_s * 1000)),
+        instance=grant.instance,
+        kept=kept_to_wire(grant.kept),
+    )

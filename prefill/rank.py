@@ -1,0 +1,49 @@
+"""What every rank of an instance has: its part of the model, and the agent that sends its KV."""
+
+import logging
+from collections.abc import Callable
+
+from kvtransfer import Identity, SendAgent, SharedRegion, TransferEvent, TransferSettings
+from kvtransfer.hardware import describe_rdma
+from kvtransfer.network import NetworkTransport
+from prefill.compute import RankCompute
+from prefill.config import PrefillConfig
+from prefill.handoff import Handoff
+from prefill.peers import Peers
+from service.instance import Model
+
+log = logging.getLogger(__name__)
+
+
+class Rank:
+    """One rank's compute, and the transfers of what it computes.
+
+    Args:
+        region: Where the model's cache was allocated.
+        on_event: Told what the agent has to say, in the agent's thread.
+    """
+
+    def __init__(
+        self,
+        settings: PrefillConfig,
+        model: Model,
+        identity: Identity,
+        region: SharedRegion,
+        on_event: Callable[[TransferEvent], None],
+    ) -> None:
+        transport = NetworkTransport()
+        log.info(describe_rdma(driven=transport.rdma))
+        shape = model.layout.groups[0].shape
+        self.agent = SendAgent(
+            transport=transport,
+            memories=(model.runner.cache.tensor,),
+            layout=model.layout,
+            rank=model.part.rank,
+            identity=identity,
+            settings=TransferSettings(host=settings.data_host, lane=settings.kv_lane),
+            on_event=on_event,
+            region=region,
+        )
+        self.handoff = Handoff(self.agent, shape.layers, model.runner.local_blocks)
+        self.compute = RankCompute(model.runner, shape, self.handoff)
+        self.peers = Peers(self.agent)

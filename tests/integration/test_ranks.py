@@ -1,0 +1,181 @@
+"""A prefill instance of several ranks answers as one rank does, and lives and dies as one."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from launch.builtin import MODEL_DIR
+from tests.integration.cluster import ROOT, Cluster, wait_until
+from tests.integration.conftest import BLOCK, Reference, reference
+from tests.integration.test_faults import SEED, Attempt
+
+# By name; a grain of one block and of two, so that short prompts are on all ranks as well.
+LAYOUTS = {
+    "tp2": ("--tp", "2"),
+    "cp2": ("--cp", "2", "--cp-grain", "64"),
+    "cp3": ("--cp", "3", "--cp-grain", "32"),
+    "cp2 x tp2": ("--cp", "2", "--tp", "2", "--cp-grain", "32"),
+}
+FLAGS = ("--dtype", "float32", "--block-size", str(BLOCK))
+LENGTHS = (1, 31, 64, 65, 193, 700, 2500)
+
+
+@pytest.fixture(scope="module")
+def expected() -> Reference:
+    return reference(MODEL_DIR)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def split(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """A system whose prefill instance has several ranks."""
+    flags = {"prefill": (*LAYOUTS[request.param], "--max-batched-tokens", "512")}
+    with Cluster(MODEL_DIR, tmp_path_factory.mktemp("split"), *FLAGS, more_flags=flags) as cluster:
+        yield cluster
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(300) for _ in range(length)]
+
+
+def answer(cluster: Cluster, prompt: list[int], tokens: int, temperature: float = 0) -> list[int]:
+    with cluster.client() as client:
+        done = client.complete(
+            prompt,
+            max_new_tokens=tokens,
+            ignore_eos=True,
+            timeout_s=60,
+            temperature=temperature,
+            seed=11,
+        )
+    return list(done.token_ids)
+
+
+def other_ranks(cluster: Cluster, name: str) -> list[int]:
+    """The process ids of an instance's ranks but the first, in order."""
+    children = Path(f"/proc/{cluster.pid(name)}/task/{cluster.pid(name)}/children").read_text()
+    return [int(pid) for pid in children.split()]
+
+
+def test_tokens_equal_a_single_ranks(split: Cluster, expected: Reference) -> None:
+    for length in LENGTHS:
+        prompt = prompt_of(length, seed=length)
+        assert answer(split, prompt, 8) == expected.tokens(prompt, 8)
+
+
+def test_mixed_requests_side_by_side_equal_a_single_ranks(
+    split: Cluster, expected: Reference
+) -> None:
+    rng = random.Random(7)
+    prompts = [prompt_of(rng.choice((3, 40, 120, 333, 900)), seed) for seed in range(24)]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda prompt: answer(split, prompt, 6, 0.9), prompts))
+    assert answers == [expected.tokens(prompt, 6, temperature=0.9, seed=11) for prompt in prompts]
+    split.wait_idle()
+
+
+def test_known_beginning_is_found_on_all_ranks(split: Cluster, expected: Reference) -> None:
+    beginning = prompt_of(600, seed=1)
+    answer(split, beginning, 2)
+    for more in (0, 1, 200):
+        prompt = beginning + prompt_of(more, seed=2)
+        with split.client() as client:
+            done = client.complete(prompt, max_new_tokens=6, ignore_eos=True, timeout_s=60)
+        assert done.stats.cached_tokens >= 384
+        assert list(done.token_ids) == expected.tokens(prompt, 6)
+
+
+def test_requests_that_clients_leave_give_everything_back(
+    split: Cluster, expected: Reference
+) -> None:
+    rng = random.Random(SEED)
+    for number in range(12):
+        with split.client() as client:
+            stream = client.generate(
+                prompt_of(rng.choice((40, 900, 2500)), number), max_new_tokens=50, ignore_eos=True
+            )
+            for _ in range(rng.randrange(3)):
+                next(stream)
+            stream.close()
+    split.wait_idle()
+    prompt = prompt_of(100, seed=3)
+    assert answer(split, prompt, 4) == expected.tokens(prompt, 4)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two prefill instances of two ranks each; both are slow enough to be hit in a step."""
+    flags = (*LAYOUTS["cp2"], "--max-batched-tokens", "64")
+    with Cluster(
+        MODEL_DIR,
+        tmp_path_factory.mktemp("twins"),
+        *FLAGS,
+        prefills=("a", "b"),
+        more_flags={"a": flags, "b": flags},
+    ) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", ["first", "other"])
+def test_lost_rank_takes_its_instance_down_and_another_takes_over(
+    twins: Cluster, expected: Reference, how: signal.Signals, victim: str
+) -> None:
+    seeds = [random.Random(f"{how} {victim} {i}").randrange(1 << 30) for i in range(4)]
+    attempts = [Attempt(twins, prompt_of(2500, seed), 6) for seed in seeds]
+    others = other_ranks(twins, "a")
+    doomed = twins.pid("a") if victim == "first" else others[0]
+    wait_until(lambda: busy(twins, "a"), "the instance computes")
+    signal.pidfd_send_signal(os.pidfd_open(doomed), how)
+    for attempt in attempts:
+        attempt.join()
+        assert attempt.error is None
+        attempt.check(expected)
+    if victim == "first" and how is signal.SIGSTOP:
+        twins.kill("a")  # a stopped process cannot end itself
+    twins.wait_exit("a")
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in others), "no rank is left")
+    twins.start("a")
+    twins.wait_ready()
+    twins.wait_idle()
+
+
+def test_drained_instance_ends_with_all_its_ranks(twins: Cluster, expected: Reference) -> None:
+    others = other_ranks(twins, "b")
+    attempts = [Attempt(twins, prompt_of(2500, 7000 + seed), 6) for seed in range(4)]
+    wait_until(lambda: busy(twins, "b"), "the instance computes")
+    for pid in others:
+        os.kill(pid, signal.SIGINT)  # as a terminal does to a whole group
+    twins.signal("b", signal.SIGTERM)
+    assert twins.wait_exit("b") == 0
+    for attempt in attempts:
+        attempt.join()
+        assert attempt.error is None
+        attempt.check(expected)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in others)
+    twins.start("b")
+    twins.wait_ready()
+
+
+def test_layout_that_cannot_be_is_refused_with_those_that_can(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "prefill", str(MODEL_DIR), "--tp", "3"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    assert "tp=3 does not divide" in refused.stderr
+    assert "use tp=1, 2" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def busy(cluster: Cluster, name: str) -> bool:
+    with cluster.client() as client:
+        [found] = [i for i in client.status().instances if i.name == name]
+    return found.running > 0
