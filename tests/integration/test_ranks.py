@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from launch.builtin import MODEL_DIR
-from tests.integration.cluster import ROOT, Cluster, wait_until
+from service.threads import thread_env
+from tests.integration.cluster import ROOT, Cluster, free_port, wait_until
 from tests.integration.conftest import BLOCK, Reference, reference
 from tests.integration.test_faults import SEED, Attempt
 
@@ -173,6 +175,46 @@ def test_layout_that_cannot_be_is_refused_with_those_that_can(tmp_path: Path) ->
     assert "tp=3 does not divide" in refused.stderr
     assert "use tp=1, 2" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_ranks_that_torchrun_starts_on_two_nodes_are_one_instance(
+    tmp_path: Path, expected: Reference
+) -> None:
+    with Cluster(MODEL_DIR, tmp_path, *FLAGS, prefills=()) as cluster, ExitStack() as nodes:
+        port = str(free_port())
+        first, second = (
+            nodes.enter_context(torchrun(node, port, cluster.address, tmp_path))
+            for node in range(2)
+        )
+        wait_until(lambda: names(cluster) == {"decode", "wide"}, "the instance is there", 60)
+        for length in (40, 700):
+            prompt = prompt_of(length, seed=length)
+            assert answer(cluster, prompt, 6) == expected.tokens(prompt, 6)
+        first.terminate()
+        assert second.wait(30) == 0, (tmp_path / "node-1.log").read_text()
+
+
+@contextmanager
+def torchrun(node: int, port: str, router: str, logs: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    group = f"--nnodes 2 --node-rank {node} --nproc-per-node 1 --master-addr 127.0.0.1"
+    command = [sys.executable, "-m", "torch.distributed.run", *group.split()]
+    command += ["--master-port", port, "-m", "prefill", str(MODEL_DIR), *FLAGS, *LAYOUTS["cp2"]]
+    command += ["--threads", "1", "--router", router, "--name", "wide"]
+    environment = {**os.environ, **thread_env(1)}
+    with (logs / f"node-{node}.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()  # torchrun ends its ranks, which a kill would leave behind
+        process.wait(30)
+
+
+def names(cluster: Cluster) -> set[str]:
+    with cluster.client() as client:
+        return {instance.name for instance in client.status().instances}
 
 
 def busy(cluster: Cluster, name: str) -> bool:
