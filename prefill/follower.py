@@ -15,16 +15,16 @@ from typing import Any
 import grpc
 from twinpool.v1 import rank_pb2, rank_pb2_grpc
 
-from kvtransfer import Closed, Completed, Failed, SendAgent, SharedRegion, TransferEvent
+from kvtransfer import Closed, Completed, Failed, SharedRegion, TransferEvent
 from prefill.compute import Piece
 from prefill.config import PrefillConfig
 from prefill.group import given_place, meet_first, take_part
 from prefill.rank import Rank
-from prefill.rank_wire import end_to_wire, step_from_wire
+from prefill.rank_wire import end_to_wire, heartbeat_to_wire, step_from_wire
 from service.channels import dial
 from service.instance import Incarnation, Model, die, load_model, make_identity
 from service.logs import configure_logging
-from service.wire import pairs_to_wire, span_from_wire
+from service.wire import span_from_wire
 
 log = logging.getLogger(__name__)
 
@@ -116,10 +116,10 @@ class Stream:
         except grpc.aio.AioRpcError as error:
             raise FirstRankLost(f"the first rank is lost: {error.code().name}") from error
 
-    async def beat(self, agent: SendAgent) -> None:
+    async def beat(self, rank: Rank) -> None:
         """Say again and again that this rank is alive."""
         while True:
-            beat = rank_pb2.RankHeartbeat(pairs=pairs_to_wire(agent.stats().peers))
+            beat = heartbeat_to_wire(rank.agent.stats(), rank.traffic)
             self.say(rank_pb2.FollowRequest(heartbeat=beat))
             await asyncio.sleep(BEAT_S)
 
@@ -166,7 +166,7 @@ async def _take_orders(
     follower.start()
     ready = rank_pb2.RankReady(blocks=model.num_blocks, fingerprint=model.description.fingerprint)
     stream.say(rank_pb2.FollowRequest(ready=ready))
-    beating = asyncio.create_task(stream.beat(rank.agent))
+    beating = asyncio.create_task(stream.beat(rank))
     try:
         async for message in stream.heard():
             follower.act(message)

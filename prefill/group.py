@@ -124,7 +124,7 @@ async def led(
         secret=secret,
         instance=who.name,
         epoch=who.epoch,
-        on_lost=lambda what: die(RankLost(what)),
+        on_lost=_go_down,
     )
     server = Server("ranks", host=settings.data_host)
     server.add(rank_pb2_grpc.add_RanksServicer_to_server, followers, "twinpool.v1.Ranks")
@@ -170,6 +170,11 @@ def meet_first(place: Place) -> tuple[str, bytes]:
     """The first rank's address and the ranks' secret; waits until it has told them."""
     address = place.store.get(_ADDRESS).decode()
     return address, bytes.fromhex(place.store.get(_SECRET).decode())
+
+
+def _go_down(what: str) -> None:
+    log.error("%s: the instance cannot go on without it", what)
+    die(RankLost(what))
 
 
 class RankLost(Exception):

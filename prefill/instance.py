@@ -11,18 +11,20 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from prometheus_client import CollectorRegistry
-from twinpool.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from twinpool.v1 import common_pb2, rank_pb2, worker_pb2, worker_pb2_grpc
 
 from engine.blocks import BlockPool
 from engine.prefix_cache import PrefixCache
-from kvtransfer import SharedRegion, TransferEvent
+from engine.ring.comm import Traffic
+from kvtransfer import AgentStats, SharedRegion, TransferEvent
 from prefill.compute import Compute
 from prefill.config import PrefillConfig
 from prefill.group import check_layout, led
 from prefill.handoff import Transfers
 from prefill.leader import Followers, GroupCompute, GroupTransfers, peers_message
-from prefill.metrics import Metrics
+from prefill.metrics import Metrics, RingMetrics
 from prefill.rank import Rank
+from prefill.rank_wire import sum_of_ranks
 from prefill.scheduler import Scheduler
 from prefill.server import PrefillService
 from prefill.worker import Worker
@@ -70,6 +72,7 @@ class Instance:
             if settings.prefix_cache
             else None
         )
+        metrics = Metrics(registry)
         self._worker = Worker(
             compute=compute,
             block_tokens=tokens,
@@ -81,6 +84,7 @@ class Instance:
             ),
             transfers=transfers,
             emit=lambda request_id, outcome: self.service.emit(request_id, outcome),
+            on_step=metrics.observe_step,
             on_fatal=die,
         )
         self.service = PrefillService(
@@ -91,9 +95,10 @@ class Instance:
             worker=self._worker,
             transfers=transfers,
             peers=self._rank.peers,
-            metrics=Metrics(registry),
+            metrics=metrics,
         )
-        PoolMetrics("prefill", registry, heartbeat=self.heartbeat, transfer=self._rank.agent.stats)
+        PoolMetrics("prefill", registry, heartbeat=self.heartbeat, transfer=self._transfer_stats)
+        RingMetrics(registry, self._traffic)
 
     def _of_all_ranks(self, ranks: int) -> tuple[Compute, Transfers]:
         """What the worker works with: this rank alone, or all as one."""
@@ -128,12 +133,24 @@ class Instance:
         if self._followers is not None:
             self._followers.tell(peers_message(peers))
 
+    def _beats(self) -> dict[int, rank_pb2.RankHeartbeat]:
+        return self._followers.beats() if self._followers is not None else {}
+
+    def _transfer_stats(self) -> AgentStats:
+        others = (beat.transfer for beat in self._beats().values())
+        return sum_of_ranks(self._rank.agent.stats(), others)
+
+    def _traffic(self) -> dict[int, Traffic]:
+        others = {
+            rank: Traffic(beat.ring_bytes, beat.ring_wait_s) for rank, beat in self._beats().items()
+        }
+        return {0: self._rank.traffic, **others}
+
     def heartbeat(self) -> worker_pb2.Heartbeat:
         """What routers are told again and again."""
         load = self._worker.load()
         pairs = pairs_to_wire(self._rank.agent.stats().peers)
-        if self._followers is not None:
-            pairs += self._followers.pairs()
+        pairs += [pair for beat in self._beats().values() for pair in beat.pairs]
         return worker_pb2.Heartbeat(
             blocks=counts_to_wire(load.blocks),
             running=load.running,

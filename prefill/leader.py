@@ -59,7 +59,7 @@ class Followers(rank_pb2_grpc.RanksServicer):
         self._ready: dict[int, rank_pb2.RankReady] = {}
         self._changed = asyncio.Event()
         self._heard_at: dict[int, float] = {}
-        self._pairs: dict[int, list[worker_pb2.KvPair]] = {}
+        self._beats: dict[int, rank_pb2.RankHeartbeat] = {}
         self._closing = False
 
     # ---- any thread
@@ -88,17 +88,17 @@ class Followers(rank_pb2_grpc.RanksServicer):
                 )
 
     async def watch(self) -> None:
-        """Notice ranks that are silent; for as long as the instance runs."""
+        """Notice ranks that are silent once they are ready; for as long as the instance runs."""
         while True:
             await asyncio.sleep(SILENCE_S / 4)
             now = time.monotonic()
-            for rank, heard_at in self._heard_at.items():
-                if now - heard_at > SILENCE_S:
-                    self.lost(f"rank {rank} has been silent for {now - heard_at:.1f} s")
+            for rank in self._ready:
+                if now - self._heard_at[rank] > SILENCE_S:
+                    self.lost(f"rank {rank} has been silent for more than {SILENCE_S:g} s")
 
-    def pairs(self) -> list[worker_pb2.KvPair]:
-        """The connections to decode of these ranks."""
-        return [pair for _, of_rank in sorted(self._pairs.items()) for pair in of_rank]
+    def beats(self) -> dict[int, rank_pb2.RankHeartbeat]:
+        """What each rank last said of itself."""
+        return dict(sorted(self._beats.items()))
 
     def lost(self, what: str) -> None:
         """A rank is lost, and with it the instance."""
@@ -148,7 +148,7 @@ class Followers(rank_pb2_grpc.RanksServicer):
                         self._ready[rank] = message.ready
                         self._changed.set()
                     case "heartbeat":
-                        self._pairs[rank] = list(message.heartbeat.pairs)
+                        self._beats[rank] = message.heartbeat
         self.lost(f"rank {rank} has ended")
 
     def _put(self, message: Message) -> None:

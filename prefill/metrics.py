@@ -1,9 +1,17 @@
 """Owns a prefill instance's own metrics; knows the registry and what the worker reports."""
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from collections.abc import Callable, Iterable, Mapping
 
-from prefill.worker import FirstToken, Outcome, RequestFailed, Transferred
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.ring.comm import Traffic
+from prefill.worker import FirstToken, Outcome, RequestFailed, StepReport, Transferred
 from service.metrics import HANDOFF_BUCKETS_S, QUEUE_BUCKETS_S, TTFT_BUCKETS_S
+
+_FILL_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_PROMPT_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
@@ -42,6 +50,47 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self._computed_tokens = Counter(
+            "twinpool_prefill_computed_tokens", "Prompt tokens computed.", registry=registry
+        )
+        self._step_s = Histogram(
+            "twinpool_prefill_step_seconds",
+            "One step: scheduling, the forward pass on all ranks, sampling.",
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self._phase_s = Counter(
+            "twinpool_prefill_step_phase_seconds",
+            "Seconds of steps by phase: schedule, compute, finish.",
+            ["phase"],
+            registry=registry,
+        )
+        self._fill = Histogram(
+            "twinpool_prefill_batch_fill",
+            "Tokens of a step, as a part of those that it may have.",
+            buckets=_FILL_BUCKETS,
+            registry=registry,
+        )
+        self._prompts = Histogram(
+            "twinpool_prefill_batch_prompts",
+            "Prompts that a step works on.",
+            buckets=_PROMPT_BUCKETS,
+            registry=registry,
+        )
+
+    def observe_step(self, step: StepReport) -> None:
+        """Take note of one step; from any thread."""
+        phases = {
+            "schedule": step.schedule_s,
+            "compute": step.compute_s,
+            "finish": step.finish_s,
+        }
+        for phase, seconds in phases.items():
+            self._phase_s.labels(phase).inc(seconds)
+        self._step_s.observe(sum(phases.values()))
+        self._computed_tokens.inc(step.tokens)
+        self._fill.observe(step.tokens / step.max_tokens)
+        self._prompts.observe(step.prompts)
 
     def observe(self, outcome: Outcome) -> None:
         """Take note of one outcome."""
@@ -55,3 +104,30 @@ class Metrics:
                 self._handoff_s.observe(outcome.handoff_s)
             case RequestFailed():
                 self._failed.labels(outcome.reason).inc()
+
+
+class RingMetrics(Collector):
+    """What the ranks of an instance send each other for ring attention, read at each scrape."""
+
+    def __init__(
+        self, registry: CollectorRegistry, traffic: Callable[[], Mapping[int, Traffic]]
+    ) -> None:
+        """`traffic` gives each rank's."""
+        self._traffic = traffic
+        registry.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        """The families of this instance."""
+        sent = CounterMetricFamily(
+            "twinpool_prefill_ring_bytes", "Bytes sent to other ranks.", labels=["rank"]
+        )
+        wait = CounterMetricFamily(
+            "twinpool_prefill_ring_wait_seconds",
+            "Seconds of steps in which a rank stood still for another one.",
+            labels=["rank"],
+        )
+        for rank, traffic in self._traffic().items():
+            sent.add_metric([str(rank)], traffic.bytes_sent)
+            wait.add_metric([str(rank)], traffic.wait_s)
+        yield sent
+        yield wait

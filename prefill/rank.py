@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+from engine.ring.comm import Traffic
 from kvtransfer import Identity, SendAgent, SharedRegion, TransferEvent, TransferSettings
 from kvtransfer.hardware import describe_rdma
 from kvtransfer.network import NetworkTransport
@@ -47,3 +48,5 @@ class Rank:
         self.handoff = Handoff(self.agent, shape.layers, model.runner.local_blocks)
         self.compute = RankCompute(model.runner, shape, self.handoff)
         self.peers = Peers(self.agent)
+        ring = model.part.ring
+        self.traffic = ring.traffic if ring is not None else Traffic()

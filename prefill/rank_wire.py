@@ -1,12 +1,16 @@
 """Messages between the ranks of an instance, to and from what they stand for."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 
 from twinpool.v1 import rank_pb2
 
-from kvtransfer import Closed, Completed, Failed, TransferStats
+from engine.ring.comm import Traffic
+from kvtransfer import AgentStats, Closed, Completed, Failed, TransferStats
 from kvtransfer.errors import from_code
 from prefill.compute import Piece
+from service.wire import pairs_to_wire
 
 
 def step_to_wire(pieces: Sequence[Piece]) -> rank_pb2.RankStep:
@@ -80,3 +84,31 @@ def end_from_wire(message: rank_pb2.RankTransferEnd) -> Completed | Failed | Clo
             error = from_code(failed.code, failed.message)
             return Failed(message.transfer_id, error, failed.retryable)
     return Closed(message.transfer_id)
+
+
+# Of a rank's counters these are not summed over ranks; the slots are, state by state.
+_SLOTS = "slots."
+_APART = ("slots", "peers", "slowest_detection_s")
+
+
+def heartbeat_to_wire(stats: AgentStats, traffic: Traffic) -> rank_pb2.RankHeartbeat:
+    """That a rank is alive, and what it has counted."""
+    names = (field.name for field in fields(stats) if field.name not in _APART)
+    return rank_pb2.RankHeartbeat(
+        pairs=pairs_to_wire(stats.peers),
+        transfer={name: getattr(stats, name) for name in names}
+        | {f"{_SLOTS}{state}": count for state, count in stats.slots.items()},
+        ring_bytes=traffic.bytes_sent,
+        ring_wait_s=traffic.wait_s,
+    )
+
+
+def sum_of_ranks(own: AgentStats, others: Iterable[Mapping[str, float]]) -> AgentStats:
+    """An instance's counters from its ranks'; connections and the slowest detection are `own`'s."""
+    total: Counter[str] = Counter()
+    for counters in others:
+        total.update(counters)
+    slots = {state: count + int(total[f"{_SLOTS}{state}"]) for state, count in own.slots.items()}
+    names = (field.name for field in fields(own) if field.name not in _APART)
+    sums = {name: getattr(own, name) + type(getattr(own, name))(total[name]) for name in names}
+    return replace(own, **sums, slots=slots)

@@ -85,6 +85,24 @@ class RequestFailed:
 Outcome = FirstToken | Transferred | RequestFailed
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One step: how many tokens of how many prompts, of how many it may have had, and its time.
+
+    Attributes:
+        schedule_s: Deciding on it, and giving blocks to prompts that enter.
+        compute_s: The forward pass on all ranks.
+        finish_s: Remembering prefixes, sampling and telling.
+    """
+
+    tokens: int
+    max_tokens: int
+    prompts: int
+    schedule_s: float
+    compute_s: float
+    finish_s: float
+
+
 @dataclass(kw_only=True)
 class _Job:
     request: Request
@@ -115,6 +133,7 @@ class Worker:
     Args:
         block_tokens: Tokens that a block of the pool holds.
         emit: Called with (request id, outcome) from the worker's thread; must return at once.
+        on_step: Called with each step that was run, from the worker's thread.
         on_fatal: Called once when the engine itself breaks; the instance must then go down.
     """
 
@@ -128,6 +147,7 @@ class Worker:
         scheduler: Scheduler,
         transfers: Transfers,
         emit: Callable[[int, Outcome], None],
+        on_step: Callable[[StepReport], None] = lambda _: None,
         on_fatal: Callable[[BaseException], None],
     ) -> None:
         self._compute = compute
@@ -137,6 +157,7 @@ class Worker:
         self._scheduler = scheduler
         self._transfers = transfers
         self._emit = emit
+        self._on_step = on_step
         self._on_fatal = on_fatal
         self._jobs: dict[int, _Job] = {}
         self._tokens_per_s = math.inf
@@ -192,13 +213,15 @@ class Worker:
             while not self._stopping:
                 self._take_inbox()
                 self._expire()
+                began_s = time.monotonic()
                 step = self._scheduler.schedule(
                     self._pool.counts().available,
                     now=time.monotonic(),
                     tokens_per_s=self._tokens_per_s,
                     enter=self._enter,
                 )
-                self._run(step)
+                if step.slices:
+                    self._run(step, began_s)
                 self._report()
                 if not step.slices:
                     self._wait()
@@ -251,9 +274,7 @@ class Worker:
                 job.request.request_id, "DeadlineExceeded", "the deadline passed at prefill", False
             )
 
-    def _run(self, step: Step) -> None:
-        if not step.slices:
-            return
+    def _run(self, step: Step, scheduling_s: float) -> None:
         work = [(self._jobs[piece.request_id], piece) for piece in step.slices]
         pieces = [
             Piece(
@@ -278,6 +299,16 @@ class Worker:
                 done.append(job)
         if done:
             self._first_tokens(done, logits_SV[rows])
+        self._on_step(
+            StepReport(
+                tokens=sum(piece.length for piece in step.slices),
+                max_tokens=self._scheduler.max_batched_tokens,
+                prompts=len(step.slices),
+                schedule_s=began_s - scheduling_s,
+                compute_s=computed_s - began_s,
+                finish_s=time.monotonic() - computed_s,
+            )
+        )
 
     def _measure(self, tokens: int, elapsed_s: float) -> None:
         # A small step says little of what a large one reaches: its fixed costs are most of it.

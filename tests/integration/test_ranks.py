@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ LAYOUTS = {
     "cp2 x tp2": ("--cp", "2", "--tp", "2", "--cp-grain", "32"),
 }
 FLAGS = ("--dtype", "float32", "--block-size", str(BLOCK))
+METRICS = free_port()
 LENGTHS = (1, 31, 64, 65, 193, 700, 2500)
 
 
@@ -39,7 +41,8 @@ def split(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
     """A system whose prefill instance has several ranks."""
-    flags = {"prefill": (*LAYOUTS[request.param], "--max-batched-tokens", "512")}
+    more = ("--max-batched-tokens", "512", "--metrics-port", str(METRICS))
+    flags = {"prefill": (*LAYOUTS[request.param], *more)}
     with Cluster(MODEL_DIR, tmp_path_factory.mktemp("split"), *FLAGS, more_flags=flags) as cluster:
         yield cluster
 
@@ -94,6 +97,33 @@ def test_known_beginning_is_found_on_all_ranks(split: Cluster, expected: Referen
             done = client.complete(prompt, max_new_tokens=6, ignore_eos=True, timeout_s=60)
         assert done.stats.cached_tokens >= 384
         assert list(done.token_ids) == expected.tokens(prompt, 6)
+
+
+def test_metrics_count_all_ranks(split: Cluster, request: pytest.FixtureRequest) -> None:
+    before = metrics()
+    with split.client() as client:
+        done = client.complete(prompt_of(1500, seed=55), max_new_tokens=2, ignore_eos=True)
+    ranks = len(other_ranks(split, "prefill")) + 1
+    moved = "twinpool_prefill_kv_transfer_bytes_total"
+    wait_until(lambda: metrics()[moved] == before[moved] + done.stats.kv_bytes, "all KV is counted")
+    after = metrics()
+    computed = "twinpool_prefill_computed_tokens_total"
+    assert after[computed] == before[computed] + 1500
+    ring = [f'twinpool_prefill_ring_bytes_total{{rank="{rank}"}}' for rank in range(ranks)]
+    has_ring = "cp" in request.node.callspec.params["split"]
+    wait_until(
+        lambda: all((metrics()[name] > before[name]) == has_ring for name in ring),
+        "what each rank sent is counted",
+    )
+
+
+def metrics() -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{METRICS}/metrics", timeout=5) as page:
+        lines = page.read().decode().splitlines()
+    return {
+        name: float(value)
+        for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")
+    }
 
 
 def test_requests_that_clients_leave_give_everything_back(

@@ -211,21 +211,53 @@ Global___RankClosed: _TypeAlias = RankClosed  # noqa: Y015
 
 @_typing.final
 class RankHeartbeat(_message.Message):
-    """That the rank is alive, and its connections to decode."""
+    """That the rank is alive, its connections to decode, and what it has counted since its start."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class TransferEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PAIRS_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    RING_BYTES_FIELD_NUMBER: _builtins.int
+    RING_WAIT_S_FIELD_NUMBER: _builtins.int
+    ring_bytes: _builtins.int
+    ring_wait_s: _builtins.float
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.KvPair]: ...
+    @_builtins.property
+    def transfer(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """The transfer agent's counters, by their names in the metrics."""
+
     def __init__(
         self,
         *,
         pairs: _abc.Iterable[_worker_pb2.KvPair] | None = ...,
+        transfer: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        ring_bytes: _builtins.int = ...,
+        ring_wait_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pairs", b"pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pairs", b"pairs", "ring_bytes", b"ring_bytes", "ring_wait_s", b"ring_wait_s", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,14 +9,31 @@ import grpc
 import pytest
 from twinpool.v1 import rank_pb2, rank_pb2_grpc
 
-from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferStats, uniform_cache
+from engine.ring import Traffic
+from kvtransfer import (
+    AgentStats,
+    Closed,
+    Completed,
+    Failed,
+    KVShape,
+    Span,
+    TransferStats,
+    uniform_cache,
+)
 from kvtransfer.errors import ChecksumMismatch
 from prefill import leader
 from prefill.compute import Piece
 from prefill.handoff import Grant, Handoff
 from prefill.joined import End
 from prefill.leader import Followers, GroupTransfers, Message
-from prefill.rank_wire import end_from_wire, end_to_wire, step_from_wire, step_to_wire
+from prefill.rank_wire import (
+    end_from_wire,
+    end_to_wire,
+    heartbeat_to_wire,
+    step_from_wire,
+    step_to_wire,
+    sum_of_ranks,
+)
 from service.errors import StartError
 from service.status import StatusInterceptor
 
@@ -173,6 +190,18 @@ def test_steps_arrive_as_they_were() -> None:
         Piece(request_id=2, start=0, token_ids=[7], blocks=[3], transfer=False),
     ]
     assert step_from_wire(step_to_wire(step)) == step
+
+
+def test_counters_of_ranks_add_up_to_the_instances() -> None:
+    own = AgentStats(bytes=10, completed=1, pack_s=0.5, slots={"free": 3, "sending": 1})
+    other = AgentStats(bytes=32, completed=2, pack_s=0.25, slots={"free": 4, "sending": 0})
+    beat = heartbeat_to_wire(other, Traffic(bytes_sent=7, wait_s=1.5))
+    assert (beat.ring_bytes, beat.ring_wait_s) == (7, 1.5)
+    total = sum_of_ranks(own, [beat.transfer, beat.transfer])
+    assert (total.bytes, total.completed, total.pack_s) == (74, 5, 1.0)
+    assert total.slots == {"free": 11, "sending": 1}
+    assert isinstance(total.bytes, int)
+    assert sum_of_ranks(own, []) == own
 
 
 class FakeAgent:

@@ -22,6 +22,7 @@ from prefill.worker import (
     Outcome,
     Request,
     RequestFailed,
+    StepReport,
     Transferred,
     Worker,
 )
@@ -84,6 +85,7 @@ class Bench:
         self.handoff = Handoff(self.agent, layers=2)  # type: ignore[arg-type]
         self.outcomes: list[tuple[int, Outcome]] = []
         self.fatal: list[BaseException] = []
+        self.steps: list[StepReport] = []
         self._changed = threading.Condition()
         self.worker = Worker(
             compute=RankCompute(self.runner, LAYOUT.groups[0].shape, self.handoff),  # type: ignore[arg-type]
@@ -93,6 +95,7 @@ class Bench:
             scheduler=Scheduler(max_batched_tokens=16),
             transfers=self.handoff,
             emit=self._emit,
+            on_step=self.steps.append,
             on_fatal=self.fatal.append,
         )
         self.worker.start()
@@ -338,3 +341,14 @@ def test_every_layer_is_handed_over_once(bench: Bench) -> None:
     covered = [layer for span in bench.agent.ready_layers for layer in span]
     assert covered == list(range(LAYOUT.groups[0].shape.layers))
     bench.worker.transfer_event(Closed(101))
+
+
+def test_each_step_is_told_with_its_tokens(bench: Bench) -> None:
+    bench.submit(1, tokens=20, transfer=False)
+    bench.wait_outcomes(1)
+    bench.wait(lambda: len(bench.steps) == 2)
+    assert [(step.tokens, step.max_tokens, step.prompts) for step in bench.steps] == [
+        (16, 16, 1),
+        (4, 16, 1),
+    ]
+    assert all(step.compute_s > 0 for step in bench.steps)
