@@ -24,11 +24,15 @@ _PADDING_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """New tokens of one sequence: `start` tokens before them are already in the cache."""
+    """New tokens of one sequence: `start` tokens before them are already in the cache.
+
+    `cp_first` is the cp rank that has the sequence's first tokens.
+    """
 
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
+    cp_first: int = 0
 
     @property
     def end(self) -> int:

@@ -76,7 +76,8 @@ class PeerAddress:
 class SendTransfer:
     """One sequence's KV on this rank, to go to `target_instance` under its grant.
 
-    `epoch` and `nonce` are the grant's; `block_ids` as in ReceiveGrant, but of this rank.
+    `epoch` and `nonce` are the grant's; `block_ids` as in ReceiveGrant, but of this rank. Its first
+    share lies on cp rank `cp_first`, as the source layout of the grant has it.
     """
 
     transfer_id: int
@@ -89,6 +90,7 @@ class SendTransfer:
     target_layout: CacheLayout = field(repr=False)
     ttl_s: float
     kept: Kept = field(default=(), repr=False)
+    cp_first: int = 0
 
     def __post_init__(self) -> None:
         _check_nonce(self.nonce)

@@ -114,7 +114,8 @@ class KVLayout:
     block size (None: the block size); all groups of a cache should have the same one. Contiguous
     and zigzag shares depend on the sequence's length. Cyclic ones do not: grains are dealt one by
     one, from rank 0 to the last and back again, so that a prompt may come in chunks, and begin
-    like another one, and its tokens are still where they belong.
+    like another one, and its tokens are still where they belong. The first share is cp rank
+    `cp_first`'s and the others follow, so that short sequences need not all lie on one rank.
     """
 
     shape: KVShape
@@ -122,6 +123,7 @@ class KVLayout:
     shards: tuple[Shard, ...]
     cp_order: CpOrder = "contiguous"
     cp_grain: int | None = None
+    cp_first: int = 0
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or (self.shape.state and self.block_size != 1):
@@ -136,6 +138,8 @@ class KVLayout:
                 f"cp_grain must be a multiple of the block size {self.block_size}, "
                 f"found {self.cp_grain}"
             )
+        if not 0 <= self.cp_first < max((s.cp_size for s in self.shards), default=1):
+            raise ValueError(f"cp_first must be one of the cp ranks, found {self.cp_first}")
         if len({shard.rank for shard in self.shards}) != len(self.shards):
             raise ValueError("two shards have the same rank")
         for shard in self.shards:
@@ -148,7 +152,8 @@ class KVLayout:
     @cached_property
     def _hash(self) -> int:
         """The hash, made once: layouts are keys of caches that every transfer asks."""
-        return hash((self.shape, self.block_size, self.shards, self.cp_order, self.cp_grain))
+        parts = (self.block_size, self.shards, self.cp_order, self.cp_grain, self.cp_first)
+        return hash((self.shape, *parts))
 
     def _check_shard(self, shard: Shard) -> None:
         shape = self.shape
@@ -236,10 +241,11 @@ class KVLayout:
         grains = -(-total_tokens // self.grain)
         if self.cp_order == "cyclic" and shard.cp_size > 1:
             return self._dealt(shard, grains, total_tokens)
+        place = (shard.cp_rank - self.cp_first) % shard.cp_size
         zigzag = self.cp_order == "zigzag" and shard.cp_size > 1
         chunks = 2 * shard.cp_size if zigzag else shard.cp_size
         chunk_tokens = -(-grains // chunks) * self.grain
-        mine = (shard.cp_rank, chunks - 1 - shard.cp_rank) if zigzag else (shard.cp_rank,)
+        mine = (place, chunks - 1 - place) if zigzag else (place,)
         spans = (
             Span(min(i * chunk_tokens, total_tokens), min((i + 1) * chunk_tokens, total_tokens))
             for i in mine
@@ -248,7 +254,8 @@ class KVLayout:
 
     def _dealt(self, shard: Shard, grains: int, total_tokens: int) -> tuple[Span, ...]:
         """Return a shard's spans where grains are dealt in rounds, there and back."""
-        there, back = shard.cp_rank, 2 * shard.cp_size - 1 - shard.cp_rank
+        there = (shard.cp_rank - self.cp_first) % shard.cp_size
+        back = 2 * shard.cp_size - 1 - there
         mine = (first + i for first in range(0, grains, 2 * shard.cp_size) for i in (there, back))
         return _joined(
             Span(i * self.grain, min((i + 1) * self.grain, total_tokens))
@@ -298,6 +305,10 @@ class CacheLayout:
     def ranks(self) -> tuple[int, ...]:
         """All ranks, in the order of the first group's shards."""
         return tuple(shard.rank for shard in self.groups[0].shards)
+
+    def begun_at(self, cp_first: int) -> "CacheLayout":
+        """Return the layout of a sequence whose first share lies on cp rank `cp_first`."""
+        return CacheLayout(tuple(replace(group, cp_first=cp_first) for group in self.groups))
 
     def of_ranks(self, ranks: Collection[int]) -> "CacheLayout":
         """Return the layout of some ranks, which keep their numbers.

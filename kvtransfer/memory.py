@@ -9,7 +9,7 @@ block sizes whole blocks move as they lie. A box is some layers, heads and token
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -108,13 +108,18 @@ class KVMemory:
         """Number of blocks in the memory."""
         return int(self._kv.shape[2])
 
-    def table(self, block_ids: Sequence[int], total_tokens: int) -> BlockTable:
+    def table(
+        self, block_ids: Sequence[int], total_tokens: int, cp_first: int | None = None
+    ) -> BlockTable:
         """Check a sequence's block ids (of the tokens this rank holds) and make them a table.
 
+        Its first share lies on cp rank `cp_first`, where that is not the memory's layout's.
         Where a window has left blocks behind, any ids of the memory may stand in their places.
         Raises ValueError for ids out of range, ids given twice, or too few of them.
         """
         layout = self._layout
+        if cp_first is not None and cp_first != layout.cp_first:
+            layout = replace(layout, cp_first=cp_first)
         held = layout.tokens_of(self._shard, total_tokens)
         ids = np.asarray(block_ids, dtype=np.int64)
         need = sum(-(-len(span) // layout.block_size) for span in held)
@@ -339,11 +344,15 @@ def memories_of(
 
 
 def tables_of(
-    memories: Sequence[KVMemory], block_ids: Sequence[Sequence[int]], total_tokens: int
+    memories: Sequence[KVMemory],
+    block_ids: Sequence[Sequence[int]],
+    total_tokens: int,
+    cp_first: int | None = None,
 ) -> tuple[BlockTable, ...]:
     """Return a sequence's table in each cache group's memory; raises ValueError as `table`."""
     if len(block_ids) != len(memories):
         raise ValueError(f"block ids for {len(block_ids)} cache groups of {len(memories)}")
     return tuple(
-        memory.table(ids, total_tokens) for memory, ids in zip(memories, block_ids, strict=True)
+        memory.table(ids, total_tokens, cp_first)
+        for memory, ids in zip(memories, block_ids, strict=True)
     )

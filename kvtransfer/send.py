@@ -262,15 +262,18 @@ class SendAgent:
         if len(self._transfers) >= self._settings.max_transfers:
             raise GrantRefused(f"{len(self._transfers)} transfers run already")
         check_compatible(self._layout, transfer.target_layout)
-        tables = tables_of(self._memories, transfer.block_ids, transfer.total_tokens)
+        layout = self._layout.begun_at(transfer.cp_first)
+        tables = tables_of(
+            self._memories, transfer.block_ids, transfer.total_tokens, transfer.cp_first
+        )
         plans = plan_cache(
-            self._layout,
+            layout,
             transfer.target_layout,
             transfer.tokens,
             transfer.total_tokens,
             transfer.kept,
         )
-        return Outgoing.begin(transfer, self._layout, tables, plans, self._rank, now)
+        return Outgoing.begin(transfer, layout, tables, plans, self._rank, now)
 
     def _attach(self, outgoing: Outgoing) -> None:
         """Give every lane its route, or fail where there can be none; a stranger may yet come."""

@@ -27,6 +27,7 @@ class Piece:
         start: How many tokens before these are in the cache.
         blocks: The prompt's block table.
         transfer: Whether its KV goes to a decode instance.
+        cp_first: The cp rank that has the prompt's first tokens.
     """
 
     request_id: int
@@ -34,6 +35,7 @@ class Piece:
     token_ids: Sequence[int]
     blocks: Sequence[int]
     transfer: bool
+    cp_first: int = 0
 
     @property
     def tokens(self) -> Span:
@@ -63,7 +65,12 @@ class RankCompute:
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """See Compute; only an instance's first rank gets logits."""
         chunks = [
-            Chunk(token_ids=piece.token_ids, start=piece.start, block_table=piece.blocks)
+            Chunk(
+                token_ids=piece.token_ids,
+                start=piece.start,
+                block_table=piece.blocks,
+                cp_first=piece.cp_first,
+            )
             for piece in pieces
         ]
         return self._runner.forward(chunks, self._hand_over(pieces))

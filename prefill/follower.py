@@ -66,7 +66,9 @@ class Follower:
                 self._handoff.expect(message.expect.request_id)
             case "open":
                 opened = message.open
-                self._handoff.open(opened.request_id, opened.tokens, list(opened.blocks))
+                self._handoff.open(
+                    opened.request_id, opened.tokens, list(opened.blocks), opened.cp_first
+                )
             case "grant":
                 granted = message.grant
                 self._handoff.grant(granted.request_id, self._peers.grant(granted.grant))

@@ -40,8 +40,10 @@ class Transfers(Protocol):
         """A request will be transferred: its grant is welcome from now on."""
         ...
 
-    def open(self, request_id: int, tokens: int, block_ids: Sequence[int]) -> None:
-        """The request's blocks exist; its layers will follow."""
+    def open(
+        self, request_id: int, tokens: int, block_ids: Sequence[int], cp_first: int = 0
+    ) -> None:
+        """The request's blocks exist; its layers will follow. It begins at cp rank `cp_first`."""
         ...
 
     def grant(self, request_id: int, grant: Grant) -> None:
@@ -64,6 +66,7 @@ class Transfers(Protocol):
 @dataclass(kw_only=True)
 class _Outgoing:
     tokens: int = 0
+    cp_first: int = 0
     block_ids: Sequence[int] | None = None
     grant: Grant | None = None
     # Ready before the grant came, in order: (layers, tokens).
@@ -95,11 +98,14 @@ class Handoff:
         with self._lock:
             self._outgoing[request_id] = _Outgoing()
 
-    def open(self, request_id: int, tokens: int, block_ids: Sequence[int]) -> None:
-        """The request's blocks exist; its layers will follow."""
+    def open(
+        self, request_id: int, tokens: int, block_ids: Sequence[int], cp_first: int = 0
+    ) -> None:
+        """The request's blocks exist; its layers will follow. It begins at cp rank `cp_first`."""
         with self._lock:
             outgoing = self._outgoing[request_id]
             outgoing.tokens = tokens
+            outgoing.cp_first = cp_first
             outgoing.block_ids = self._blocks_of(block_ids)
             self._begin_if_possible(request_id, outgoing)
 
@@ -168,6 +174,7 @@ class Handoff:
                 block_ids=(tuple(block_ids),),
                 ttl_s=grant.ttl_s,
                 kept=grant.kept,
+                cp_first=outgoing.cp_first,
             )
         )
         for layers, tokens in outgoing.held:

@@ -91,6 +91,7 @@ class Instance:
             name=who.name,
             config=model.config,
             total_blocks=model.num_blocks,
+            cp=settings.cp,
             max_queue=settings.max_queue,
             worker=self._worker,
             transfers=transfers,

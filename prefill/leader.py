@@ -199,12 +199,16 @@ class GroupTransfers:
             self._own.expect(request_id)
             self._tell(Message(expect=rank_pb2.RankExpect(request_id=request_id)))
 
-    def open(self, request_id: int, tokens: int, block_ids: Sequence[int]) -> None:
+    def open(
+        self, request_id: int, tokens: int, block_ids: Sequence[int], cp_first: int = 0
+    ) -> None:
         """See Transfers."""
         with self._lock:
             with self._noting_begin(request_id):
-                self._own.open(request_id, tokens, block_ids)
-            opened = rank_pb2.RankOpen(request_id=request_id, tokens=tokens, blocks=block_ids)
+                self._own.open(request_id, tokens, block_ids, cp_first)
+            opened = rank_pb2.RankOpen(
+                request_id=request_id, tokens=tokens, blocks=block_ids, cp_first=cp_first
+            )
             self._tell(Message(open=opened))
 
     def grant(self, request_id: int, grant: Grant) -> None:

@@ -23,6 +23,7 @@ def step_to_wire(pieces: Sequence[Piece]) -> rank_pb2.RankStep:
                 token_ids=piece.token_ids,
                 blocks=piece.blocks,
                 transfer=piece.transfer,
+                cp_first=piece.cp_first,
             )
             for piece in pieces
         ]
@@ -38,6 +39,7 @@ def step_from_wire(message: rank_pb2.RankStep) -> list[Piece]:
             token_ids=list(piece.token_ids),
             blocks=list(piece.blocks),
             transfer=piece.transfer,
+            cp_first=piece.cp_first,
         )
         for piece in message.pieces
     ]

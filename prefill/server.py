@@ -38,6 +38,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         name: str,
         config: ModelConfig,
         total_blocks: int,
+        cp: int,
         max_queue: int,
         worker: Worker,
         transfers: Transfers,
@@ -47,6 +48,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         self._name = name
         self._config = config
         self._total_blocks = total_blocks
+        self._cp = cp
         self._max_queue = max_queue
         self._worker = worker
         self._transfers = transfers
@@ -120,6 +122,10 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
                 found="no token" if not prompt else max(prompt),
                 hint=f"give tokens below {self._config.vocab_size}",
             )
+        if start.cp_first >= self._cp:
+            raise InvalidRequest(
+                "cp_first", found=start.cp_first, hint=f"give one of {self._cp} cp ranks, from 0"
+            )
         blocks = self._worker.blocks_for(len(prompt))
         if blocks > self._total_blocks:
             raise Refused("PROMPT_TOO_LONG", needed=blocks, free=self._total_blocks)
@@ -134,6 +140,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             priority=start.priority,
             cache_salt=start.cache_salt.encode(),
             transfer=start.transfer,
+            cp_first=start.cp_first,
         )
 
     async def _read_grants(

@@ -39,6 +39,7 @@ class Request:
         ttl_s: Remaining time of the request when it is submitted.
         cache_salt: Only requests with the same one share cached blocks.
         transfer: Whether its KV goes to a decode instance.
+        cp_first: The cp rank that has its first tokens.
     """
 
     request_id: int
@@ -49,6 +50,7 @@ class Request:
     priority: int = 0
     cache_salt: bytes = b""
     transfer: bool = True
+    cp_first: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +285,7 @@ class Worker:
                 token_ids=job.request.prompt[piece.start : piece.end],
                 blocks=job.blocks,
                 transfer=job.request.transfer,
+                cp_first=job.request.cp_first,
             )
             for job, piece in work
         ]
@@ -330,7 +333,7 @@ class Worker:
             # The transfer reads these blocks until its end is reported, whatever becomes of the
             # request: they may not go to another prompt before.
             self._pool.pin(job.blocks)
-            self._transfers.open(request_id, len(request.prompt), job.blocks)
+            self._transfers.open(request_id, len(request.prompt), job.blocks, request.cp_first)
             if job.cached_tokens:
                 self._transfers.cached(request_id, Span(0, job.cached_tokens))
         return job.cached_tokens
@@ -341,7 +344,7 @@ class Worker:
         if self._cache is None:
             job.blocks = self._pool.reserve(needed)
         else:
-            acquired = self._cache.acquire(prompt, job.request.cache_salt, needed)
+            acquired = self._cache.acquire(prompt, _salt(job.request), needed)
             job.blocks, job.cached_tokens = acquired.blocks, acquired.tokens
 
     def _remember(self, work: Sequence[tuple[_Job, Slice]]) -> None:
@@ -349,7 +352,7 @@ class Worker:
         if self._cache is not None:
             for job, piece in work:
                 request = job.request
-                self._cache.insert(request.prompt[: piece.end], request.cache_salt, job.blocks)
+                self._cache.insert(request.prompt[: piece.end], _salt(request), job.blocks)
 
     def _first_tokens(self, jobs: list[_Job], logits_SV: torch.Tensor) -> None:
         states = [
@@ -438,3 +441,8 @@ class Worker:
             reason = type(event.error).__name__
             return RequestFailed(reason=reason, message=str(event.error), retryable=event.retryable)
         return RequestFailed(reason="TransferClosed", message="transfer closed", retryable=True)
+
+
+def _salt(request: Request) -> bytes:
+    """What keeps cached blocks apart: the request's own salt, and which ranks have which tokens."""
+    return request.cp_first.to_bytes(2, "little") + request.cache_salt

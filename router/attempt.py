@@ -312,7 +312,9 @@ class Attempt:
             self._leg = leg = await self._another_leg()
             await asyncio.wait({self._reserving})
             if self._is_granted:  # else its failure ends the try
-                grant = await self._decode.regrant(self._id, leg.instance, self._remaining_s())
+                grant = await self._decode.regrant(
+                    self._id, self._request, leg.instance, self._remaining_s()
+                )
                 self._inbox.put_nowait((leg, Regranted(grant)))
         except ServiceError as exc:
             self._inbox.put_nowait((self._leg, ResumeFailed(exc)))

@@ -16,7 +16,14 @@ from router.events import DecodeEvent, DecodeFailed, Grant, Output, TransferLost
 from router.membership import Instance
 from router.request import ValidRequest
 from router.wire import output_from_wire, sampling_to_wire, stop_to_wire
-from router.workers import ABORT_TIMEOUT_S, CONNECT_TIMEOUT_S, answers, ttl_ms, worker_error
+from router.workers import (
+    ABORT_TIMEOUT_S,
+    CONNECT_TIMEOUT_S,
+    answers,
+    layout_for,
+    ttl_ms,
+    worker_error,
+)
 from service.channels import dial
 from service.errors import Unavailable, WorkFailed
 
@@ -85,7 +92,7 @@ class DecodeLink:
             ttl_ms=ttl_ms(remaining_s),
             prefill_instance=prefill.key.name,
             prefill_epoch=prefill.key.epoch,
-            prefill_layout=kv_pb2.KvLayout.FromString(prefill.layout.wire),
+            prefill_layout=layout_for(prefill, request),
             prompt_token_ids=request.prompt_token_ids if needs_prompt else (),
         )
         try:
@@ -96,7 +103,9 @@ class DecodeLink:
             raise worker_error(self.instance, exc) from exc
         return _grant(response.grant)
 
-    async def regrant(self, request_id: int, prefill: Instance, remaining_s: float) -> Grant | None:
+    async def regrant(
+        self, request_id: int, request: ValidRequest, prefill: Instance, remaining_s: float
+    ) -> Grant | None:
         """Lets another prefill instance send the rest; None where decode has the whole KV.
 
         Raises what the instance answered, as a service error.
@@ -107,7 +116,7 @@ class DecodeLink:
             request_id=request_id,
             prefill_instance=prefill.key.name,
             prefill_epoch=prefill.key.epoch,
-            prefill_layout=kv_pb2.KvLayout.FromString(prefill.layout.wire),
+            prefill_layout=layout_for(prefill, request),
         )
         try:
             response = await self._stub.Regrant(

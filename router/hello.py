@@ -134,12 +134,17 @@ def _layout(message: kv_pb2.KvLayout, role: Role) -> Layout:
         shape=(shape.layers, shape.kv_heads, shape.head_size, shape.dtype),
         summary=_summary(message),
         wire=message.SerializeToString(),
+        cp=_cp(message),
     )
+
+
+def _cp(message: kv_pb2.KvLayout) -> int:
+    return max(1, *(shard.cp_size for shard in message.shards))
 
 
 def _summary(message: kv_pb2.KvLayout) -> str:
     """Returns the short form that people read, "cp4 tp2"; parts of one are left out, but tp."""
-    cp = max(1, *(shard.cp_size for shard in message.shards))
+    cp = _cp(message)
     pp = len({(shard.layers.begin, shard.layers.end) for shard in message.shards})
     tp = max(1, len(message.shards) // (cp * pp))
     parts = [f"{name}{size}" for name, size in (("cp", cp), ("pp", pp)) if size > 1]

@@ -34,11 +34,15 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How an instance splits its KV cache; the router only compares `shape` and hands on `wire`."""
+    """How an instance splits its KV cache; the router only compares `shape` and hands on `wire`.
+
+    `cp` is over how many ranks a sequence's tokens are spread.
+    """
 
     shape: tuple[int, int, int, str]  # layers, kv heads, head size, dtype
     summary: str
     wire: bytes
+    cp: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,14 @@ from router.events import FirstToken, Grant, PrefillEnded, PrefillEvent, Transfe
 from router.membership import Instance
 from router.request import ValidRequest
 from router.wire import first_token_from_wire, sampling_to_wire, stop_to_wire
-from router.workers import ABORT_TIMEOUT_S, CONNECT_TIMEOUT_S, answers, ttl_ms, worker_error
+from router.workers import (
+    ABORT_TIMEOUT_S,
+    CONNECT_TIMEOUT_S,
+    answers,
+    cp_first,
+    ttl_ms,
+    worker_error,
+)
 from service.channels import dial
 from service.errors import ServiceError, Unavailable
 
@@ -59,6 +66,7 @@ class PrefillLink:
             ttl_ms=ttl_ms(remaining_s),
             priority=request.priority,
             cache_salt=request.cache_salt,
+            cp_first=cp_first(self.instance, request),
             transfer=transfer,
         )
         timeout_s = remaining_s + _DEADLINE_SLACK_S

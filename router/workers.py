@@ -1,11 +1,16 @@
-"""Owns what the links to both kinds of instances share: time limits, the meaning of errors, and
-the question whether an instance answers at all.
+"""Owns what the links to both kinds of instances share: time limits, the meaning of errors, where
+in a prefill instance a prompt begins, and the question whether an instance answers at all.
 """
+
+from array import array
+from hashlib import blake2b
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from twinpool.v1 import kv_pb2
 
 from router.membership import Instance
+from router.request import ValidRequest
 from service.errors import (
     DeadlineExceeded,
     Incompatible,
@@ -55,6 +60,29 @@ async def answers(channel: grpc.aio.Channel) -> bool:
     except grpc.aio.AioRpcError:
         return False
     return True
+
+
+def cp_first(instance: Instance, request: ValidRequest) -> int:
+    """Returns which of a prefill instance's cp ranks is to have the request's first tokens.
+
+    Prompts that begin alike begin at the same one, where what is cached of them lies; others are
+    spread.
+    """
+    if instance.layout.cp == 1:
+        return 0
+    beginning = array("I", request.prompt_token_ids[: instance.capacity.block_size])
+    salt = request.cache_salt.encode()
+    digest = blake2b(len(salt).to_bytes(4, "little") + salt + beginning.tobytes(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") % instance.layout.cp
+
+
+def layout_for(instance: Instance, request: ValidRequest) -> kv_pb2.KvLayout:
+    """Returns where a prefill instance will have the request's KV."""
+    layout = kv_pb2.KvLayout.FromString(instance.layout.wire)
+    first = cp_first(instance, request)
+    for group in (layout, *layout.more_groups):
+        group.cp_first = first
+    return layout
 
 
 def ttl_ms(remaining_s: float) -> int:

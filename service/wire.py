@@ -124,6 +124,7 @@ def _group_to_wire(layout: KVLayout) -> kv_pb2.KvLayout:
         ],
         cp_order=_CP_ORDERS[layout.cp_order],
         cp_grain=layout.cp_grain or 0,
+        cp_first=layout.cp_first,
     )
 
 
@@ -169,6 +170,7 @@ def _group_from_wire(message: kv_pb2.KvLayout) -> KVLayout:
         ),
         cp_order=next(k for k, v in _CP_ORDERS.items() if v == message.cp_order),
         cp_grain=message.cp_grain or None,
+        cp_first=message.cp_first,
     )
 
 

@@ -1,9 +1,9 @@
 """Which rank has which tokens of a sequence in service, whatever its length. Pure arithmetic.
 
-Runs of `grain` tokens are dealt one by one to the ranks, from the first to the last and back again,
-so that in each round of `ranks` grains every rank has one. A token's rank, and its place there,
-follow from its position alone: a prompt may come in chunks and begin with what is cached. Under a
-causal mask a round there and one back make equal work, like the chunks of a zigzag.
+Runs of `grain` tokens are dealt one by one to the ranks, from one of them to the one before it and
+back again, so that in each round of `ranks` grains every rank has one. A token's rank, and its
+place there, follow from its position alone: a prompt may come in chunks and begin with what is
+cached. Under a causal mask a round there and one back make equal work, like the chunks of a zigzag.
 
 A block of the instance holds one round: on each rank it is the blocks of that rank's grain.
 """
@@ -34,16 +34,20 @@ class Dealing:
         """Tokens of one round."""
         return self.ranks * self.grain
 
-    def pieces(self, rank: int, tokens: range) -> Pieces:
-        """Return what `rank` has of `tokens`."""
-        return joined(meet(grain, tokens) for grain in self._grains(rank, tokens))
+    def pieces(self, rank: int, tokens: range, first: int = 0) -> Pieces:
+        """Return what `rank` has of `tokens` of a sequence that begins at rank `first`."""
+        place = (rank - first) % self.ranks
+        return joined(meet(grain, tokens) for grain in self._grains(place, tokens))
 
-    def shards(self, start: int, count: int) -> SequenceShards:
-        """Return where `count` new tokens after `start` cached ones are, and those."""
+    def shards(self, start: int, count: int, first: int = 0) -> SequenceShards:
+        """Return where `count` new tokens after `start` cached ones are, and those.
+
+        The sequence begins at rank `first`.
+        """
         new, cached = range(start, start + count), range(start)
         return SequenceShards(
-            new=tuple(self.pieces(rank, new) for rank in range(self.ranks)),
-            cached=tuple(self.pieces(rank, cached) for rank in range(self.ranks)),
+            new=tuple(self.pieces(rank, new, first) for rank in range(self.ranks)),
+            cached=tuple(self.pieces(rank, cached, first) for rank in range(self.ranks)),
         )
 
     def cells(
@@ -62,8 +66,8 @@ class Dealing:
         each = self.grain // block_size
         return [block * each + i for block in table for i in range(each)]
 
-    def _grains(self, rank: int, tokens: range) -> Iterator[range]:
+    def _grains(self, place: int, tokens: range) -> Iterator[range]:
         for number in range(tokens.start // self.round, -(-tokens.stop // self.round)):
-            place = self.ranks - 1 - rank if number % 2 else rank
-            begin = number * self.round + place * self.grain
+            turn = self.ranks - 1 - place if number % 2 else place
+            begin = number * self.round + turn * self.grain
             yield range(begin, begin + self.grain)

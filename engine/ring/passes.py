@@ -69,7 +69,10 @@ class Ring:
         blocks = cache.num_blocks * cache.block_size // dealing.grain
         tables = [block_table(chunk, dealing.round, blocks) for chunk in chunks]
         plan = RingPlan(
-            tuple(dealing.shards(chunk.start, len(chunk.token_ids)) for chunk in chunks)
+            tuple(
+                dealing.shards(chunk.start, len(chunk.token_ids), chunk.cp_first)
+                for chunk in chunks
+            )
         )
         parts = plan.queries[rank]
         mine = [

@@ -105,7 +105,7 @@ def test_metrics_count_all_ranks(split: Cluster, request: pytest.FixtureRequest)
         done = client.complete(prompt_of(1500, seed=55), max_new_tokens=2, ignore_eos=True)
     ranks = len(other_ranks(split, "prefill")) + 1
     moved = "twinpool_prefill_kv_transfer_bytes_total"
-    wait_until(lambda: metrics()[moved] == before[moved] + done.stats.kv_bytes, "all KV is counted")
+    wait_until(lambda: metrics()[moved] >= before[moved] + done.stats.kv_bytes, "all KV is counted")
     after = metrics()
     computed = "twinpool_prefill_computed_tokens_total"
     assert after[computed] == before[computed] + 1500

@@ -165,12 +165,15 @@ class KvLayout(_message.Message):
     SHARDS_FIELD_NUMBER: _builtins.int
     CP_ORDER_FIELD_NUMBER: _builtins.int
     CP_GRAIN_FIELD_NUMBER: _builtins.int
+    CP_FIRST_FIELD_NUMBER: _builtins.int
     MORE_GROUPS_FIELD_NUMBER: _builtins.int
     block_size: _builtins.int
     cp_order: Global___CpOrder.ValueType
     """How tokens are dealt to cp shares."""
     cp_grain: _builtins.int
     """Tokens at whose multiples shares are cut; 0 for the block size."""
+    cp_first: _builtins.int
+    """The cp rank that has the first share of the sequence in question."""
     @_builtins.property
     def shape(self) -> Global___KvShape: ...
     @_builtins.property
@@ -187,11 +190,12 @@ class KvLayout(_message.Message):
         shards: _abc.Iterable[Global___KvShard] | None = ...,
         cp_order: Global___CpOrder.ValueType = ...,
         cp_grain: _builtins.int = ...,
+        cp_first: _builtins.int = ...,
         more_groups: _abc.Iterable[Global___KvLayout] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cp_grain", b"cp_grain", "cp_order", b"cp_order", "more_groups", b"more_groups", "shape", b"shape", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cp_first", b"cp_first", "cp_grain", b"cp_grain", "cp_order", b"cp_order", "more_groups", b"more_groups", "shape", b"shape", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

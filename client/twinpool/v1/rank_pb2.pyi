@@ -374,10 +374,12 @@ class RankPiece(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
+    CP_FIRST_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     start: _builtins.int
     transfer: _builtins.bool
     """Whether the prompt's KV goes to decode."""
+    cp_first: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -390,10 +392,11 @@ class RankPiece(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
         transfer: _builtins.bool = ...,
+        cp_first: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "request_id", b"request_id", "start", b"start", "token_ids", b"token_ids", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "cp_first", b"cp_first", "request_id", b"request_id", "start", b"start", "token_ids", b"token_ids", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -429,8 +432,11 @@ class RankOpen(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    CP_FIRST_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     tokens: _builtins.int
+    cp_first: _builtins.int
+    """The cp rank that has the prompt's first tokens."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -439,10 +445,11 @@ class RankOpen(_message.Message):
         request_id: _builtins.int = ...,
         tokens: _builtins.int = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
+        cp_first: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "cp_first", b"cp_first", "request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -663,6 +663,7 @@ class PrefillStart(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    CP_FIRST_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     ttl_ms: _builtins.int
     """Remaining time of the request."""
@@ -671,6 +672,8 @@ class PrefillStart(_message.Message):
     """False where the first token is all that is wanted: nothing is transferred."""
     cache_salt: _builtins.str
     """As in GenerateRequest."""
+    cp_first: _builtins.int
+    """The cp rank that is to have the prompt's first tokens; decode is told the same."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -688,10 +691,11 @@ class PrefillStart(_message.Message):
         priority: _builtins.int = ...,
         transfer: _builtins.bool = ...,
         cache_salt: _builtins.str = ...,
+        cp_first: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "transfer", b"transfer", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "cp_first", b"cp_first", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "transfer", b"transfer", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -875,7 +879,9 @@ class ReserveRequest(_message.Message):
 
     @_builtins.property
     def prefill_layout(self) -> _kv_pb2.KvLayout:
-        """Prefill's layout: decode plans what each source rank has to send."""
+        """Prefill's layout, with `cp_first` set for this request: decode plans what each source rank has
+        to send.
+        """
 
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -936,7 +942,7 @@ class RegrantRequest(_message.Message):
     PREFILL_LAYOUT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     prefill_instance: _builtins.str
-    """The prefill instance that will write now, as it registered, and its layout."""
+    """The prefill instance that will write now, as it registered, and its layout, as in Reserve."""
     prefill_epoch: _builtins.int
     @_builtins.property
     def prefill_layout(self) -> _kv_pb2.KvLayout: ...

@@ -24,27 +24,30 @@ BLOCK_SIZE = 16
 LENGTHS = (1, 7, 64, 101, 203)
 
 
-def passes(vocab_size: int, block_tokens: int) -> Iterator[list[Chunk]]:
-    """Prompts of mixed lengths in two parts, then three tokens more of each."""
+def passes(vocab_size: int, block_tokens: int, ranks: int) -> Iterator[list[Chunk]]:
+    """Prompts of mixed lengths in two parts, then three tokens more of each.
+
+    They begin at different ones of `ranks` cp ranks.
+    """
     random = torch.Generator().manual_seed(5)
     blocks, sequences = 0, []
     for length in LENGTHS:
         count = -(-(length + 3) // block_tokens)
         tokens = torch.randint(vocab_size, (length + 3,), generator=random).tolist()
-        sequences.append((length, tokens, list(range(blocks, blocks + count))))
+        sequences.append((length, tokens, list(range(blocks, blocks + count)), length % ranks))
         blocks += count
 
     def step(cuts: list[tuple[int, int]]) -> list[Chunk]:
         return [
-            Chunk(token_ids=tokens[begin:end], start=begin, block_table=table)
-            for (begin, end), (_, tokens, table) in zip(cuts, sequences, strict=True)
+            Chunk(token_ids=tokens[begin:end], start=begin, block_table=table, cp_first=first)
+            for (begin, end), (_, tokens, table, first) in zip(cuts, sequences, strict=True)
             if end > begin
         ]
 
-    yield step([(0, (length + 1) // 2) for length, _, _ in sequences])
-    yield step([((length + 1) // 2, length) for length, _, _ in sequences])
+    yield step([(0, (length + 1) // 2) for length, *_ in sequences])
+    yield step([((length + 1) // 2, length) for length, *_ in sequences])
     for more in range(3):
-        yield step([(length + more, length + more + 1) for length, _, _ in sequences])
+        yield step([(length + more, length + more + 1) for length, *_ in sequences])
 
 
 def logits(
@@ -70,7 +73,7 @@ def logits(
         ring_mode=mode,
     )
     runner.warm_up()
-    made = passes(config.vocab_size, runner.block_tokens)
+    made = passes(config.vocab_size, runner.block_tokens, layout.cp)
     return torch.cat([runner.forward(chunks) for chunks in made])
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -49,15 +49,17 @@ def models(draw: st.DrawFn) -> tuple[KVShape, ...]:
 @st.composite
 def layouts(draw: st.DrawFn, shape: KVShape, block_size: int) -> KVLayout:
     """One group on up to 16 ranks, with fewer, as many or more ranks than heads."""
-    return uniform(
+    cp = draw(st.sampled_from([1, 1, 2, 3]))
+    made = uniform(
         shape,
         block_size,
         tp=draw(st.sampled_from([t for t in (1, 2, 4, 8) if t <= 4 * shape.kv_heads])),
         pp=draw(st.integers(1, min(2, shape.layers))),
-        cp=draw(st.sampled_from([1, 1, 2, 3])),
+        cp=cp,
         cp_order=draw(_CP_ORDERS),
         cp_grain=None if shape.state else block_size * draw(st.sampled_from([1, 1, 2, 3])),
     )
+    return replace(made, cp_first=draw(st.integers(0, cp - 1)))
 
 
 _CP_ORDERS: st.SearchStrategy[CpOrder] = st.sampled_from(["contiguous", "zigzag", "cyclic"])
@@ -66,17 +68,18 @@ _CP_ORDERS: st.SearchStrategy[CpOrder] = st.sampled_from(["contiguous", "zigzag"
 @st.composite
 def caches(draw: st.DrawFn, model: tuple[KVShape, ...], block_size: int) -> CacheLayout:
     """A whole cache on one dp rank of an instance."""
-    dp = draw(st.sampled_from([1, 1, 2]))
-    return uniform_cache(
+    dp, cp = draw(st.sampled_from([1, 1, 2])), draw(st.sampled_from([1, 1, 2, 3]))
+    made = uniform_cache(
         model,
         block_size,
         tp=draw(st.sampled_from([1, 2, 4])),
         pp=draw(st.integers(1, min(2, *(shape.layers for shape in model), 2))),
-        cp=draw(st.sampled_from([1, 1, 2, 3])),
+        cp=cp,
         dp=dp,
         cp_order=draw(_CP_ORDERS),
         cp_grain=block_size * draw(st.sampled_from([1, 1, 2, 3])),
     ).dp_rank(draw(st.integers(0, dp - 1)), dp)
+    return made.begun_at(draw(st.integers(0, cp - 1)))
 
 
 @st.composite

@@ -250,6 +250,16 @@ def test_cyclic_shares_do_not_depend_on_what_follows(grain: int) -> None:
             assert held == {t for t in range(total) if owners[t // grain] == shard.cp_rank}
 
 
+@pytest.mark.parametrize("order", ["contiguous", "zigzag", "cyclic"])
+def test_shares_begin_at_the_given_rank_and_follow_in_order(order: CpOrder) -> None:
+    layout = uniform(SHAPE, 4, cp=3, cp_order=order)
+    shares = [layout.tokens_of(shard, 50) for shard in layout.shards]
+    turned = CacheLayout((layout,)).begun_at(2).groups[0]
+    assert [turned.tokens_of(shard, 50) for shard in turned.shards] == [*shares[1:], shares[0]]
+    with pytest.raises(ValueError, match="cp_first must be one of the cp ranks"):
+        CacheLayout((layout,)).begun_at(3)
+
+
 def test_cyclic_shares_meet_where_the_dealing_turns() -> None:
     layout = uniform(SHAPE, 4, cp=2, cp_order="cyclic", cp_grain=8)
     spans = [layout.tokens_of(shard, 60) for shard in layout.shards]

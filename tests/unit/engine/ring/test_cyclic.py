@@ -28,6 +28,17 @@ def test_every_token_is_dealt_once_there_and_back(
     assert len(owner) == length
 
 
+@given(DEALINGS, st.integers(0, 300), st.integers(0, 300), st.integers(0, 4))
+def test_sequence_begins_at_the_rank_that_it_is_given(
+    dealing: Dealing, start: int, length: int, first: int
+) -> None:
+    first %= dealing.ranks
+    shards, turned = dealing.shards(start, length), dealing.shards(start, length, first)
+    for rank in range(dealing.ranks):
+        assert turned.new[(rank + first) % dealing.ranks] == shards.new[rank]
+        assert turned.cached[(rank + first) % dealing.ranks] == shards.cached[rank]
+
+
 @given(DEALINGS, st.integers(0, 300), st.integers(1, 300))
 def test_chunks_of_a_prompt_lie_where_the_whole_prompt_does(
     dealing: Dealing, start: int, length: int
