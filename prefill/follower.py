@@ -9,14 +9,14 @@ import logging
 import queue
 import signal
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import grpc
 from twinpool.v1 import rank_pb2, rank_pb2_grpc
 
 from kvtransfer import Closed, Completed, Failed, SharedRegion, TransferEvent
-from prefill.compute import Piece
 from prefill.config import PrefillConfig
 from prefill.group import given_place, meet_first, take_part
 from prefill.rank import Rank
@@ -36,14 +36,16 @@ class FirstRankLost(Exception):
 
 
 class Follower:
-    """Acts on what the first rank says, in order: transfers at once, steps on a thread."""
+    """Acts on what the first rank says, in order: on a thread what needs the cache's contents, the
+    steps and what follows from them, all else at once.
+    """
 
     def __init__(self, rank: Rank) -> None:
         self._compute = rank.compute
         self._handoff = rank.handoff
         self._agent = rank.agent
         self._peers = rank.peers
-        self._steps: queue.SimpleQueue[list[Piece] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="prefill-rank", daemon=True)
 
     def start(self) -> None:
@@ -52,14 +54,14 @@ class Follower:
 
     def stop(self) -> None:
         """Stop after the steps that were told; where one hangs, do not wait for long."""
-        self._steps.put(None)
+        self._orders.put(None)
         self._thread.join(timeout=1.0)
 
     def act(self, message: rank_pb2.FollowResponse) -> None:
         """Do what the first rank says."""
         match message.WhichOneof("kind"):
             case "step":
-                self._steps.put(step_from_wire(message.step))
+                self._orders.put(partial(self._compute.run, step_from_wire(message.step)))
             case "peers":
                 self._peers.update(message.peers.peers)
             case "expect":
@@ -74,7 +76,9 @@ class Follower:
                 self._handoff.grant(granted.request_id, self._peers.grant(granted.grant))
             case "ready":
                 ready = message.ready
-                self._handoff.cached(ready.request_id, span_from_wire(ready.tokens))
+                tokens = span_from_wire(ready.tokens)
+                # Computed by a step that this rank may not have come to yet.
+                self._orders.put(partial(self._handoff.cached, ready.request_id, tokens))
             case "close":
                 self._handoff.close(message.close.request_id)
             case "abort":
@@ -82,8 +86,8 @@ class Follower:
 
     def _main(self) -> None:
         try:
-            while (pieces := self._steps.get()) is not None:
-                self._compute.run(pieces)
+            while (order := self._orders.get()) is not None:
+                order()
         except BaseException as error:
             log.exception("a step broke")
             die(error)
