@@ -45,7 +45,7 @@ def reference(model: Path) -> Reference:
         config=load_config(model),
         dtype=torch.float32,
         device=torch.device("cpu"),
-        num_blocks=200,
+        num_blocks=256,
         block_size=BLOCK,
     )
     return Reference(runner)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.builtin import MODEL_DIR
+from launch.builtin import MODEL_DIR, task
 from service.threads import thread_env
 from tests.integration.cluster import ROOT, Cluster, free_port, wait_until
 from tests.integration.conftest import BLOCK, Reference, reference
 from tests.integration.test_faults import SEED, Attempt
+from text.assets import load_assets
+from text.tokenizer import Tokenizer
 
 # By name; a grain of one block and of two, so that short prompts are on all ranks as well.
 LAYOUTS = {
@@ -75,6 +77,16 @@ def test_tokens_equal_a_single_ranks(split: Cluster, expected: Reference) -> Non
     for length in LENGTHS:
         prompt = prompt_of(length, seed=length)
         assert answer(split, prompt, 8) == expected.tokens(prompt, 8)
+
+
+def test_recall_over_the_whole_context(split: Cluster, expected: Reference) -> None:
+    tokenizer = Tokenizer(load_assets(MODEL_DIR))
+    example = task.recall(random.Random(4), task.MAX_PAIRS)
+    prompt = tokenizer.encode_messages([("user", example.prompt)])
+    assert 7000 < len(prompt) < 8180
+    found = answer(split, prompt, 8)
+    assert found == expected.tokens(prompt, 8)
+    assert example.answer in tokenizer.decode(found)
 
 
 def test_mixed_requests_side_by_side_equal_a_single_ranks(
