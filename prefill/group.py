@@ -104,6 +104,7 @@ def take_part(settings: PrefillConfig, rank: int, store: Store) -> Part:
         ring=ring,
         ring_mode=settings.ring,
         rank=rank,
+        meet=dist.barrier,
     )
 
 

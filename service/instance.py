@@ -56,13 +56,17 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What a process has of its instance's model, and the ties to the ranks that have the rest."""
+    """What a process has of its instance's model, and the ties to the ranks that have the rest.
+
+    `meet` returns when all ranks have called it.
+    """
 
     layout: Layout = field(default_factory=Layout)
     ranks: Collectives | None = None
     ring: Wire | None = None
     ring_mode: str = "auto"
     rank: int = 0
+    meet: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +134,7 @@ def load_model(
                 progress=progress,
                 allocate=allocate,
             )
+        part.meet()  # some load longer than others; in a pass they wait for seconds only
         runner.warm_up()
         description = _describe(settings, folder, config, dtype, assets)
     except (EngineError, TextError) as error:
