@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -66,7 +67,15 @@ def given_place() -> Place:
 
 def first_place(settings: PrefillConfig) -> Place:
     """Start the other ranks on this host; they end with this process, however it ends."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_MEETING)
+    listener = socket.create_server(("127.0.0.1", 0))  # the store's own would be on every address
+    store = TCPStore(
+        "127.0.0.1",
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=_MEETING,
+        master_listen_fd=listener.detach(),
+    )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     children = []
     for rank in range(1, settings.ranks):
@@ -81,7 +90,7 @@ def first_place(settings: PrefillConfig) -> Place:
         command = [sys.executable, "-m", "prefill.member"]
         child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
         assert child.stdin is not None
-        child.stdin.write(settings.model_dump_json().encode())
+        child.stdin.write(settings.model_dump_json(exclude_unset=True).encode())
         child.stdin.close()
         children.append(child)
     return Place(rank=0, store=PrefixStore("twinpool", store), children=tuple(children))

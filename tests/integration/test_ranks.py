@@ -8,7 +8,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -136,6 +136,25 @@ def metrics() -> dict[str, float]:
         name: float(value)
         for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")
     }
+
+
+def test_all_processes_listen_on_loopback_alone(split: Cluster) -> None:
+    pids = [split.pid(name) for name in ("router", "prefill", "decode")]
+    sockets = set[str]()
+    for pid in [*pids, *other_ranks(split, "prefill")]:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed since it was listed
+                sockets.add(os.readlink(descriptor))
+    found = 0
+    # 127.0.0.1, also as an IPv6 address, and ::1, as the kernel writes them.
+    loopback = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                found += 1
+                assert local.partition(":")[0] in loopback, line
+    assert found >= 4
 
 
 def test_requests_that_clients_leave_give_everything_back(
