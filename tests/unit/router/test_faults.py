@@ -15,7 +15,8 @@ from service.errors import (
     Unavailable,
     WorkFailed,
 )
-from tests.unit.router.fakes import collect, error_of, model, pair, running, text_of, until
+from tests.unit.router.fakes import model
+from tests.unit.router.system import collect, error_of, pair, running, text_of, until
 from tests.unit.router.test_membership import instance
 
 FULL = Refused("NO_BLOCKS", needed=2, free=0, retry_after_s=0.05)

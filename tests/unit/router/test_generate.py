@@ -6,18 +6,8 @@ import pytest
 from twinpool.v1 import inference_pb2
 
 from service.errors import InvalidRequest, Unavailable
-from tests.unit.router.fakes import (
-    END,
-    LENGTH,
-    STOP,
-    TOKENIZER,
-    collect,
-    error_of,
-    pair,
-    running,
-    text_of,
-    until,
-)
+from tests.unit.router.fakes import END, LENGTH, STOP, TOKENIZER
+from tests.unit.router.system import collect, error_of, pair, running, text_of, until
 
 
 async def test_tokens_of_prefill_and_decode_reach_the_client_in_order() -> None:

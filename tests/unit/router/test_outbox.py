@@ -7,7 +7,7 @@ from prometheus_client import generate_latest
 from router.config import RouterConfig
 from router.outbox import Outbox
 from router.request import AnswerPart, Finish, PositionLogprobs, TokenLogprob
-from tests.unit.router.fakes import collect, pair
+from tests.unit.router.system import collect, pair
 
 
 def part(text: str, tokens: int, finish: Finish | None = None) -> AnswerPart:

@@ -7,7 +7,7 @@ import pytest
 from twinpool.v1 import inference_pb2
 
 from service.errors import DeadlineExceeded, InvalidRequest, Refused, Unavailable
-from tests.unit.router.fakes import System, collect, error_of, pair, running, text_of, until
+from tests.unit.router.system import System, collect, error_of, pair, running, text_of, until
 
 
 async def test_request_that_can_never_fit_is_refused_without_a_retry_time() -> None:

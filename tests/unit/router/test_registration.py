@@ -11,21 +11,8 @@ from router.assets import AssetsReceiver, TokenizerStore
 from router.membership import Role
 from service.errors import Incompatible, InvalidRequest, NotFound, Unavailable
 from service.registration import RegistrationRefused
-from tests.unit.router.fakes import (
-    ASSETS,
-    EOF,
-    FakeDecode,
-    FakePrefill,
-    System,
-    byte_level_assets,
-    collect,
-    error_of,
-    model,
-    pair,
-    running,
-    text_of,
-    until,
-)
+from tests.unit.router.fakes import ASSETS, EOF, FakeDecode, FakePrefill, byte_level_assets, model
+from tests.unit.router.system import System, collect, error_of, pair, running, text_of, until
 
 
 async def register(system: System, *messages: worker_pb2.RegisterRequest) -> Any:

@@ -7,16 +7,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from service.errors import DeadlineExceeded, NotFound, Unavailable, WorkFailed
-from tests.unit.router.fakes import (
-    FakeDecode,
-    FakePrefill,
-    System,
-    collect,
-    error_of,
-    running,
-    text_of,
-    until,
-)
+from tests.unit.router.fakes import FakeDecode, FakePrefill
+from tests.unit.router.system import System, collect, error_of, running, text_of, until
 
 
 @asynccontextmanager

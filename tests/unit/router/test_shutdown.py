@@ -3,7 +3,7 @@
 import asyncio
 
 from service.errors import Unavailable
-from tests.unit.router.fakes import collect, error_of, pair, text_of
+from tests.unit.router.system import collect, error_of, pair, text_of
 
 
 async def test_drain_refuses_what_is_new_and_finishes_what_runs() -> None:
