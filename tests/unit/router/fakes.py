@@ -1,7 +1,7 @@
-"""A router on real gRPC with scripted instances around it, all in one process and one loop.
+"""Scripted instances of both roles on real gRPC, and a tokenizer of bytes to go with them.
 
-The instances speak the whole control path and move no KV: a fake prefill tells a fake decode in
-memory that a transfer is complete.
+They speak the whole control path and move no KV: a fake prefill tells a fake decode in memory that
+a transfer is complete.
 """
 
 import asyncio

@@ -1,0 +1,56 @@
+"""What a prefill instance of several ranks makes of its settings, and what it refuses."""
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from prefill.config import PrefillConfig
+from prefill.group import check_layout, layout_of
+from service.errors import StartError
+from service.threads import default_threads
+
+MODEL = Path("model")
+
+
+def test_ranks_are_the_product_and_tp_is_fastest() -> None:
+    settings = PrefillConfig(model=MODEL, cp=3, tp=2, block_size=16, cp_grain=48)
+    assert settings.ranks == 6
+    places = [layout_of(settings, rank) for rank in range(6)]
+    assert [(place.cp_rank, place.tp_rank) for place in places] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (2, 1),
+    ]
+    assert {place.cp_grain for place in places} == {48}
+
+
+@pytest.mark.parametrize(("block_size", "grain"), [(32, 256), (48, 240), (512, 512)])
+def test_grain_is_whole_blocks_unless_it_is_given(block_size: int, grain: int) -> None:
+    assert PrefillConfig(model=MODEL, block_size=block_size).grain == grain
+
+
+def test_grain_that_cuts_blocks_is_refused() -> None:
+    with pytest.raises(ValidationError, match="must be a multiple of --block-size, 32"):
+        PrefillConfig(model=MODEL, cp=2, cp_grain=40)
+
+
+def test_threads_are_shared_by_the_ranks_unless_they_are_given() -> None:
+    assert PrefillConfig(model=MODEL, cp=2, threads=5).rank_threads == 5
+    assert PrefillConfig(model=MODEL, cp=2).rank_threads == max(1, default_threads() // 2)
+    # The other ranks are told what was given, and come to the same.
+    told = PrefillConfig(model=MODEL, cp=2).model_dump_json(exclude_unset=True)
+    assert PrefillConfig.model_validate_json(told).rank_threads == max(1, default_threads() // 2)
+
+
+def test_other_number_of_ranks_than_torchrun_started_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(os.environ, "RANK", "0")
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "3")
+    with pytest.raises(StartError, match="make 2 ranks, but torchrun has started 3"):
+        check_layout(PrefillConfig(model=MODEL, cp=2))
