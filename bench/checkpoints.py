@@ -1,26 +1,38 @@
 """Checkpoints of random weights to measure with, as Hugging Face's own code writes them."""
 
 import os
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+_POSITIONS = 40_960
 
-def write_dense(folder: Path, *, layers: int, hidden: int, kv_heads: int) -> Path:
+
+def write_dense(
+    folder: Path,
+    *,
+    layers: int,
+    hidden: int,
+    kv_heads: int,
+    vocab_size: int = 4096,
+    positions: int = 8192,
+) -> Path:
     """Write a dense Qwen3 in bf16 with heads of 128, twice as many of them as KV heads."""
     # Slow to import, and not among the packages that a server needs.
     import torch
     import transformers
 
     config = transformers.Qwen3Config(
-        vocab_size=4096,
+        vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=2 * kv_heads,
         num_key_value_heads=kv_heads,
         head_dim=128,
-        max_position_embeddings=8192,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         eos_token_id=2,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
@@ -28,4 +40,79 @@ def write_dense(folder: Path, *, layers: int, hidden: int, kv_heads: int) -> Pat
     torch.manual_seed(0)
     model = transformers.Qwen3ForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
+    return folder
+
+
+def write_moe(
+    folder: Path,
+    *,
+    layers: int,
+    hidden: int,
+    kv_heads: int,
+    experts: int,
+    vocab_size: int = 4096,
+    positions: int = 8192,
+) -> Path:
+    """Write a Qwen3-MoE in bf16, like `write_dense` but with heads of 64.
+
+    Four experts of half the hidden size are chosen for each token.
+    """
+    import torch
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        moe_intermediate_size=hidden // 2,
+        num_experts=experts,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        num_hidden_layers=layers,
+        num_attention_heads=2 * kv_heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    config.head_dim = 64  # no field of this class, but all that read its files know it
+    torch.manual_seed(0)
+    model = transformers.Qwen3MoeForCausalLM(config).bfloat16()
+    model.save_pretrained(folder)
+    return folder
+
+
+def _dense_159m(folder: Path) -> None:
+    sizes = {"layers": 8, "hidden": 1024, "kv_heads": 8}
+    write_dense(folder, **sizes, vocab_size=32_000, positions=_POSITIONS)
+
+
+def _moe_124m(folder: Path) -> None:
+    sizes = {"layers": 8, "hidden": 512, "kv_heads": 4, "experts": 32}
+    write_moe(folder, **sizes, vocab_size=32_000, positions=_POSITIONS)
+
+
+DENSE, MOE = "dense", "moe"
+_FOLDERS: Mapping[str, tuple[str, Callable[[Path], None]]] = {
+    DENSE: ("qwen3-159m", _dense_159m),
+    MOE: ("qwen3-moe-124m", _moe_124m),
+}
+
+
+def kept_at(cache: Path, name: str) -> Path:
+    """Return where in `cache` the checkpoint DENSE or MOE is or would be."""
+    return cache / _FOLDERS[name][0]
+
+
+def kept(cache: Path, name: str) -> Path:
+    """Return the folder of the checkpoint DENSE or MOE; written where `cache` has none yet."""
+    folder = kept_at(cache, name)
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        # Renamed when whole: one that was cut short must not be taken for a checkpoint.
+        with tempfile.TemporaryDirectory(dir=cache) as unfinished:
+            made = Path(unfinished) / folder.name
+            _FOLDERS[name][1](made)
+            made.rename(folder)
     return folder

@@ -1,0 +1,110 @@
+"""How fast is prefill, beside two peers and the matrix products that it cannot do without?
+
+Random prompts, the same for all, in bf16: prompt tokens per second until each prompt has its first
+token. Every way is a process with all cores and as many threads; they take turns, round by round,
+and those whose turn it is not are stopped. The first round of each is not counted.
+
+- Ours: the engine alone, in chunks of the budget that prefill serves with, greedily sampled.
+- transformers: one forward for all prompts, with its defaults on a CPU.
+- vLLM: its CPU build, offline, without prefix caching; with --vllm-python alone.
+- Limit: the products of a pass alone, of the same shapes, in the fastest of torch's own ways, as
+  if nothing else were to be done. Attention's are those of plain slices: a kernel that keeps its
+  scores in the cache may come to more.
+- Attention: one layer's alone, ours beside torch's SDPA.
+- Peak memory: resident, weights and caches included. Our cache has room for the longest prompt,
+  vLLM's is 2 GiB, which it needs not use.
+- Ring: two context-parallel ranks of a thread each, over gloo on loopback, beside one rank of two
+  threads; what they send beside the formula of engine.ring.choose, and how much of the time that
+  the same messages take alone they did not stand still for. Standing still for the other rank's
+  compute counts as well, so that the share may be below zero.
+- Ring, after a cached prefix: pass-KV's time beside pass-Q's, and from how many new tokens on
+  pass-KV is no slower, beside where engine.ring.choose takes it.
+
+    python -m bench.prefill --checkpoints DIR --vllm-python PEER/bin/python --json FILE
+    python -m bench.prefill --checkpoints DIR --rows 'dense, 2,048'
+    python -m bench.prefill --checkpoints DIR --rows ring
+"""
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench import checkpoints as models
+from bench.prefills import prompts, ring_pair
+from bench.prefills.settings import Settings
+from bench.prefills.side import SideFailed
+from bench.report import Row, report
+
+QUESTION = "How fast is prefill, beside two peers and its matrix products alone?"
+# Of the formula; the logits of a prompt's last token travel too.
+_BYTES_OFF = 0.02
+
+
+def _measure(settings: Settings) -> list[Row]:
+    """Measure what the pattern matches; ends the program where a way fails."""
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    rows: list[Row] = []
+    try:
+        for model in (models.DENSE, models.MOE):
+            rows += prompts.of_model(model, settings, say)
+        rows += prompts.of_attention(models.DENSE, settings, say)
+        rows += ring_pair.speeds(settings, say)
+        rows += ring_pair.variants(settings, say)
+    except SideFailed as exc:
+        say(str(exc))
+        raise typer.Exit(1) from exc
+    return rows
+
+
+def _show_bytes(rows: list[Row]) -> None:
+    for row in rows:
+        if row.row.endswith("bytes sent") and row.limit:
+            off = row.ours / row.limit - 1
+            met = "met" if abs(off) <= _BYTES_OFF else "MISSED"
+            typer.echo(f"{row.row}: {100 * off:+.2f}% of the formula, wanted within 2%: {met}")
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    rows: Annotated[str, typer.Option(help="Only rows that this pattern matches.")] = "",
+    rounds: Annotated[
+        int, typer.Option(min=2, help="Rounds counted of each row; half for 32,768 tokens.")
+    ] = 5,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Interpreter of an environment with vLLM; without one the peer is left out.",
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Keep checkpoints here; else they are written anew."),
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="The smallest rows only, to see it work.")] = False,
+) -> None:
+    """Measure prefill beside transformers, vLLM and the matrix products alone."""
+    with ExitStack() as stack:
+        if checkpoints is None:
+            checkpoints = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        settings = Settings(
+            checkpoints=checkpoints,
+            pattern=rows,
+            rounds=rounds,
+            vllm_python=vllm_python,
+            quick=quick,
+        )
+        measured = _measure(settings)
+    report(QUESTION, measured, json)
+    _show_bytes(measured)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,105 @@
+"""The matrix products that passes cannot do without, and what their times make of it. Pure.
+
+A product is [batch, rows, inner] x [batch, inner, columns], done `times` over. Counted as they are
+needed: the last layer's MLP and the head for the last tokens alone, attention for the keys that a
+slice of queries sees. Experts are chosen evenly. Nothing else is counted: no norms, no softmax, no
+copies.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from bench.prefills.works import Span, Work, passes
+from engine.config import ModelConfig
+
+# Queries that are multiplied at once; keys after the last of them are left out.
+SLICE_QUERIES = 128
+
+
+@dataclass(frozen=True, order=True)
+class Product:
+    """Sizes of one product; `weighted` where the right side is a constant weight."""
+
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+    weighted: bool
+
+    @property
+    def flops(self) -> int:
+        """Operations: a multiplication and an addition each."""
+        return 2 * self.batch * self.rows * self.inner * self.columns
+
+
+def products(config: ModelConfig, work: Work, budget: int) -> Counter[Product]:
+    """Return how often each product is needed for all of a work's prompts."""
+    found: Counter[Product] = Counter()
+    for spans in passes(work, budget):
+        for product, times in _of_pass(config, work, spans):
+            found[product] += times
+    return found
+
+
+def attention(config: ModelConfig, spans: Sequence[Span]) -> Counter[Product]:
+    """Return one layer's attention: queries by keys, and weights by values."""
+    found: Counter[Product] = Counter()
+    for span in spans:
+        queries = min(SLICE_QUERIES, span.end - span.start)
+        slices = math.ceil((span.end - span.start) / queries)
+        # Time grows with the keys in a line, so that the middle stands for all slices.
+        keys = span.start + (span.end - span.start + queries) // 2
+        rows = queries * config.num_heads // config.num_kv_heads
+        sizes = config.num_kv_heads, rows, config.head_size, keys
+        found[Product(*sizes, weighted=False)] += slices
+        found[Product(sizes[0], rows, keys, config.head_size, weighted=False)] += slices
+    return found
+
+
+def flops(found: Mapping[Product, int]) -> int:
+    """Return the operations of all products."""
+    return sum(product.flops * times for product, times in found.items())
+
+
+def seconds(found: Mapping[Product, int], measured_s: Mapping[Product, float]) -> float:
+    """Return the time of all products, each as long as it was measured."""
+    return sum(measured_s[product] * times for product, times in found.items())
+
+
+def _of_pass(
+    config: ModelConfig, work: Work, spans: Sequence[Span]
+) -> Iterator[tuple[Product, int]]:
+    tokens = sum(span.end - span.start for span in spans)
+    ended = sum(span.end == work.tokens for span in spans)
+    hidden, layers = config.hidden_size, config.num_layers
+    heads = config.num_heads * config.head_size
+    kv_heads = 2 * config.num_kv_heads * config.head_size
+    yield _weight(tokens, hidden, heads + kv_heads), layers
+    yield _weight(tokens, heads, hidden), layers
+    for product, times in attention(config, spans).items():
+        yield product, times * layers
+    for layer in range(layers):
+        rows = ended if layer == layers - 1 else tokens
+        if rows:
+            yield from _mlp(config, layer, rows)
+    if ended:
+        yield _weight(ended, hidden, config.vocab_size), 1
+
+
+def _mlp(config: ModelConfig, layer: int, rows: int) -> Iterator[tuple[Product, int]]:
+    hidden = config.hidden_size
+    if config.moe is None or not config.moe.is_sparse(layer):
+        inner, experts = config.intermediate_size, 1
+    else:
+        yield _weight(rows, hidden, config.moe.num_experts), 1
+        inner, pairs = config.moe.intermediate_size, rows * config.moe.top_k
+        experts = min(pairs, config.moe.num_experts)
+        rows = pairs // experts
+    yield _weight(rows, hidden, 2 * inner), experts
+    yield _weight(rows, inner, hidden), experts
+
+
+def _weight(rows: int, inner: int, columns: int) -> Product:
+    return Product(1, rows, inner, columns, weighted=True)
