@@ -138,7 +138,7 @@ def layout_from_wire(message: kv_pb2.KvLayout) -> CacheLayout:
         return CacheLayout(
             tuple(_group_from_wire(group) for group in (message, *message.more_groups))
         )
-    except (ValueError, StopIteration) as error:
+    except ValueError as error:
         raise InvalidRequest(
             "layout", found=str(error), hint="run the same version of Twinpool in both pools"
         ) from error
@@ -168,10 +168,17 @@ def _group_from_wire(message: kv_pb2.KvLayout) -> KVLayout:
             )
             for shard in message.shards
         ),
-        cp_order=next(k for k, v in _CP_ORDERS.items() if v == message.cp_order),
+        cp_order=_cp_order_from_wire(message.cp_order),
         cp_grain=message.cp_grain or None,
         cp_first=message.cp_first,
     )
+
+
+def _cp_order_from_wire(value: kv_pb2.CpOrder.ValueType) -> CpOrder:
+    for order, known in _CP_ORDERS.items():
+        if known == value:
+            return order
+    raise ValueError(f"a cp_order with the number {value}, which is not known here")
 
 
 def kept_to_wire(kept: Kept) -> list[kv_pb2.KeptTokens]:
