@@ -1,12 +1,14 @@
 """Real Twinpool processes on loopback, for tests that kill, starve and restart them."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
@@ -20,13 +22,19 @@ from service.threads import thread_env
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60.0
 
+# Below those that the kernel gives to connections, so that none of them takes a port between its
+# choice here and the start of the process that it is for.
+_PORT_RANGE = (20_000, 32_000)
+_PORTS = random.SystemRandom()
+
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nothing listens on now, and that no connection is given by chance later."""
+    while True:
+        port = _PORTS.randrange(*_PORT_RANGE)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
