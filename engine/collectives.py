@@ -30,3 +30,32 @@ class GroupCollectives:
         parts = [torch.empty_like(own) for _ in range(self._size)]
         dist.all_gather(parts, own, group=self._group)
         return torch.cat(parts, -1)[..., :width]
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """See Collectives."""
+        rows = len(x)
+        if not rows:
+            return x
+        part = -(-rows // self._size)
+        own = x.new_empty(part, *x.shape[1:])
+        dist.reduce_scatter_tensor(own, _padded(x, part * self._size), group=self._group)
+        begin = dist.get_rank(self._group) * part
+        return own[: max(0, min(part, rows - begin))]
+
+    def all_gather_rows(self, x: Tensor, rows: int) -> Tensor:
+        """See Collectives."""
+        if not rows:
+            return x
+        part = -(-rows // self._size)
+        found = x.new_empty(part * self._size, *x.shape[1:])
+        dist.all_gather_into_tensor(found, _padded(x, part), group=self._group)
+        return found[:rows]
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """Return `x` with rows of zeros added; such collectives want as many from every rank."""
+    if len(x) == rows:
+        return x.contiguous()
+    more = x.new_zeros(rows, *x.shape[1:])
+    more[: len(x)] = x
+    return more

@@ -24,7 +24,10 @@ Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 
 
 class KVCache:
-    """Keys and values of `num_blocks` blocks of `block_size` tokens, of all layers."""
+    """Keys and values of `num_blocks` blocks of `block_size` tokens, of all layers of a rank.
+
+    `cells` and `runs` are by the layer's number in the model.
+    """
 
     def __init__(
         self,
@@ -41,17 +44,20 @@ class KVCache:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a cache of {num_blocks} blocks of {block_size} tokens is empty")
         heads = layout.kv_part(config.num_kv_heads)
+        layers = layout.layers(config.num_layers)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_heads = heads.stop - heads.start
-        shape = (config.num_layers, 2, num_blocks, self.num_heads, block_size, config.head_size)
+        shape = (len(layers), 2, num_blocks, self.num_heads, block_size, config.head_size)
         # Zeros, not empty: a stray NaN in a block's unwritten tail would pass through a mask.
         if allocate is None:
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         else:
             self.tensor = allocate(shape, dtype)
-        self.cells = list(self.tensor.view(config.num_layers, -1, config.head_size))
-        self.runs = list(self.tensor.view(config.num_layers, -1, block_size * config.head_size))
+        cells = self.tensor.view(len(layers), -1, config.head_size)
+        runs = self.tensor.view(len(layers), -1, block_size * config.head_size)
+        self.cells = dict(zip(layers, cells, strict=True))
+        self.runs = dict(zip(layers, runs, strict=True))
 
     def insert(self, layer: int, slot_mapping_TX: Tensor, kv_TXH: Tensor) -> None:
         """Write new tokens' K and V heads into the cells that `slot_mapping` gave for them."""
@@ -77,7 +83,11 @@ class KVCache:
     def block_bytes(
         config: ModelConfig, dtype: torch.dtype, block_size: int, layout: Layout
     ) -> int:
-        """Return the bytes that one block takes over all layers of this rank."""
+        """Return the bytes that one block takes over all layers of a rank: of one with the most,
+        since all ranks have as many blocks.
+        """
         heads = layout.kv_part(config.num_kv_heads)
-        cells: int = config.num_layers * 2 * (heads.stop - heads.start) * block_size
+        cells: int = (
+            layout.most_layers(config.num_layers) * 2 * (heads.stop - heads.start) * block_size
+        )
         return cells * config.head_size * dtype.itemsize

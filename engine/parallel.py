@@ -27,6 +27,14 @@ class Collectives(Protocol):
         """
         ...
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Return this rank's rows of the sum over the ranks, as `Layout.ragged_part` has them."""
+        ...
+
+    def all_gather_rows(self, x: Tensor, rows: int) -> Tensor:
+        """Return all ranks' rows, `rows` in all, in the order of the ranks."""
+        ...
+
 
 class Alone:
     """The collectives of one rank."""
@@ -39,13 +47,22 @@ class Alone:
         """See Collectives."""
         return x
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """See Collectives."""
+        return x
+
+    def all_gather_rows(self, x: Tensor, rows: int) -> Tensor:
+        """See Collectives."""
+        return x
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Degrees of tensor, pipeline, context, expert and data parallelism, and this rank's place.
 
-    With cp, tokens are dealt to the ranks in grains of `cp_grain`; see engine.ring.cyclic. Raises
-    UnsupportedError for what cannot be run; all but tp and cp must be 1 for now.
+    With cp, tokens are dealt to the ranks in grains of `cp_grain`; see engine.ring.cyclic. With
+    `sequence_parallel` each tp rank has some rows of the residual stream; see engine.layers.stream.
+    Raises UnsupportedError for what cannot be run; ep and dp must be 1 for now.
     """
 
     tp: int = 1
@@ -55,23 +72,30 @@ class Layout:
     dp: int = 1
     tp_rank: int = 0
     cp_rank: int = 0
+    pp_rank: int = 0
     cp_grain: int = 0
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("pp", "ep", "dp"):
+        for name in ("ep", "dp"):
             degree = getattr(self, name)
             if degree != 1:
                 raise UnsupportedError(
                     f"{name}={degree}: this engine does not split a model so; use {name}=1"
                 )
-        for name, size, rank in (("tp", self.tp, self.tp_rank), ("cp", self.cp, self.cp_rank)):
+        places = (
+            ("tp", self.tp, self.tp_rank),
+            ("cp", self.cp, self.cp_rank),
+            ("pp", self.pp, self.pp_rank),
+        )
+        for name, size, rank in places:
             if not 0 <= rank < size:
                 raise UnsupportedError(f"rank {rank} of {name}={size} does not exist")
         if self.cp > 1 and self.cp_grain < 1:
             raise UnsupportedError(f"cp={self.cp} needs a grain of whole blocks, found none")
 
     def check(self, config: ModelConfig) -> None:
-        """Raise UnsupportedError, naming the degrees that would do, where tp divides no heads."""
+        """Raise UnsupportedError, naming the degrees that would do, for those that do not."""
         if not _divides(self.tp, config):
             able = [n for n in range(1, config.num_heads + 1) if _divides(n, config)]
             raise UnsupportedError(
@@ -79,6 +103,26 @@ class Layout:
                 f"{config.num_kv_heads} KV heads and the MLP's inner size; "
                 f"use tp={', '.join(map(str, able))}"
             )
+        if self.pp > config.num_layers:
+            raise UnsupportedError(
+                f"pp={self.pp} needs a layer for each stage; the model has {config.num_layers}: "
+                f"use pp=1 to {config.num_layers}"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the instance."""
+        return self.tp * self.cp * self.pp
+
+    def layers(self, num_layers: int) -> range:
+        """Return which layers this rank's stage has; stages differ by one at most."""
+        return range(
+            num_layers * self.pp_rank // self.pp, num_layers * (self.pp_rank + 1) // self.pp
+        )
+
+    def most_layers(self, num_layers: int) -> int:
+        """Return how many layers the stages have at most."""
+        return -(-num_layers // self.pp)
 
     def tensor_part(self, size: int) -> slice:
         """Return which of `size` rows, columns or heads this rank holds; tp divides them."""
@@ -92,12 +136,10 @@ class Layout:
         head = self.tp_rank * kv_heads // self.tp
         return slice(head, head + 1)
 
-    def vocab_part(self, vocab_size: int) -> slice:
-        """Return which tokens' rows this rank holds; the last ranks may hold fewer."""
-        part = -(-vocab_size // self.tp)
-        return slice(
-            min(self.tp_rank * part, vocab_size), min((self.tp_rank + 1) * part, vocab_size)
-        )
+    def ragged_part(self, size: int) -> slice:
+        """Return which of `size` rows this tp rank has; the last ranks may have fewer."""
+        part = -(-size // self.tp)
+        return slice(min(self.tp_rank * part, size), min((self.tp_rank + 1) * part, size))
 
     def expert_part(self, experts: int) -> slice:
         """Return which of `experts` this rank holds."""

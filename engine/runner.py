@@ -19,6 +19,7 @@ from engine.layers.attention import Pass
 from engine.layers.layer import Placement
 from engine.models import MODELS
 from engine.parallel import Alone, Collectives, Layout
+from engine.pipeline import Logits, OneStage, Pipeline, Stages
 from engine.ring.comm import Wire
 from engine.ring.cyclic import Dealing
 from engine.ring.passes import AUTO, Ring
@@ -51,25 +52,29 @@ class ModelRunner:
         ranks: Collectives | None = None,
         ring: Wire | None = None,
         ring_mode: str = AUTO,
+        stages: Wire | None = None,
         progress: Progress | None = None,
         allocate: Allocate | None = None,
     ) -> None:
         """`num_blocks` are the instance's; with cp each has a grain on every cp rank.
 
-        With a layout of several ranks, `ranks` joins those of tp and `ring` those of cp, in the
-        way `ring_mode` says (engine.ring.passes.MODES): all must run the same passes.
+        With a layout of several ranks, `ranks` joins those of tp, `ring` those of cp, in the way
+        `ring_mode` says (engine.ring.passes.MODES), and `stages` those of pp: all must run the same
+        passes.
         """
         layout = layout or Layout()
         layout.check(config)
         self.config = config
         with torch.inference_mode():
             placement = Placement(dtype=dtype, device=device, layout=layout, ranks=ranks or Alone())
+            self._stream = placement.stream
             self._model = MODELS[config.architecture](config, placement)
             load_weights(
                 folder, list(self._model.slots()), ignored=self._model.ignores, progress=progress
             )
             self._model.prepare()
         self._dealing = _dealing(layout, block_size)
+        self._is_last_stage = layout.pp_rank == layout.pp - 1
         self._num_heads = config.num_heads // layout.tp
         self._attend = attention_kernel(device)
         # Outside inference mode: transfers write into the cache from other threads.
@@ -87,6 +92,17 @@ class ModelRunner:
             if ring is None or (ring.size, ring.rank) != (layout.cp, layout.cp_rank):
                 raise ValueError(f"{layout} needs a wire between its {layout.cp} cp ranks")
             self._ring = Ring(ring, self._dealing, self.cache, ring_mode)
+        self._stages: Stages = OneStage()
+        if layout.pp > 1:
+            if stages is None or (stages.size, stages.rank) != (layout.pp, layout.pp_rank):
+                raise ValueError(f"{layout} needs a wire between its {layout.pp} stages")
+            self._stages = Pipeline(
+                stages,
+                width=config.hidden_size,
+                vocab_size=config.vocab_size,
+                leads=layout.cp_rank == layout.tp_rank == 0,
+                device=device,
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -106,9 +122,14 @@ class ModelRunner:
         """Compute the chunks, cache their K and V, and return the logits after each chunk.
 
         The result is [S, V] in fp32, in the chunks' order; with cp it is [0, V] on all ranks but
-        cp rank 0. `on_layer(l)` is called as soon as layer l's K and V of all chunks are in the
-        cache. Raises BatchError before anything is written where a chunk cannot be run.
+        cp rank 0, and with pp on all but the instance's first. `on_layer(l)` is called as soon as
+        the K and V of all chunks in layer l, of this rank's, are in the cache. Raises BatchError
+        before anything is written where a chunk cannot be run.
         """
+        return self.start(chunks, on_layer).wait()
+
+    def start(self, chunks: Sequence[Chunk], on_layer: OnLayer | None = None) -> Logits:
+        """Do as `forward` does, but return when this rank's stage is done with the pass."""
         if self._ring is not None:
             return self._run_ring(self._ring, chunks, on_layer)
         batch = self._batch(chunks)
@@ -117,12 +138,12 @@ class ModelRunner:
     def forward_all(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Do as `forward` does, and return the logits of every token: [T, V] for each chunk.
 
-        For one cp rank only.
+        For one cp rank and one stage only.
         """
         assert self._ring is None
         batch = self._batch(chunks)
         rows_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
-        logits_TV = self._run(batch, rows_T, None)
+        logits_TV = self._run(batch, rows_T, None).wait()
         return [logits_TV[rows] for rows in batch.rows_of]
 
     def warm_up(self) -> None:
@@ -149,7 +170,7 @@ class ModelRunner:
         return make_batch(chunks, self.cache, self.config.vocab_size)
 
     @torch.inference_mode()
-    def _run(self, batch: Batch, wanted_S: Tensor, on_layer: OnLayer | None) -> Tensor:
+    def _run(self, batch: Batch, wanted_S: Tensor, on_layer: OnLayer | None) -> Logits:
         def attend(layer: int, qkv_TNH: Tensor) -> Tensor:
             return self._attend(qkv_TNH, self.cache.runs[layer], batch, self._num_heads)
 
@@ -161,10 +182,12 @@ class ModelRunner:
             attend=attend,
             on_layer=on_layer,
         )
-        return self._model(shared, wanted_S)
+        return self._stages.pass_on(
+            self._model(shared, wanted_S, self._receive(shared)), len(wanted_S)
+        )
 
     @torch.inference_mode()
-    def _run_ring(self, ring: Ring, chunks: Sequence[Chunk], on_layer: OnLayer | None) -> Tensor:
+    def _run_ring(self, ring: Ring, chunks: Sequence[Chunk], on_layer: OnLayer | None) -> Logits:
         made = ring.make_pass(chunks, self.config.vocab_size)
         shared = Pass(
             token_ids_T=made.token_ids_T,
@@ -176,7 +199,13 @@ class ModelRunner:
         )
         rows = [row for _, row in made.last_rows]
         wanted_S = torch.tensor(rows, dtype=torch.long, device=made.token_ids_T.device)
-        return ring.collect(made, self._model(shared, wanted_S))
+        result = self._model(shared, wanted_S, self._receive(shared))
+        if self._is_last_stage:
+            result = ring.collect(made, result)
+        return self._stages.pass_on(result, len(chunks))
+
+    def _receive(self, shared: Pass) -> Tensor | None:
+        return self._stages.receive(self._stream.rows(len(shared.token_ids_T)))
 
 
 def _dealing(layout: Layout, block_size: int) -> Dealing:

@@ -1,15 +1,19 @@
 """Computes the steps that the worker decides on, and says what of them the transfer may send.
 
-Owns the way from a step to the model's passes on one rank. Decides nothing, and knows no request
-beyond its id: requests, blocks and sampling are the worker's.
+Owns the way from a step to the model's passes. Decides nothing, and knows no request beyond its id:
+requests, blocks and sampling are the worker's.
 """
 
+import queue
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from engine.errors import EngineError
+from engine.pipeline import Logits
 from engine.runner import Chunk, ModelRunner
 from kvtransfer import KVShape, Span
 from prefill.handoff import Handoff
@@ -44,26 +48,88 @@ class Piece:
 
 
 class Compute(Protocol):
-    """Runs steps, on one rank or on all of an instance."""
+    """Runs steps on all ranks of an instance."""
 
-    def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Compute a step and hand its KV over as it is done.
+    @property
+    def depth(self) -> int:
+        """How many steps may be under way at once: as many as there are stages."""
+        ...
 
-        Returns the logits after each piece, [S, V] in fp32. For the engine's thread.
+    def run(self, pieces: Sequence[Piece], done: Callable[[Tensor], None]) -> None:
+        """Compute a step and hand its KV over as it is done; for the engine's thread.
+
+        Returns when another step may begin. `done` gets the logits after each piece, [S, V] in
+        fp32, step after step, from any thread.
         """
         ...
+
+
+class Steps:
+    """All ranks' part in every step; see Compute.
+
+    Args:
+        own: This rank's, the first one's.
+        depth: How many stages there are.
+        tell: Tells the other ranks of a step.
+        on_fatal: Called where the logits of a step are lost.
+    """
+
+    def __init__(
+        self,
+        own: "RankCompute",
+        *,
+        depth: int = 1,
+        tell: Callable[[Sequence[Piece]], None] = lambda _: None,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self.depth = depth
+        self._own = own
+        self._tell = tell
+        self._on_fatal = on_fatal
+        # Of steps that other stages have yet to come to; None ends the thread that waits for them.
+        self._under_way: queue.SimpleQueue[tuple[Logits, Callable[[Tensor], None]] | None]
+        self._under_way = queue.SimpleQueue()
+        if depth > 1:
+            threading.Thread(target=self._collect, name="prefill-logits", daemon=True).start()
+
+    def run(self, pieces: Sequence[Piece], done: Callable[[Tensor], None]) -> None:
+        """See Compute."""
+        self._tell(pieces)
+        logits = self._own.run(pieces)
+        if self.depth == 1:
+            done(logits.wait())
+        else:
+            self._under_way.put((logits, done))
+
+    def close(self) -> None:
+        """Let go of the steps that are under way."""
+        self._under_way.put(None)
+
+    def _collect(self) -> None:
+        while (item := self._under_way.get()) is not None:
+            logits, done = item
+            try:
+                logits_SV = logits.wait()
+            except EngineError as error:
+                self._on_fatal(error)
+                return
+            done(logits_SV)
 
 
 class RankCompute:
     """One rank's part in every step."""
 
-    def __init__(self, runner: ModelRunner, shape: KVShape, handoff: Handoff) -> None:
+    def __init__(
+        self, runner: ModelRunner, shape: KVShape, layers: range, handoff: Handoff
+    ) -> None:
+        """`layers` are this rank's of the model's."""
         self._runner = runner
         self._shape = shape
+        self._layers = layers
         self._handoff = handoff
 
-    def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """See Compute; only an instance's first rank gets logits."""
+    def run(self, pieces: Sequence[Piece]) -> Logits:
+        """Compute this rank's part; only an instance's first rank gets logits."""
         chunks = [
             Chunk(
                 token_ids=piece.token_ids,
@@ -73,18 +139,19 @@ class RankCompute:
             )
             for piece in pieces
         ]
-        return self._runner.forward(chunks, self._hand_over(pieces))
+        return self._runner.start(chunks, self._hand_over(pieces))
 
     def _hand_over(self, pieces: Sequence[Piece]) -> Callable[[int], None]:
         """What to do when a layer of the step is in the cache."""
         sending = [(piece.request_id, piece.tokens) for piece in pieces if piece.transfer]
         stride = layers_at_once(self._shape, sum(len(tokens) for _, tokens in sending))
+        first, after = self._layers.start, self._layers.stop
 
         def on_layer(layer: int) -> None:
-            end = layer + 1
-            if end % stride and end != self._shape.layers:
+            done = layer + 1 - first
+            if done % stride and layer + 1 != after:
                 return
-            layers = Span(layer // stride * stride, end)
+            layers = Span(first + (done - 1) // stride * stride, layer + 1)
             for request_id, tokens in sending:
                 self._handoff.ready(request_id, layers, tokens)
 

@@ -30,6 +30,17 @@ class PrefillConfig(InstanceConfig):
     tp: int = Field(
         default=1, ge=1, le=1024, description="Ranks that the model's matrices are split over."
     )
+    pp: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Stages that the model's layers are split over; prompts flow through in chunks"
+        " of --max-batched-tokens.",
+    )
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Let each of --tp ranks compute norms for a part of the tokens only.",
+    )
     cp_grain: int | None = Field(
         default=None,
         ge=1,
@@ -43,7 +54,7 @@ class PrefillConfig(InstanceConfig):
     @property
     def ranks(self) -> int:
         """Processes that make up the instance."""
-        return self.cp * self.tp
+        return self.pp * self.cp * self.tp
 
     @property
     def rank_threads(self) -> int:

@@ -18,7 +18,7 @@ from twinpool.v1 import rank_pb2, rank_pb2_grpc
 
 from kvtransfer import Closed, Completed, Failed, SharedRegion, TransferEvent
 from prefill.config import PrefillConfig
-from prefill.group import given_place, meet_first, take_part
+from prefill.group import given_place, meet_first, rank_name, take_part
 from prefill.rank import Rank
 from prefill.rank_wire import end_to_wire, heartbeat_to_wire, step_from_wire
 from service.channels import dial
@@ -125,7 +125,7 @@ class Stream:
     async def beat(self, rank: Rank) -> None:
         """Say again and again that this rank is alive."""
         while True:
-            beat = heartbeat_to_wire(rank.agent.stats(), rank.traffic)
+            beat = heartbeat_to_wire(rank.agent.stats(), rank.links)
             self.say(rank_pb2.FollowRequest(heartbeat=beat))
             await asyncio.sleep(BEAT_S)
 
@@ -137,7 +137,8 @@ class Stream:
 async def follow(settings: PrefillConfig) -> None:
     """Be one of an instance's ranks but the first, until that one lets go or is lost."""
     place = await asyncio.to_thread(given_place)
-    _configure_logs(settings, f"rank {place.rank}")
+    name = rank_name(settings, place.rank)
+    _configure_logs(settings, f"rank {name}")
     address, secret = await asyncio.to_thread(meet_first, place)
     channel = dial(address)
     stream = Stream(channel, place.rank, secret)
@@ -145,7 +146,7 @@ async def follow(settings: PrefillConfig) -> None:
     who = Incarnation(name=welcome.instance, epoch=welcome.epoch)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the first rank drains, and then lets go
-    _configure_logs(settings, f"{who.name}[{place.rank}]")
+    _configure_logs(settings, f"{who.name}[{name}]")
     region = SharedRegion()  # so that a decode instance on this host can read the cache itself
     try:
         part = await asyncio.to_thread(take_part, settings, place.rank, place.store)

@@ -17,7 +17,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 from twinpool.v1 import rank_pb2_grpc
@@ -101,20 +103,36 @@ def take_part(settings: PrefillConfig, rank: int, store: Store) -> Part:
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=settings.ranks, timeout=_MEETING
     )
-    cp, tp = settings.cp, settings.tp
-    cp_rank, tp_rank = divmod(rank, tp)
-    # Every rank makes every group, in one order.
-    of_tp = [dist.new_group([c * tp + t for t in range(tp)]) for c in range(cp)]
-    of_cp = [dist.new_group([c * tp + t for c in range(cp)]) for t in range(tp)]
-    ring = Wire(GroupComm(of_cp[tp_rank], _STEP_TIMEOUT_S)) if cp > 1 else None
+    layout = layout_of(settings, rank)
+    of_pp, of_cp, of_tp = (_group(settings, rank, axis) for axis in range(3))
+    # The last stage is told of a step when the first one is, and waits for all between them.
+    through_s = _STEP_TIMEOUT_S * settings.pp
     return Part(
-        layout=layout_of(settings, rank),
-        ranks=GroupCollectives(of_tp[cp_rank]) if tp > 1 else None,
-        ring=ring,
+        layout=layout,
+        ranks=GroupCollectives(of_tp) if layout.tp > 1 else None,
+        ring=Wire(GroupComm(of_cp, _STEP_TIMEOUT_S)) if layout.cp > 1 else None,
         ring_mode=settings.ring,
+        stages=Wire(GroupComm(of_pp, through_s)) if layout.pp > 1 else None,
         rank=rank,
         meet=dist.barrier,
     )
+
+
+def _places(settings: PrefillConfig) -> NDArray[np.int64]:
+    """Which rank is where: [pp, cp, tp], tp fastest."""
+    return np.arange(settings.ranks).reshape(settings.pp, settings.cp, settings.tp)
+
+
+def _group(settings: PrefillConfig, rank: int, axis: int) -> dist.ProcessGroup:
+    """Make the groups of ranks that differ in one of pp, cp and tp only; return this rank's.
+
+    Every rank makes every group, in one order.
+    """
+    places = _places(settings)
+    lines = np.moveaxis(places, axis, -1).reshape(-1, places.shape[axis]).tolist()
+    groups = [(line, dist.new_group(line)) for line in lines]
+    own: dist.ProcessGroup = next(group for line, group in groups if rank in line)
+    return own
 
 
 @asynccontextmanager
@@ -160,8 +178,8 @@ def check_layout(settings: PrefillConfig) -> None:
     started = int(os.environ.get("WORLD_SIZE", settings.ranks))
     if given_rank() is not None and started != settings.ranks:
         raise StartError(
-            f"--cp {settings.cp} and --tp {settings.tp} make {settings.ranks} ranks, but torchrun"
-            f" has started {started}: give both the same number"
+            f"--pp {settings.pp}, --cp {settings.cp} and --tp {settings.tp} make {settings.ranks}"
+            f" ranks, but torchrun has started {started}: give both the same number"
         )
     try:
         layout_of(settings, 0).check(load_config(settings.model.expanduser()))
@@ -171,9 +189,28 @@ def check_layout(settings: PrefillConfig) -> None:
 
 def layout_of(settings: PrefillConfig, rank: int) -> Layout:
     """What part of the model a rank has: tp is fastest."""
-    cp_rank, tp_rank = divmod(rank, settings.tp)
-    grain = settings.grain if settings.cp > 1 else 0
-    return Layout(tp=settings.tp, tp_rank=tp_rank, cp=settings.cp, cp_rank=cp_rank, cp_grain=grain)
+    pp_rank, cp_rank, tp_rank = (int(at) for [at] in np.nonzero(_places(settings) == rank))
+    return Layout(
+        pp=settings.pp,
+        pp_rank=pp_rank,
+        cp=settings.cp,
+        cp_rank=cp_rank,
+        cp_grain=settings.grain if settings.cp > 1 else 0,
+        tp=settings.tp,
+        tp_rank=tp_rank,
+        sequence_parallel=settings.sequence_parallel,
+    )
+
+
+def rank_name(settings: PrefillConfig, rank: int) -> str:
+    """A rank and its place in the layout, for logs: "3 pp1 tp1" of pp 2 x tp 2."""
+    layout = layout_of(settings, rank)
+    places = [
+        ("pp", layout.pp, layout.pp_rank),
+        ("cp", layout.cp, layout.cp_rank),
+        ("tp", layout.tp, layout.tp_rank),
+    ]
+    return " ".join([str(rank), *(f"{name}{at}" for name, degree, at in places if degree > 1)])
 
 
 def meet_first(place: Place) -> tuple[str, bytes]:

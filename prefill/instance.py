@@ -17,14 +17,14 @@ from engine.blocks import BlockPool
 from engine.prefix_cache import PrefixCache
 from engine.ring.comm import Traffic
 from kvtransfer import AgentStats, SharedRegion, TransferEvent
-from prefill.compute import Compute
+from prefill.compute import Piece, Steps
 from prefill.config import PrefillConfig
-from prefill.group import check_layout, led
+from prefill.group import check_layout, led, rank_name
 from prefill.handoff import Transfers
-from prefill.leader import Followers, GroupCompute, GroupTransfers, peers_message
-from prefill.metrics import Metrics, RingMetrics
+from prefill.leader import Followers, GroupTransfers, peers_message, step_message
+from prefill.metrics import LinkMetrics, Metrics
 from prefill.rank import Rank
-from prefill.rank_wire import sum_of_ranks
+from prefill.rank_wire import links_from_wire, sum_of_ranks
 from prefill.scheduler import Scheduler
 from prefill.server import PrefillService
 from prefill.worker import Worker
@@ -65,7 +65,10 @@ class Instance:
         identity = make_identity(model, who)
         self._rank = Rank(settings, model, identity, region, lambda event: self._on_event(event))
         self._followers = followers
-        compute, transfers = self._of_all_ranks(settings.ranks)
+        transfers = self._transfers(settings.ranks)
+        self._steps = Steps(
+            self._rank.compute, depth=settings.pp, tell=self._tell_step, on_fatal=die
+        )
         pool, tokens = BlockPool(model.num_blocks), model.block_tokens
         cache = (
             PrefixCache(pool, block_size=tokens, fingerprint=identity.compatibility.hex())
@@ -74,7 +77,7 @@ class Instance:
         )
         metrics = Metrics(registry)
         self._worker = Worker(
-            compute=compute,
+            compute=self._steps,
             block_tokens=tokens,
             pool=pool,
             cache=cache,
@@ -99,14 +102,14 @@ class Instance:
             metrics=metrics,
         )
         PoolMetrics("prefill", registry, heartbeat=self.heartbeat, transfer=self._transfer_stats)
-        RingMetrics(registry, self._traffic)
+        LinkMetrics(registry, self._links)
 
-    def _of_all_ranks(self, ranks: int) -> tuple[Compute, Transfers]:
-        """What the worker works with: this rank alone, or all as one."""
+    def _transfers(self, ranks: int) -> Transfers:
+        """Those of this rank alone, or of all as one."""
         self._on_event: Callable[[TransferEvent], None]
         if self._followers is None:
             self._on_event = lambda event: self._worker.transfer_event(event)
-            return self._rank.compute, self._rank.handoff
+            return self._rank.handoff
         transfers = GroupTransfers(
             self._rank.handoff,
             self._rank.agent,
@@ -116,7 +119,11 @@ class Instance:
         )
         self._on_event = partial(transfers.take, 0)
         self._followers.on_end = transfers.take
-        return GroupCompute(self._rank.compute, self._followers), transfers
+        return transfers
+
+    def _tell_step(self, pieces: Sequence[Piece]) -> None:
+        if self._followers is not None:
+            self._followers.tell(step_message(pieces))
 
     def start(self) -> None:
         """Start the threads."""
@@ -126,6 +133,7 @@ class Instance:
     def close(self) -> None:
         """Stop the threads."""
         self._worker.stop()
+        self._steps.close()
         self._rank.agent.close()
 
     def update_peers(self, peers: Sequence[worker_pb2.Peer]) -> None:
@@ -141,11 +149,9 @@ class Instance:
         others = (beat.transfer for beat in self._beats().values())
         return sum_of_ranks(self._rank.agent.stats(), others)
 
-    def _traffic(self) -> dict[int, Traffic]:
-        others = {
-            rank: Traffic(beat.ring_bytes, beat.ring_wait_s) for rank, beat in self._beats().items()
-        }
-        return {0: self._rank.traffic, **others}
+    def _links(self) -> dict[int, dict[str, Traffic]]:
+        others = {rank: links_from_wire(beat) for rank, beat in self._beats().items()}
+        return {0: self._rank.links, **others}
 
     def heartbeat(self) -> worker_pb2.Heartbeat:
         """What routers are told again and again."""
@@ -166,7 +172,7 @@ async def main(settings: PrefillConfig) -> None:
     who = new_incarnation(settings, "prefill")
     configure_logging(
         role="prefill",
-        instance=who.name if settings.ranks == 1 else f"{who.name}[0]",
+        instance=who.name if settings.ranks == 1 else f"{who.name}[{rank_name(settings, 0)}]",
         level=settings.log_level,
         as_json=settings.log_json,
     )

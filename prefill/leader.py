@@ -13,11 +13,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
 from twinpool.v1 import rank_pb2, rank_pb2_grpc, worker_pb2
 
 from kvtransfer import Closed, Completed, Failed, SendAgent, Span, TransferEvent
-from prefill.compute import Piece, RankCompute
+from prefill.compute import Piece
 from prefill.handoff import Grant, Handoff
 from prefill.joined import End, JoinedEnds
 from prefill.peers import grant_to_wire
@@ -156,19 +155,6 @@ class Followers(rank_pb2_grpc.RanksServicer):
             outbox.put_nowait(message)
 
 
-class GroupCompute:
-    """All ranks of an instance as one; see compute.Compute."""
-
-    def __init__(self, own: RankCompute, followers: Followers) -> None:
-        self._own = own
-        self._followers = followers
-
-    def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """See Compute."""
-        self._followers.tell(Message(step=step_to_wire(pieces)))
-        return self._own.run(pieces)
-
-
 class GroupTransfers:
     """The transfers of all ranks of an instance as one; see handoff.Transfers.
 
@@ -255,6 +241,11 @@ class GroupTransfers:
         transfer_id = self._own.transfer_of(request_id)
         if before is None and transfer_id is not None:
             self._ends.begin(transfer_id)
+
+
+def step_message(pieces: Sequence[Piece]) -> Message:
+    """What tells the ranks of a step."""
+    return Message(step=step_to_wire(pieces))
 
 
 def peers_message(peers: Iterable[worker_pb2.Peer]) -> Message:

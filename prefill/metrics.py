@@ -106,28 +106,36 @@ class Metrics:
                 self._failed.labels(outcome.reason).inc()
 
 
-class RingMetrics(Collector):
-    """What the ranks of an instance send each other for ring attention, read at each scrape."""
+class LinkMetrics(Collector):
+    """What the ranks of an instance exchange in steps, read at each scrape.
+
+    That is "ring", for attention between those of cp, and "stage", between those of pp.
+    """
 
     def __init__(
-        self, registry: CollectorRegistry, traffic: Callable[[], Mapping[int, Traffic]]
+        self,
+        registry: CollectorRegistry,
+        links: Callable[[], Mapping[int, Mapping[str, Traffic]]],
     ) -> None:
-        """`traffic` gives each rank's."""
-        self._traffic = traffic
+        """`links` gives each rank's traffic, by the sort of link."""
+        self._links = links
         registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
         """The families of this instance."""
-        sent = CounterMetricFamily(
-            "twinpool_prefill_ring_bytes", "Bytes sent to other ranks.", labels=["rank"]
-        )
-        wait = CounterMetricFamily(
-            "twinpool_prefill_ring_wait_seconds",
-            "Seconds of steps in which a rank stood still for another one.",
-            labels=["rank"],
-        )
-        for rank, traffic in self._traffic().items():
-            sent.add_metric([str(rank)], traffic.bytes_sent)
-            wait.add_metric([str(rank)], traffic.wait_s)
-        yield sent
-        yield wait
+        links = self._links()
+        for name in ("ring", "stage"):
+            sent = CounterMetricFamily(
+                f"twinpool_prefill_{name}_bytes", "Bytes sent to other ranks.", labels=["rank"]
+            )
+            wait = CounterMetricFamily(
+                f"twinpool_prefill_{name}_wait_seconds",
+                "Seconds of steps in which a rank stood still for another one.",
+                labels=["rank"],
+            )
+            for rank, of_rank in links.items():
+                if name in of_rank:
+                    sent.add_metric([str(rank)], of_rank[name].bytes_sent)
+                    wait.add_metric([str(rank)], of_rank[name].wait_s)
+            yield sent
+            yield wait

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 
-from engine.ring.comm import Traffic
 from kvtransfer import Identity, SendAgent, SharedRegion, TransferEvent, TransferSettings
 from kvtransfer.hardware import describe_rdma
 from kvtransfer.network import NetworkTransport
@@ -46,7 +45,8 @@ class Rank:
             region=region,
         )
         self.handoff = Handoff(self.agent, shape.layers, model.runner.local_blocks)
-        self.compute = RankCompute(model.runner, shape, self.handoff)
+        layers = model.part.layout.layers(shape.layers)
+        self.compute = RankCompute(model.runner, shape, layers, self.handoff)
         self.peers = Peers(self.agent)
-        ring = model.part.ring
-        self.traffic = ring.traffic if ring is not None else Traffic()
+        # What it exchanges with other ranks in steps, by the sort of link.
+        self.links = {name: wire.traffic for name, wire in model.part.wires.items()}

@@ -93,16 +93,23 @@ _SLOTS = "slots."
 _APART = ("slots", "peers", "slowest_detection_s")
 
 
-def heartbeat_to_wire(stats: AgentStats, traffic: Traffic) -> rank_pb2.RankHeartbeat:
+def heartbeat_to_wire(stats: AgentStats, links: Mapping[str, Traffic]) -> rank_pb2.RankHeartbeat:
     """That a rank is alive, and what it has counted."""
     names = (field.name for field in fields(stats) if field.name not in _APART)
     return rank_pb2.RankHeartbeat(
         pairs=pairs_to_wire(stats.peers),
         transfer={name: getattr(stats, name) for name in names}
         | {f"{_SLOTS}{state}": count for state, count in stats.slots.items()},
-        ring_bytes=traffic.bytes_sent,
-        ring_wait_s=traffic.wait_s,
+        links={
+            name: rank_pb2.RankTraffic(bytes=traffic.bytes_sent, wait_s=traffic.wait_s)
+            for name, traffic in links.items()
+        },
     )
+
+
+def links_from_wire(beat: rank_pb2.RankHeartbeat) -> dict[str, Traffic]:
+    """What a rank has exchanged with others, by the sort of link."""
+    return {name: Traffic(link.bytes, link.wait_s) for name, link in beat.links.items()}
 
 
 def sum_of_ranks(own: AgentStats, others: Iterable[Mapping[str, float]]) -> AgentStats:

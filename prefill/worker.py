@@ -93,7 +93,7 @@ class StepReport:
 
     Attributes:
         schedule_s: Deciding on it, and giving blocks to prompts that enter.
-        compute_s: The forward pass on all ranks.
+        compute_s: The forward pass on all ranks; with several stages those of steps overlap.
         finish_s: Remembering prefixes, sampling and telling.
     """
 
@@ -118,6 +118,17 @@ class _Job:
     early: Outcome | None = None
     # False once nobody waits for an outcome: only the transfer's end is still to come.
     wanted: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Computed:
+    """A step that all stages are done with."""
+
+    work: list[tuple[_Job, Slice]]
+    schedule_s: float
+    began_s: float
+    computed_s: float
+    logits_SV: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +174,9 @@ class Worker:
         self._on_fatal = on_fatal
         self._jobs: dict[int, _Job] = {}
         self._tokens_per_s = math.inf
-        self._inbox: deque[Request | int | TransferEvent] = deque()
+        self._under_way = 0
+        self._last_computed_s = -math.inf
+        self._inbox: deque[Request | int | TransferEvent | _Computed] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._load = Load(blocks=pool.counts(), running=0, waiting=0)
@@ -203,7 +216,7 @@ class Worker:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _post(self, item: Request | int | TransferEvent) -> None:
+    def _post(self, item: Request | int | TransferEvent | _Computed) -> None:
         with self._wake:
             self._inbox.append(item)
             self._wake.notify()
@@ -215,17 +228,9 @@ class Worker:
             while not self._stopping:
                 self._take_inbox()
                 self._expire()
-                began_s = time.monotonic()
-                step = self._scheduler.schedule(
-                    self._pool.counts().available,
-                    now=time.monotonic(),
-                    tokens_per_s=self._tokens_per_s,
-                    enter=self._enter,
-                )
-                if step.slices:
-                    self._run(step, began_s)
+                ran = self._under_way < self._compute.depth and self._step()
                 self._report()
-                if not step.slices:
+                if not ran:
                     self._wait()
         except BaseException as error:
             log.exception("the prefill engine broke")
@@ -250,6 +255,8 @@ class Worker:
                 self._accept(item)
             elif isinstance(item, int):
                 self._drop(item)
+            elif isinstance(item, _Computed):
+                self._finish(item)
             else:
                 self._transfer_event(item)
 
@@ -276,7 +283,20 @@ class Worker:
                 job.request.request_id, "DeadlineExceeded", "the deadline passed at prefill", False
             )
 
-    def _run(self, step: Step, scheduling_s: float) -> None:
+    def _step(self) -> bool:
+        """Begin a step, if there is anything to compute."""
+        began_s = time.monotonic()
+        step = self._scheduler.schedule(
+            self._pool.counts().available,
+            now=began_s,
+            tokens_per_s=self._tokens_per_s,
+            enter=self._enter,
+        )
+        if step.slices:
+            self._run(step, time.monotonic() - began_s)
+        return bool(step.slices)
+
+    def _run(self, step: Step, schedule_s: float) -> None:
         work = [(self._jobs[piece.request_id], piece) for piece in step.slices]
         pieces = [
             Piece(
@@ -290,30 +310,52 @@ class Worker:
             for job, piece in work
         ]
         began_s = time.monotonic()
-        logits_SV = self._compute.run(pieces)
-        computed_s = time.monotonic()
-        self._measure(sum(piece.length for piece in step.slices), computed_s - began_s)
-        self._remember(work)
+
+        def done(logits_SV: torch.Tensor) -> None:
+            self._post(
+                _Computed(
+                    work=work,
+                    schedule_s=schedule_s,
+                    began_s=began_s,
+                    computed_s=time.monotonic(),
+                    logits_SV=logits_SV,
+                )
+            )
+
+        self._under_way += 1
+        self._compute.run(pieces, done)
+
+    def _finish(self, step: _Computed) -> None:
+        self._under_way -= 1
+        finishing_s = time.monotonic()
+        tokens = sum(piece.length for _, piece in step.work)
+        self._measure(tokens, step)
+        # Requests that were dropped meanwhile have no blocks any more. What the step still wrote
+        # there harms nobody: on every rank steps of others come after it.
+        wanted = [(row, *each) for row, each in enumerate(step.work) if each[0].wanted]
+        self._remember([(job, piece) for _, job, piece in wanted])
         rows, done = [], []
-        for row, (job, piece) in enumerate(work):
+        for row, job, piece in wanted:
             if piece.end == len(job.request.prompt):
-                job.computed_s = computed_s
+                job.computed_s = step.computed_s
                 rows.append(row)
                 done.append(job)
         if done:
-            self._first_tokens(done, logits_SV[rows])
+            self._first_tokens(done, step.logits_SV[rows])
         self._on_step(
             StepReport(
-                tokens=sum(piece.length for piece in step.slices),
+                tokens=tokens,
                 max_tokens=self._scheduler.max_batched_tokens,
-                prompts=len(step.slices),
-                schedule_s=began_s - scheduling_s,
-                compute_s=computed_s - began_s,
-                finish_s=time.monotonic() - computed_s,
+                prompts=len(step.work),
+                schedule_s=step.schedule_s,
+                compute_s=step.computed_s - step.began_s,
+                finish_s=time.monotonic() - finishing_s,
             )
         )
 
-    def _measure(self, tokens: int, elapsed_s: float) -> None:
+    def _measure(self, tokens: int, step: _Computed) -> None:
+        elapsed_s = step.computed_s - max(step.began_s, self._last_computed_s)
+        self._last_computed_s = step.computed_s
         # A small step says little of what a large one reaches: its fixed costs are most of it.
         if 2 * tokens < self._scheduler.max_batched_tokens or elapsed_s <= 0:
             return

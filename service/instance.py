@@ -65,8 +65,15 @@ class Part:
     ranks: Collectives | None = None
     ring: Wire | None = None
     ring_mode: str = "auto"
+    stages: Wire | None = None
     rank: int = 0
     meet: Callable[[], None] = lambda: None
+
+    @property
+    def wires(self) -> dict[str, Wire]:
+        """The ties over which messages go, by what for."""
+        ties = {"ring": self.ring, "stage": self.stages}
+        return {name: wire for name, wire in ties.items() if wire is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +138,7 @@ def load_model(
                 ranks=part.ranks,
                 ring=part.ring,
                 ring_mode=part.ring_mode,
+                stages=part.stages,
                 progress=progress,
                 allocate=allocate,
             )
@@ -161,6 +169,7 @@ def load_model(
             (shape,),
             settings.block_size,
             tp=part.layout.tp,
+            pp=part.layout.pp,
             cp=part.layout.cp,
             cp_order="cyclic",
             cp_grain=part.layout.cp_grain or None,

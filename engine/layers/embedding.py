@@ -19,9 +19,9 @@ class Embedding:
     def __init__(self, name: str, vocab_size: int, hidden_size: int, placement: Placement) -> None:
         self._name = name
         self._shape = (vocab_size, hidden_size)
-        self._part = part = placement.layout.vocab_part(vocab_size)
+        self._part = part = placement.layout.ragged_part(vocab_size)
         self._is_whole = part.stop - part.start == vocab_size
-        self._all_reduce = placement.ranks.all_reduce
+        self._add_up = placement.stream.add_up
         self.weight_WD = placement.empty(part.stop - part.start, hidden_size)
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -36,14 +36,14 @@ class Embedding:
         pass
 
     def __call__(self, token_ids_T: Tensor) -> Tensor:
-        """Return the tokens' vectors, [T, D], in fp32: the start of the residual stream."""
+        """Return the tokens' vectors in fp32, the start of the residual stream."""
         if self._is_whole:
             return F.embedding(token_ids_T, self.weight_WD).float()
         rows_T = token_ids_T - self._part.start
         is_other_T = (rows_T < 0) | (rows_T >= len(self.weight_WD))
         x_TD = F.embedding(rows_T.masked_fill_(is_other_T, 0), self.weight_WD)
         # Every vector is one rank's, and zero elsewhere: the sum rounds nothing.
-        return self._all_reduce(x_TD.masked_fill_(is_other_T[:, None], 0)).float()
+        return self._add_up(x_TD.masked_fill_(is_other_T[:, None], 0)).float()
 
 
 class TiedHead:

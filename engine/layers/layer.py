@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.layers.stream import Stream, stream_of
 from engine.parallel import Collectives, Layout
 from engine.weights import WeightSlot
 
@@ -19,6 +20,11 @@ class Placement:
     device: torch.device
     layout: Layout
     ranks: Collectives
+
+    @property
+    def stream(self) -> Stream:
+        """How the residual stream lies on the ranks."""
+        return stream_of(self.layout, self.ranks)
 
     def empty(self, *shape: int) -> Tensor:
         """Return an uninitialised weight."""

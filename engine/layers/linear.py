@@ -69,7 +69,7 @@ class RowLinear:
         self._name = name
         self._shape = (output_size, input_size)
         self._part = placement.layout.tensor_part(input_size)
-        self._all_reduce = placement.ranks.all_reduce
+        self._add_up = placement.stream.add_up
         self._weight = _Weight(output_size, self._part.stop - self._part.start, placement)
         self._product: Product
 
@@ -86,4 +86,4 @@ class RowLinear:
         self._product = self._weight.freeze()
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        return self._all_reduce(self._product(x_TI))
+        return self._add_up(self._product(x_TI))

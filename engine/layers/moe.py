@@ -39,7 +39,7 @@ class SparseMLP:
         hidden = config.hidden_size
         self._sizes = (hidden, config.moe.intermediate_size)
         self._inner = placement.layout.tensor_part(config.moe.intermediate_size)
-        self._all_reduce = placement.ranks.all_reduce
+        self._add_up = placement.stream.add_up
         inner = self._inner.stop - self._inner.start
         # The router is small and decides discretely: fp32 whatever the model's dtype.
         self._router_ED = torch.empty(self._num_experts, hidden, device=placement.device)
@@ -81,7 +81,7 @@ class SparseMLP:
         else:
             y_TKD = self._through_chosen(x_TD, experts_TK)
         # Always in the order of the router's choice, whatever else is in the batch.
-        return self._all_reduce((y_TKD * weights_TK[..., None]).sum(1))
+        return self._add_up((y_TKD * weights_TK[..., None]).sum(1))
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         probs_TE = F.linear(x_TD.float(), self._router_ED).softmax(-1)

@@ -1,9 +1,12 @@
 """A decoder-only transformer with pre-normalisation, whatever its MLPs are.
 
-Owns the order of the layers and the residual stream, which is fp32 in any dtype.
-Legend: T tokens of a pass, S rows whose logits are wanted, D hidden size, V vocabulary.
+Owns the order of the layers and the residual stream, which is fp32 in any dtype. A rank has the
+layers of its stage; the first stage has the embedding, the last one the head.
+Legend: T tokens of a pass, t this rank's rows of its stream, S tokens whose logits are wanted, s
+this rank's rows of theirs, D hidden size, V vocabulary.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -18,7 +21,8 @@ from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
 from engine.weights import WeightSlot
 
-_HEAD = "lm_head"
+_EMBEDDING, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
+_OF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class MLP(Layer, Protocol):
@@ -42,39 +46,34 @@ class DecoderLayer:
         self._attention = Attention(config, layer, f"{name}.self_attn", placement)
         self._mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", size, eps, placement)
         self._mlp = make_mlp(layer, f"{name}.mlp")
+        self._stream = placement.stream
 
     def parts(self) -> Iterator[Layer]:
         yield from (self._attention_norm, self._attention, self._mlp_norm, self._mlp)
 
-    def __call__(self, x_TD: Tensor, shared: Pass, wanted_S: Tensor | None) -> Tensor:
-        """Return the residual stream after the layer; with `wanted_S`, of these rows only."""
-        attended_TD = self._attention(self._attention_norm(x_TD), shared)
+    def __call__(self, x_tD: Tensor, shared: Pass, wanted_S: Tensor | None) -> Tensor:
+        """Return the residual stream after the layer; with `wanted_S`, of these tokens only."""
+        stream, rows = self._stream, len(shared.token_ids_T)
+        x_tD += self._attention(stream.whole(self._attention_norm(x_tD), rows), shared)
         if wanted_S is not None:
-            x_TD, attended_TD = x_TD[wanted_S], attended_TD[wanted_S]
-        x_TD += attended_TD
-        x_TD += self._mlp(self._mlp_norm(x_TD))
-        return x_TD
+            x_tD, rows = stream.pick(x_tD, rows, wanted_S), len(wanted_S)
+        x_tD += self._mlp(stream.whole(self._mlp_norm(x_tD), rows))
+        return x_tD
 
 
 class Decoder:
-    """The whole model of one rank. Call it with a pass to get the last layer's output."""
+    """The model of one rank. Call it with a pass to get what its stage makes of it."""
 
     def __init__(self, config: ModelConfig, make_mlp: MakeMLP, placement: Placement) -> None:
-        vocab, hidden = config.vocab_size, config.hidden_size
-        self._embedding = Embedding("model.embed_tokens", vocab, hidden, placement)
-        self._layers = [
-            DecoderLayer(config, layer, make_mlp, placement) for layer in range(config.num_layers)
-        ]
-        self._norm = RMSNorm("model.norm", hidden, config.rms_norm_eps, placement)
-        self._head = (
-            TiedHead(self._embedding, placement)
-            if config.tie_word_embeddings
-            else ColumnLinear(
-                [(_HEAD, vocab, placement.layout.vocab_part(vocab))], hidden, placement
-            )
-        )
-        self._vocab_size = vocab
-        self._all_gather = placement.ranks.all_gather
+        self._numbers = placement.layout.layers(config.num_layers)
+        self._num_layers = config.num_layers
+        self._is_tied = config.tie_word_embeddings
+        is_first = self._numbers.start == 0
+        is_last = self._numbers.stop == config.num_layers
+        needs_embedding = is_first or (is_last and self._is_tied)
+        self._embedding = _embedding(config, placement) if needs_embedding else None
+        self._layers = [DecoderLayer(config, layer, make_mlp, placement) for layer in self._numbers]
+        self._end = _End(config, self._embedding, placement) if is_last else None
         self.rotary = Rotary(config.head_size, config.rope_theta, placement.device)
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -88,20 +87,71 @@ class Decoder:
     def ignores(self, tensor_name: str) -> bool:
         """Tell whether a checkpoint may hold this tensor although the model has no slot for it."""
         # Tied heads are often saved all the same; old checkpoints hold rotary constants.
-        tied = isinstance(self._head, TiedHead) and tensor_name == f"{_HEAD}.weight"
-        return tied or tensor_name.endswith(".rotary_emb.inv_freq")
+        tied = self._is_tied and tensor_name == f"{_HEAD}.weight"
+        constant = tensor_name.endswith(".rotary_emb.inv_freq")
+        return tied or constant or self._is_of_another_stage(tensor_name)
 
-    def __call__(self, shared: Pass, wanted_S: Tensor) -> Tensor:
-        """Run a pass and return fp32 logits, [S, V], of the rows `wanted_S`."""
-        x_TD = self._embedding(shared.token_ids_T)
+    def _is_of_another_stage(self, tensor_name: str) -> bool:
+        if found := _OF_LAYER.match(tensor_name):
+            layer = int(found[1])
+            return layer < self._num_layers and layer not in self._numbers
+        if tensor_name == f"{_EMBEDDING}.weight":
+            return self._embedding is None
+        return self._end is None and tensor_name in (f"{_NORM}.weight", f"{_HEAD}.weight")
+
+    def __call__(self, shared: Pass, wanted_S: Tensor, x_tD: Tensor | None) -> Tensor:
+        """Run a pass and return the stream, [t, D], or from the last stage fp32 logits, [S, V].
+
+        `x_tD` is the stream of the stage before; the first stage begins one. The logits are of the
+        tokens `wanted_S`.
+        """
+        if x_tD is None:
+            assert self._embedding is not None
+            x_tD = self._embedding(shared.token_ids_T)
+        if self._end is None:
+            for layer in self._layers:
+                x_tD = layer(x_tD, shared, None)
+            return x_tD
         for layer in self._layers[:-1]:
-            x_TD = layer(x_TD, shared, None)
-        x_SD = self._layers[-1](x_TD, shared, wanted_S)
-        return self._all_gather(self._head(self._norm(x_SD)), self._vocab_size).float()
+            x_tD = layer(x_tD, shared, None)
+        return self._end(self._layers[-1](x_tD, shared, wanted_S), len(wanted_S))
 
     def _parts(self) -> Iterator[Layer]:
-        yield self._embedding
+        if self._embedding is not None:
+            yield self._embedding
         for layer in self._layers:
             yield from layer.parts()
+        if self._end is not None:
+            yield from self._end.parts()
+
+
+class _End:
+    """What comes after the last layer: a norm, and the head."""
+
+    def __init__(
+        self, config: ModelConfig, embedding: Embedding | None, placement: Placement
+    ) -> None:
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self._norm = RMSNorm(_NORM, hidden, config.rms_norm_eps, placement)
+        self._head: TiedHead | ColumnLinear
+        if config.tie_word_embeddings:
+            assert embedding is not None
+            self._head = TiedHead(embedding, placement)
+        else:
+            part = placement.layout.ragged_part(vocab)
+            self._head = ColumnLinear([(_HEAD, vocab, part)], hidden, placement)
+        self._vocab_size = vocab
+        self._whole = placement.stream.whole
+        self._all_gather = placement.ranks.all_gather
+
+    def parts(self) -> Iterator[Layer]:
         yield self._norm
         yield self._head
+
+    def __call__(self, x_sD: Tensor, rows: int) -> Tensor:
+        x_SD = self._whole(self._norm(x_sD), rows)
+        return self._all_gather(self._head(x_SD), self._vocab_size).float()
+
+
+def _embedding(config: ModelConfig, placement: Placement) -> Embedding:
+    return Embedding(_EMBEDDING, config.vocab_size, config.hidden_size, placement)

@@ -26,7 +26,7 @@ from twinpool.v1 import kv_pb2 as twinpool_dot_v1_dot_kv__pb2
 from twinpool.v1 import worker_pb2 as twinpool_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16twinpool/v1/rank.proto\x12\x0btwinpool.v1\x1a\x14twinpool/v1/kv.proto\x1a\x18twinpool/v1/worker.proto\"\xd0\x01\n\rFollowRequest\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.twinpool.v1.RankHelloH\x00\x12\'\n\x05ready\x18\x02 \x01(\x0b\x32\x16.twinpool.v1.RankReadyH\x00\x12\x34\n\x0ctransfer_end\x18\x03 \x01(\x0b\x32\x1c.twinpool.v1.RankTransferEndH\x00\x12/\n\theartbeat\x18\x04 \x01(\x0b\x32\x1a.twinpool.v1.RankHeartbeatH\x00\x42\x06\n\x04kind\")\n\tRankHello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\"0\n\tRankReady\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"\xb5\x01\n\x0fRankTransferEnd\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12/\n\tcompleted\x18\x02 \x01(\x0b\x32\x1a.twinpool.v1.RankCompletedH\x00\x12)\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x17.twinpool.v1.RankFailedH\x00\x12)\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x17.twinpool.v1.RankClosedH\x00\x42\x06\n\x04kind\"j\n\rRankCompleted\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x10\n\x08messages\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x14\n\x0chidden_bytes\x18\x05 \x01(\x04\">\n\nRankFailed\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\x0c\n\nRankClosed\"\xc9\x01\n\rRankHeartbeat\x12\"\n\x05pairs\x18\x01 \x03(\x0b\x32\x13.twinpool.v1.KvPair\x12:\n\x08transfer\x18\x02 \x03(\x0b\x32(.twinpool.v1.RankHeartbeat.TransferEntry\x12\x12\n\nring_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bring_wait_s\x18\x04 \x01(\x01\x1a/\n\rTransferEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x8d\x03\n\x0e\x46ollowResponse\x12+\n\x07welcome\x18\x01 \x01(\x0b\x32\x18.twinpool.v1.RankWelcomeH\x00\x12#\n\x05peers\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.PeersH\x00\x12%\n\x04step\x18\x03 \x01(\x0b\x32\x15.twinpool.v1.RankStepH\x00\x12)\n\x06\x65xpect\x18\x04 \x01(\x0b\x32\x17.twinpool.v1.RankExpectH\x00\x12%\n\x04open\x18\x05 \x01(\x0b\x32\x15.twinpool.v1.RankOpenH\x00\x12\'\n\x05grant\x18\x06 \x01(\x0b\x32\x16.twinpool.v1.RankGrantH\x00\x12-\n\x05ready\x18\x07 \x01(\x0b\x32\x1c.twinpool.v1.RankReadyTokensH\x00\x12\'\n\x05\x63lose\x18\x08 \x01(\x0b\x32\x16.twinpool.v1.RankCloseH\x00\x12\'\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x16.twinpool.v1.RankAbortH\x00\x42\x06\n\x04kind\".\n\x0bRankWelcome\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\"2\n\x08RankStep\x12&\n\x06pieces\x18\x01 \x03(\x0b\x32\x16.twinpool.v1.RankPiece\"u\n\tRankPiece\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\r\n\x05start\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0e\n\x06\x62locks\x18\x04 \x03(\r\x12\x10\n\x08transfer\x18\x05 \x01(\x08\x12\x10\n\x08\x63p_first\x18\x06 \x01(\r\" \n\nRankExpect\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\"P\n\x08RankOpen\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x10\n\x08\x63p_first\x18\x04 \x01(\r\"B\n\tRankGrant\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12!\n\x05grant\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Grant\"I\n\x0fRankReadyTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Range\"\x1f\n\tRankClose\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\" \n\tRankAbort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x32N\n\x05Ranks\x12\x45\n\x06\x46ollow\x12\x1a.twinpool.v1.FollowRequest\x1a\x1b.twinpool.v1.FollowResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16twinpool/v1/rank.proto\x12\x0btwinpool.v1\x1a\x14twinpool/v1/kv.proto\x1a\x18twinpool/v1/worker.proto\"\xd0\x01\n\rFollowRequest\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.twinpool.v1.RankHelloH\x00\x12\'\n\x05ready\x18\x02 \x01(\x0b\x32\x16.twinpool.v1.RankReadyH\x00\x12\x34\n\x0ctransfer_end\x18\x03 \x01(\x0b\x32\x1c.twinpool.v1.RankTransferEndH\x00\x12/\n\theartbeat\x18\x04 \x01(\x0b\x32\x1a.twinpool.v1.RankHeartbeatH\x00\x42\x06\n\x04kind\")\n\tRankHello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\"0\n\tRankReady\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"\xb5\x01\n\x0fRankTransferEnd\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12/\n\tcompleted\x18\x02 \x01(\x0b\x32\x1a.twinpool.v1.RankCompletedH\x00\x12)\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x17.twinpool.v1.RankFailedH\x00\x12)\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x17.twinpool.v1.RankClosedH\x00\x42\x06\n\x04kind\"j\n\rRankCompleted\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x10\n\x08messages\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x14\n\x0chidden_bytes\x18\x05 \x01(\x04\">\n\nRankFailed\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\x0c\n\nRankClosed\"\x9e\x02\n\rRankHeartbeat\x12\"\n\x05pairs\x18\x01 \x03(\x0b\x32\x13.twinpool.v1.KvPair\x12:\n\x08transfer\x18\x02 \x03(\x0b\x32(.twinpool.v1.RankHeartbeat.TransferEntry\x12\x34\n\x05links\x18\x03 \x03(\x0b\x32%.twinpool.v1.RankHeartbeat.LinksEntry\x1a/\n\rTransferEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x46\n\nLinksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.twinpool.v1.RankTraffic:\x02\x38\x01\",\n\x0bRankTraffic\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\"\x8d\x03\n\x0e\x46ollowResponse\x12+\n\x07welcome\x18\x01 \x01(\x0b\x32\x18.twinpool.v1.RankWelcomeH\x00\x12#\n\x05peers\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.PeersH\x00\x12%\n\x04step\x18\x03 \x01(\x0b\x32\x15.twinpool.v1.RankStepH\x00\x12)\n\x06\x65xpect\x18\x04 \x01(\x0b\x32\x17.twinpool.v1.RankExpectH\x00\x12%\n\x04open\x18\x05 \x01(\x0b\x32\x15.twinpool.v1.RankOpenH\x00\x12\'\n\x05grant\x18\x06 \x01(\x0b\x32\x16.twinpool.v1.RankGrantH\x00\x12-\n\x05ready\x18\x07 \x01(\x0b\x32\x1c.twinpool.v1.RankReadyTokensH\x00\x12\'\n\x05\x63lose\x18\x08 \x01(\x0b\x32\x16.twinpool.v1.RankCloseH\x00\x12\'\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x16.twinpool.v1.RankAbortH\x00\x42\x06\n\x04kind\".\n\x0bRankWelcome\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\"2\n\x08RankStep\x12&\n\x06pieces\x18\x01 \x03(\x0b\x32\x16.twinpool.v1.RankPiece\"u\n\tRankPiece\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\r\n\x05start\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0e\n\x06\x62locks\x18\x04 \x03(\r\x12\x10\n\x08transfer\x18\x05 \x01(\x08\x12\x10\n\x08\x63p_first\x18\x06 \x01(\r\" \n\nRankExpect\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\"P\n\x08RankOpen\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x10\n\x08\x63p_first\x18\x04 \x01(\r\"B\n\tRankGrant\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12!\n\x05grant\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Grant\"I\n\x0fRankReadyTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Range\"\x1f\n\tRankClose\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\" \n\tRankAbort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x32N\n\x05Ranks\x12\x45\n\x06\x46ollow\x12\x1a.twinpool.v1.FollowRequest\x1a\x1b.twinpool.v1.FollowResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RANKHEARTBEAT_TRANSFERENTRY']._loaded_options = None
   _globals['_RANKHEARTBEAT_TRANSFERENTRY']._serialized_options = b'8\001'
+  _globals['_RANKHEARTBEAT_LINKSENTRY']._loaded_options = None
+  _globals['_RANKHEARTBEAT_LINKSENTRY']._serialized_options = b'8\001'
   _globals['_FOLLOWREQUEST']._serialized_start=88
   _globals['_FOLLOWREQUEST']._serialized_end=296
   _globals['_RANKHELLO']._serialized_start=298
@@ -50,29 +52,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RANKCLOSED']._serialized_start=747
   _globals['_RANKCLOSED']._serialized_end=759
   _globals['_RANKHEARTBEAT']._serialized_start=762
-  _globals['_RANKHEARTBEAT']._serialized_end=963
-  _globals['_RANKHEARTBEAT_TRANSFERENTRY']._serialized_start=916
-  _globals['_RANKHEARTBEAT_TRANSFERENTRY']._serialized_end=963
-  _globals['_FOLLOWRESPONSE']._serialized_start=966
-  _globals['_FOLLOWRESPONSE']._serialized_end=1363
-  _globals['_RANKWELCOME']._serialized_start=1365
-  _globals['_RANKWELCOME']._serialized_end=1411
-  _globals['_RANKSTEP']._serialized_start=1413
-  _globals['_RANKSTEP']._serialized_end=1463
-  _globals['_RANKPIECE']._serialized_start=1465
-  _globals['_RANKPIECE']._serialized_end=1582
-  _globals['_RANKEXPECT']._serialized_start=1584
-  _globals['_RANKEXPECT']._serialized_end=1616
-  _globals['_RANKOPEN']._serialized_start=1618
-  _globals['_RANKOPEN']._serialized_end=1698
-  _globals['_RANKGRANT']._serialized_start=1700
-  _globals['_RANKGRANT']._serialized_end=1766
-  _globals['_RANKREADYTOKENS']._serialized_start=1768
-  _globals['_RANKREADYTOKENS']._serialized_end=1841
-  _globals['_RANKCLOSE']._serialized_start=1843
-  _globals['_RANKCLOSE']._serialized_end=1874
-  _globals['_RANKABORT']._serialized_start=1876
-  _globals['_RANKABORT']._serialized_end=1908
-  _globals['_RANKS']._serialized_start=1910
-  _globals['_RANKS']._serialized_end=1988
+  _globals['_RANKHEARTBEAT']._serialized_end=1048
+  _globals['_RANKHEARTBEAT_TRANSFERENTRY']._serialized_start=929
+  _globals['_RANKHEARTBEAT_TRANSFERENTRY']._serialized_end=976
+  _globals['_RANKHEARTBEAT_LINKSENTRY']._serialized_start=978
+  _globals['_RANKHEARTBEAT_LINKSENTRY']._serialized_end=1048
+  _globals['_RANKTRAFFIC']._serialized_start=1050
+  _globals['_RANKTRAFFIC']._serialized_end=1094
+  _globals['_FOLLOWRESPONSE']._serialized_start=1097
+  _globals['_FOLLOWRESPONSE']._serialized_end=1494
+  _globals['_RANKWELCOME']._serialized_start=1496
+  _globals['_RANKWELCOME']._serialized_end=1542
+  _globals['_RANKSTEP']._serialized_start=1544
+  _globals['_RANKSTEP']._serialized_end=1594
+  _globals['_RANKPIECE']._serialized_start=1596
+  _globals['_RANKPIECE']._serialized_end=1713
+  _globals['_RANKEXPECT']._serialized_start=1715
+  _globals['_RANKEXPECT']._serialized_end=1747
+  _globals['_RANKOPEN']._serialized_start=1749
+  _globals['_RANKOPEN']._serialized_end=1829
+  _globals['_RANKGRANT']._serialized_start=1831
+  _globals['_RANKGRANT']._serialized_end=1897
+  _globals['_RANKREADYTOKENS']._serialized_start=1899
+  _globals['_RANKREADYTOKENS']._serialized_end=1972
+  _globals['_RANKCLOSE']._serialized_start=1974
+  _globals['_RANKCLOSE']._serialized_end=2005
+  _globals['_RANKABORT']._serialized_start=2007
+  _globals['_RANKABORT']._serialized_end=2039
+  _globals['_RANKS']._serialized_start=2041
+  _globals['_RANKS']._serialized_end=2119
 # @@protoc_insertion_point(module_scope)

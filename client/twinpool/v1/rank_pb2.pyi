@@ -235,33 +235,77 @@ class RankHeartbeat(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class LinksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___RankTraffic: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___RankTraffic | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PAIRS_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
-    RING_BYTES_FIELD_NUMBER: _builtins.int
-    RING_WAIT_S_FIELD_NUMBER: _builtins.int
-    ring_bytes: _builtins.int
-    ring_wait_s: _builtins.float
+    LINKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.KvPair]: ...
     @_builtins.property
     def transfer(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """The transfer agent's counters, by their names in the metrics."""
 
+    @_builtins.property
+    def links(self) -> _containers.MessageMap[_builtins.str, Global___RankTraffic]:
+        """What it exchanges with other ranks in steps: "ring" with those of cp, "stage" with those of pp."""
+
     def __init__(
         self,
         *,
         pairs: _abc.Iterable[_worker_pb2.KvPair] | None = ...,
         transfer: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
-        ring_bytes: _builtins.int = ...,
-        ring_wait_s: _builtins.float = ...,
+        links: _abc.Mapping[_builtins.str, Global___RankTraffic] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pairs", b"pairs", "ring_bytes", b"ring_bytes", "ring_wait_s", b"ring_wait_s", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["links", b"links", "pairs", b"pairs", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RankHeartbeat: _TypeAlias = RankHeartbeat  # noqa: Y015
+
+@_typing.final
+class RankTraffic(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    wait_s: _builtins.float
+    """Seconds in which the rank stood still for messages."""
+    def __init__(
+        self,
+        *,
+        bytes: _builtins.int = ...,
+        wait_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "wait_s", b"wait_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankTraffic: _TypeAlias = RankTraffic  # noqa: Y015
 
 @_typing.final
 class FollowResponse(_message.Message):

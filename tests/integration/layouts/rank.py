@@ -3,20 +3,25 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from service.threads import thread_env
 
 os.environ.update(thread_env(1))  # before torch: its threads are made when it is imported
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from engine.collectives import GroupCollectives
 from engine.config import load_config
 from engine.parallel import Collectives, Layout
+from engine.pipeline import Logits
 from engine.ring import GroupComm, Wire
 from engine.runner import Chunk, ModelRunner
 
@@ -57,8 +62,13 @@ def logits(
     ranks: Collectives | None = None,
     ring: Wire | None = None,
     mode: str = "auto",
+    stages: Wire | None = None,
+    meet: Callable[[], object] = lambda: None,
 ) -> torch.Tensor:
-    """Return the logits after each chunk of every pass, [S, V]."""
+    """Return the logits after each chunk of every pass, [S, V].
+
+    With several stages as many passes are under way at once.
+    """
     config = load_config(folder)
     runner = ModelRunner(
         folder=folder,
@@ -71,34 +81,61 @@ def logits(
         ranks=ranks,
         ring=ring,
         ring_mode=mode,
+        stages=stages,
     )
     runner.warm_up()
-    made = passes(config.vocab_size, runner.block_tokens, layout.cp)
-    return torch.cat([runner.forward(chunks) for chunks in made])
+    under_way, found = deque[Logits](), []
+    for chunks in passes(config.vocab_size, runner.block_tokens, layout.cp):
+        under_way.append(runner.start(chunks))
+        if len(under_way) == layout.pp:
+            found.append(under_way.popleft().wait())
+    found += [each.wait() for each in under_way]
+    meet()  # a rank that ends earlier would take back what it has sent
+    return torch.cat(found)
+
+
+def _groups(places: NDArray[np.int64], axis: int) -> list[dist.ProcessGroup]:
+    """Return groups of the ranks that differ in their place on one axis only; all ranks call it."""
+    lines = np.moveaxis(places, axis, -1).reshape(-1, places.shape[axis])
+    return [dist.new_group(ranks.tolist()) for ranks in lines]
 
 
 def main() -> None:
-    """Take part in every case: {name, model, tp, cp, grain, mode, dtype}; write the logits."""
+    """Take part in every case: {name, model, tp, cp, pp, ...}; write the logits."""
     rank, world, port = (int(text) for text in sys.argv[1:4])
     cases, out = json.loads(sys.argv[4]), Path(sys.argv[5])
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
     )
     for case in cases:
-        tp, cp = case["tp"], case["cp"]
-        of_tp = [dist.new_group([c * tp + t for t in range(tp)]) for c in range(cp)]
-        of_cp = [dist.new_group([c * tp + t for c in range(cp)]) for t in range(tp)]
-        if rank >= tp * cp:
+        numbers = np.arange(case["pp"] * case["cp"] * case["tp"])
+        places = numbers.reshape(case["pp"], case["cp"], case["tp"])
+        everybody = dist.new_group(numbers.tolist())
+        groups = [_groups(places, axis) for axis in range(3)]
+        if rank >= places.size:
             continue
-        cp_rank, tp_rank = divmod(rank, tp)
-        layout = Layout(tp=tp, tp_rank=tp_rank, cp=cp, cp_rank=cp_rank, cp_grain=case["grain"])
+        stages, ring, ranks = (
+            next(group for group in of_axis if dist.get_rank(group) >= 0) for of_axis in groups
+        )
+        pp_rank, cp_rank, tp_rank = (int(found) for [found] in np.nonzero(places == rank))
         found = logits(
             Path(case["model"]),
-            layout,
+            Layout(
+                pp=case["pp"],
+                pp_rank=pp_rank,
+                cp=case["cp"],
+                cp_rank=cp_rank,
+                cp_grain=case["grain"],
+                tp=case["tp"],
+                tp_rank=tp_rank,
+                sequence_parallel=case["sp"],
+            ),
             case["dtype"],
-            GroupCollectives(of_tp[cp_rank]),
-            Wire(GroupComm(of_cp[tp_rank], timeout_s=30)),
+            GroupCollectives(ranks),
+            Wire(GroupComm(ring, timeout_s=30)),
             case["mode"],
+            Wire(GroupComm(stages, timeout_s=30)),
+            partial(dist.barrier, everybody),
         )
         save_file({"logits": found}, out / f"{case['name']}.{rank}")
     dist.destroy_process_group()

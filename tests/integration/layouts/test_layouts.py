@@ -32,8 +32,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp4": {"cp": 4},
     "cp4 coarse": {"cp": 4, "grain": 96},
     "cp2 x tp2": {"cp": 2, "tp": 2},
+    "pp2": {"pp": 2},
+    "pp3": {"pp": 3},
+    "pp2 x cp2": {"pp": 2, "cp": 2},
+    "pp2 x tp2": {"pp": 2, "tp": 2},
+    "tp2 by rows": {"tp": 2, "sp": True},
+    "tp4 by rows": {"tp": 4, "sp": True},
+    "cp2 x tp2 by rows": {"cp": 2, "tp": 2, "sp": True},
+    "pp2 x tp2 by rows": {"pp": 2, "tp": 2, "sp": True},
 }
-DEFAULTS: dict[str, Any] = {"tp": 1, "cp": 1, "grain": 16, "mode": "auto"}
+DEFAULTS: dict[str, Any] = {"tp": 1, "cp": 1, "pp": 1, "grain": 16, "mode": "auto", "sp": False}
 CASES = [(model, layout) for model in MODELS for layout in LAYOUTS]
 
 
@@ -83,9 +91,9 @@ def test_fp32_logits_are_those_of_one_rank(
 ) -> None:
     wanted = logits(models[name], Layout(), "float32")
     split = DEFAULTS | LAYOUTS[layout]
-    for rank in range(split["tp"] * split["cp"]):
+    for rank in range(split["pp"] * split["tp"] * split["cp"]):
         found = load_file(computed / f"{name}-{layout}-float32.{rank}")["logits"]
-        if rank < split["tp"]:
+        if rank < (split["tp"] if split["pp"] == 1 else 1):
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
         else:
             assert found.shape == (0, wanted.shape[1])

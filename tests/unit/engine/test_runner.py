@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,10 +177,22 @@ def test_an_empty_pass_is_refused(runner: ModelRunner) -> None:
         runner.forward([])
 
 
-@pytest.mark.parametrize("name", ["pp", "ep", "dp"])
-def test_a_split_that_is_not_there_is_refused_by_name(name: str) -> None:
+@pytest.mark.parametrize(("name", "layout"), [("ep", {"ep": 2}), ("dp", {"dp": 2})])
+def test_a_split_that_is_not_there_is_refused_by_name(name: str, layout: Any) -> None:
     with pytest.raises(UnsupportedError, match=rf"{name}=2.*use {name}=1"):
-        Layout(**{name: 2})
+        Layout(**layout)
+
+
+def test_more_stages_than_layers_are_refused_with_what_would_do(checkpoint: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"pp=4 needs a layer.*has 3: use pp=1 to 3$"):
+        Layout(pp=4).check(load_config(checkpoint))
+
+
+@pytest.mark.parametrize(("layers", "pp"), [(3, 2), (3, 3), (28, 4), (30, 4), (7, 1)])
+def test_every_layer_is_one_stages_and_stages_are_alike(layers: int, pp: int) -> None:
+    stages = [Layout(pp=pp, pp_rank=rank).layers(layers) for rank in range(pp)]
+    assert [layer for stage in stages for layer in stage] == list(range(layers))
+    assert max(map(len, stages)) == Layout(pp=pp).most_layers(layers) <= min(map(len, stages)) + 1
 
 
 @pytest.mark.parametrize("tp", [3, 8])
@@ -199,7 +212,7 @@ def test_kv_heads_are_split_and_then_shared(tp: int, heads: list[tuple[int, int]
 
 @pytest.mark.parametrize("vocab", [1, 5, 8, 211])
 def test_every_token_of_the_vocabulary_is_one_ranks(vocab: int) -> None:
-    parts = [Layout(tp=4, tp_rank=rank).vocab_part(vocab) for rank in range(4)]
+    parts = [Layout(tp=4, tp_rank=rank).ragged_part(vocab) for rank in range(4)]
     assert [i for part in parts for i in range(vocab)[part]] == list(range(vocab))
 
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from prefill.config import PrefillConfig
-from prefill.group import check_layout, layout_of
+from prefill.group import check_layout, layout_of, rank_name
 from service.errors import StartError
 from service.threads import default_threads
 
@@ -27,6 +27,14 @@ def test_ranks_are_the_product_and_tp_is_fastest() -> None:
         (2, 1),
     ]
     assert {place.cp_grain for place in places} == {48}
+
+
+def test_stages_are_slowest_and_named_in_logs() -> None:
+    settings = PrefillConfig(model=MODEL, pp=2, tp=2)
+    assert settings.ranks == 4
+    places = [layout_of(settings, rank) for rank in range(4)]
+    assert [(place.pp_rank, place.tp_rank) for place in places] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [rank_name(settings, rank) for rank in (0, 3)] == ["0 pp0 tp0", "3 pp1 tp1"]
 
 
 @pytest.mark.parametrize(("block_size", "grain"), [(32, 256), (48, 240), (512, 512)])

@@ -30,6 +30,7 @@ from prefill.rank_wire import (
     end_from_wire,
     end_to_wire,
     heartbeat_to_wire,
+    links_from_wire,
     step_from_wire,
     step_to_wire,
     sum_of_ranks,
@@ -195,8 +196,8 @@ def test_steps_arrive_as_they_were() -> None:
 def test_counters_of_ranks_add_up_to_the_instances() -> None:
     own = AgentStats(bytes=10, completed=1, pack_s=0.5, slots={"free": 3, "sending": 1})
     other = AgentStats(bytes=32, completed=2, pack_s=0.25, slots={"free": 4, "sending": 0})
-    beat = heartbeat_to_wire(other, Traffic(bytes_sent=7, wait_s=1.5))
-    assert (beat.ring_bytes, beat.ring_wait_s) == (7, 1.5)
+    beat = heartbeat_to_wire(other, {"ring": Traffic(bytes_sent=7, wait_s=1.5)})
+    assert links_from_wire(beat) == {"ring": Traffic(bytes_sent=7, wait_s=1.5)}
     total = sum_of_ranks(own, [beat.transfer, beat.transfer])
     assert (total.bytes, total.completed, total.pack_s) == (74, 5, 1.0)
     assert total.slots == {"free": 11, "sending": 1}

@@ -87,7 +87,7 @@ class Walk(RuleBasedStateMachine):
         self.take_slices(step.slices)
         wanting = [p for p in running if self.wants(p, step)]
         self.check_priorities(step, wanting)
-        self.check_urgency(step, wanting, urgency)
+        self.check_urgency(step, wanting, urgency, EIGHTH / tokens_per_s)
         assert step.slices or not running
         for piece in step.slices:
             if self.computed[piece.request_id] == self.prompts[piece.request_id].tokens:
@@ -135,8 +135,13 @@ class Walk(RuleBasedStateMachine):
         assert sum(length for length in lower if length > EIGHTH) == 0
         assert sum(lower) < EIGHTH + BLOCK
 
-    def check_urgency(self, step: Step, wanting: list[Prompt], urgency: dict[int, float]) -> None:
-        """A tenant's less urgent ones get two eighths, and what makes no block."""
+    def check_urgency(
+        self, step: Step, wanting: list[Prompt], urgency: dict[int, float], eighth_s: float
+    ) -> None:
+        """A tenant's less urgent ones get two eighths, and what makes no block.
+
+        Who was given an eighth for being entitled is that much less urgent for the rest.
+        """
         for prompt in wanting:
             slack = urgency[prompt.request_id]
             less_urgent = sum(
@@ -144,7 +149,7 @@ class Walk(RuleBasedStateMachine):
                 for piece in step.slices
                 if (other := self.prompts[piece.request_id]).priority == prompt.priority
                 and other.tenant == prompt.tenant
-                and urgency.get(other.request_id, -1.0) > slack >= 0
+                and urgency.get(other.request_id, -1.0) - eighth_s > slack >= 0
             )
             assert less_urgent < 2 * EIGHTH + BLOCK
 

@@ -9,12 +9,13 @@ import torch
 
 from engine.blocks import BlockPool
 from engine.prefix_cache import PrefixCache
+from engine.ring import CommError
 from engine.runner import Chunk
 from engine.sampling import SamplingParams
 from engine.stopping import StopCriteria
 from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferStats, uniform_cache
 from kvtransfer.errors import PeerLost
-from prefill.compute import RankCompute, layers_at_once
+from prefill.compute import RankCompute, Steps, layers_at_once
 from prefill.handoff import Grant, Handoff
 from prefill.scheduler import Scheduler
 from prefill.worker import (
@@ -32,18 +33,20 @@ LAYOUT = uniform_cache((KVShape(layers=2, kv_heads=1, head_size=8, dtype="float3
 
 
 class FakeRunner:
-    """Answers token 3 to everything; can be told to break."""
+    """Answers token 3 to everything; can be told to break, and to take its time in later stages."""
 
     broken = False
+    lost = False
+    later: threading.Semaphore | None = None
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
         self.chunks: list[Chunk] = []
 
-    def forward(
+    def start(
         self, chunks: Sequence[Chunk], on_layer: Callable[[int], None] | None = None
-    ) -> torch.Tensor:
+    ) -> "FakeLogits":
         assert self.gate.wait(10)
         self.chunks += chunks
         if self.broken:
@@ -51,7 +54,23 @@ class FakeRunner:
         for layer in range(2):
             if on_layer is not None:
                 on_layer(layer)
-        return torch.nn.functional.one_hot(torch.tensor([3] * len(chunks)), 8).float()
+        return FakeLogits(len(chunks), self.later, self.lost)
+
+
+class FakeLogits:
+    """Says token 3 for each of some chunks, once the gate is open."""
+
+    def __init__(self, chunks: int, gate: threading.Semaphore | None, lost: bool) -> None:
+        self._chunks = chunks
+        self._gate = gate
+        self._lost = lost
+
+    def wait(self) -> torch.Tensor:
+        if self._lost:
+            raise CommError("the last stage is gone")
+        if self._gate is not None:
+            assert self._gate.acquire(timeout=10)
+        return torch.nn.functional.one_hot(torch.tensor([3] * self._chunks), 8).float()
 
 
 class FakeAgent:
@@ -77,7 +96,7 @@ class FakeAgent:
 class Bench:
     """A worker with its surroundings, and what it emitted."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 1) -> None:
         self.agent = FakeAgent()
         self.runner = FakeRunner()
         self.pool = BlockPool(BLOCKS)
@@ -88,7 +107,16 @@ class Bench:
         self.steps: list[StepReport] = []
         self._changed = threading.Condition()
         self.worker = Worker(
-            compute=RankCompute(self.runner, LAYOUT.groups[0].shape, self.handoff),  # type: ignore[arg-type]
+            compute=Steps(
+                RankCompute(
+                    self.runner,  # type: ignore[arg-type]
+                    LAYOUT.groups[0].shape,
+                    range(2),
+                    self.handoff,
+                ),
+                depth=depth,
+                on_fatal=self.fatal.append,
+            ),
             block_tokens=4,
             pool=self.pool,
             cache=self.cache,
@@ -318,6 +346,58 @@ def test_answer_that_ends_with_its_first_token_is_not_transferred(bench: Bench) 
     assert isinstance(first, FirstToken)
     assert first.finish == "stop"
     bench.wait(lambda: bench.free() == BLOCKS)
+
+
+@pytest.fixture
+def staged() -> Iterator[Bench]:
+    """Two stages; the logits of a step come when `later` is released."""
+    bench = Bench(depth=2)
+    bench.runner.later = threading.Semaphore(0)
+    yield bench
+    bench.runner.later.release(100)
+    bench.worker.stop()
+    bench.pool.check_integrity()
+
+
+def test_as_many_steps_are_under_way_as_there_are_stages(staged: Bench) -> None:
+    assert staged.runner.later is not None
+    staged.submit(1, tokens=20, transfer=False)  # two steps
+    staged.submit(2, tokens=10, transfer=False)
+    staged.wait(lambda: len(staged.runner.chunks) >= 2)
+    begun = len(staged.runner.chunks)
+    assert staged.outcomes == []
+    threading.Event().wait(0.05)
+    assert len(staged.runner.chunks) == begun  # the third waits for a stage
+    staged.runner.later.release(10)
+    staged.wait_outcomes(2)
+    assert sum(chunk.end - chunk.start for chunk in staged.runner.chunks) == 30
+    assert sorted(request_id for request_id, _ in staged.outcomes) == [1, 2]
+    staged.wait(lambda: staged.free() == BLOCKS)
+
+
+def test_request_that_is_aborted_in_a_later_stage_leaves_nothing(staged: Bench) -> None:
+    assert staged.runner.later is not None
+    staged.submit(1, prompt=list(range(16)))
+    staged.wait(lambda: len(staged.runner.chunks) == 1)
+    staged.worker.abort(1)
+    staged.wait(lambda: staged.free() == BLOCKS)
+    staged.submit(2, prompt=list(range(100, 116)))
+    staged.wait(lambda: len(staged.runner.chunks) == 2)
+    assert staged.runner.chunks[0].block_table == staged.runner.chunks[1].block_table
+    staged.runner.later.release(2)
+    staged.wait_outcomes(1)
+    assert [request_id for request_id, _ in staged.outcomes] == [2]
+    staged.cache.check_integrity()
+    # What the first one had computed is not known: its blocks are the second one's.
+    assert staged.cache.match(list(range(16)), bytes(2)) == []
+    assert len(staged.cache.match(list(range(100, 116)), bytes(2))) > 0
+    staged.worker.abort(2)
+
+
+def test_lost_logits_are_fatal(staged: Bench) -> None:
+    staged.runner.lost = True
+    staged.submit(1)
+    staged.wait(lambda: len(staged.fatal) == 1)
 
 
 def test_broken_engine_is_reported_once(bench: Bench) -> None:
