@@ -11,18 +11,31 @@ sequence and nothing else is left: that child then leaves the cache as well, and
 holder's.
 """
 
-import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
+from typing import Protocol
 
 from engine.blocks import BlockPool
 from engine.errors import BlockPoolCorruptError, OutOfBlocks
 
-KEY_BYTES = 16
-
 OnKeys = Callable[[Sequence[bytes]], None]
+
+
+class Keys(Protocol):
+    """How blocks are named: the same tokens after the same beginning have the same key."""
+
+    def root(self, salt: bytes) -> bytes:
+        """Return what stands for the empty beginning of every prompt under a salt."""
+        ...
+
+    def piece(self, tokens: Sequence[int]) -> bytes:
+        """Return a block's token ids, packed; raises ValueError where one is out of range."""
+        ...
+
+    def block(self, above: bytes, piece: bytes) -> bytes:
+        """Return the key of a block from its parent's, or the root's, and its packed token ids."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +74,7 @@ class PrefixCache:
     Args:
         pool: Gets this cache attached.
         block_size: Tokens a block holds.
-        fingerprint: The model's; keys of different models differ.
+        keys: Names the blocks; `on_insert` and `on_evict` are told these names.
         on_insert: Called with the keys of blocks that the cache has taken in, parents first. Must
             not call the pool or the cache.
         on_evict: Called with the keys of blocks that it has given up, children first; likewise.
@@ -72,7 +85,7 @@ class PrefixCache:
         pool: BlockPool,
         *,
         block_size: int,
-        fingerprint: str,
+        keys: Keys,
         on_insert: OnKeys | None = None,
         on_evict: OnKeys | None = None,
     ) -> None:
@@ -80,7 +93,7 @@ class PrefixCache:
             raise ValueError(f"block_size is {block_size}; a block holds at least one token")
         self._pool = pool
         self._block_size = block_size
-        self._fingerprint = fingerprint.encode()
+        self._keys = keys
         self._on_insert = on_insert
         self._on_evict = on_evict
         self._by_key: dict[bytes, _Node] = {}
@@ -243,13 +256,8 @@ class PrefixCache:
 
     def _pieces(self, tokens: Sequence[int], blocks: int) -> Iterator[bytes]:
         """Yield the token ids of each of the first `blocks` blocks, packed."""
-        # Little-endian wherever it runs: keys are compared between machines.
-        form = struct.Struct(f"<{self._block_size}I")
         for start in range(0, blocks * self._block_size, self._block_size):
-            try:
-                yield form.pack(*tokens[start : start + self._block_size])
-            except struct.error as error:
-                raise ValueError(f"token ids must be 0 to 2**32 - 1: {error}") from error
+            yield self._keys.piece(tokens[start : start + self._block_size])
 
     def _walk(
         self, pieces: Iterator[bytes], salt: bytes, block_ids: Sequence[int] = ()
@@ -271,8 +279,8 @@ class PrefixCache:
         return path
 
     def _key(self, parent: _Node | None, salt: bytes, piece: bytes) -> bytes:
-        above = root_key(self._fingerprint, salt) if parent is None else parent.key
-        return block_key(above, piece)
+        above = self._keys.root(salt) if parent is None else parent.key
+        return self._keys.block(above, piece)
 
     def _add(self, nodes: Sequence[_Node]) -> None:
         """Take in a chain of nodes; the first one's parent, where it has one, is there."""
@@ -304,18 +312,6 @@ class PrefixCache:
         del self._by_block[node.block]
         if node.parent is not None:
             del node.parent.children[node.key]
-
-
-def root_key(fingerprint: bytes, salt: bytes) -> bytes:
-    """Return what stands for the empty beginning of every prompt of a tenant on a model."""
-    # The length keeps apart what only differs in where the fingerprint ends and the salt begins.
-    head = struct.pack("<Q", len(fingerprint))
-    return blake2b(head + fingerprint + salt, digest_size=KEY_BYTES, person=b"prefix root").digest()
-
-
-def block_key(above: bytes, piece: bytes) -> bytes:
-    """Return the key of a block from its parent's, or the root's, and its packed token ids."""
-    return blake2b(above + piece, digest_size=KEY_BYTES, person=b"prefix block").digest()
 
 
 def _is(node: _Node, parent: _Node | None, salt: bytes, piece: bytes) -> bool:

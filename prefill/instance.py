@@ -23,6 +23,7 @@ from prefill.group import check_layout, led, rank_name
 from prefill.handoff import Transfers
 from prefill.leader import Followers, GroupTransfers, peers_message, step_message
 from prefill.metrics import LinkMetrics, Metrics
+from prefill.prefix_journal import PrefixJournal
 from prefill.rank import Rank
 from prefill.rank_wire import links_from_wire, sum_of_ranks
 from prefill.scheduler import Scheduler
@@ -43,6 +44,7 @@ from service.lifecycle import Server
 from service.logs import configure_logging
 from service.metrics import new_registry
 from service.pool_metrics import PoolMetrics
+from service.prefix_keys import PrefixKeys
 from service.registration import Registration
 from service.wire import counts_to_wire, pairs_to_wire
 
@@ -70,9 +72,18 @@ class Instance:
             self._rank.compute, depth=settings.pp, tell=self._tell_step, on_fatal=die
         )
         pool, tokens = BlockPool(model.num_blocks), model.block_tokens
+        # None where there is no prefix cache: routers are then told nothing of one.
+        self.journal = PrefixJournal() if settings.prefix_cache else None
+        self.prefix_seed = identity.compatibility if settings.prefix_cache else b""
         cache = (
-            PrefixCache(pool, block_size=tokens, fingerprint=identity.compatibility.hex())
-            if settings.prefix_cache
+            PrefixCache(
+                pool,
+                block_size=tokens,
+                keys=PrefixKeys(seed=self.prefix_seed),
+                on_insert=self.journal.stored,
+                on_evict=self.journal.removed,
+            )
+            if self.journal is not None
             else None
         )
         metrics = Metrics(registry)
@@ -228,11 +239,13 @@ async def _serve(
                 role=common_pb2.ROLE_PREFILL,
                 port=server.port,
                 max_sequences=settings.max_queue,
+                prefix_seed=instance.prefix_seed,
             ),
             heartbeat=instance.heartbeat,
             assets=lambda: model.assets.files,
             on_peers=instance.update_peers,
             on_drain=lambda _: server.request_stop(),
+            prefixes=instance.journal,
         )
         await serve_instance(
             settings,

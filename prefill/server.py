@@ -139,6 +139,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             ttl_s=start.ttl_ms / 1000,
             priority=start.priority,
             cache_salt=start.cache_salt.encode(),
+            tenant=start.tenant,
             transfer=start.transfer,
             cp_first=start.cp_first,
         )

@@ -24,6 +24,7 @@ from kvtransfer import Closed, Completed, Failed, Span, TransferEvent
 from prefill.compute import Compute, Piece
 from prefill.handoff import Transfers
 from prefill.scheduler import Prompt, Scheduler, Slice, Step
+from service.prefix_keys import prefix_salt
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Request:
     Attributes:
         ttl_s: Remaining time of the request when it is submitted.
         cache_salt: Only requests with the same one share cached blocks.
+        tenant: Who shares the instance fairly with others of the same priority.
         transfer: Whether its KV goes to a decode instance.
         cp_first: The cp rank that has its first tokens.
     """
@@ -49,6 +51,7 @@ class Request:
     ttl_s: float
     priority: int = 0
     cache_salt: bytes = b""
+    tenant: str = ""
     transfer: bool = True
     cp_first: int = 0
 
@@ -271,6 +274,7 @@ class Worker:
                 tokens=len(request.prompt),
                 blocks=self.blocks_for(len(request.prompt)),
                 priority=request.priority,
+                tenant=request.tenant,
                 deadline_s=now + request.ttl_s,
             )
         )
@@ -486,5 +490,4 @@ class Worker:
 
 
 def _salt(request: Request) -> bytes:
-    """What keeps cached blocks apart: the request's own salt, and which ranks have which tokens."""
-    return request.cp_first.to_bytes(2, "little") + request.cache_salt
+    return prefix_salt(request.cp_first, request.cache_salt)

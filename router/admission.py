@@ -40,6 +40,7 @@ class Room:
             _preferred(self._prefills, waiting.avoid),
             _preferred(self._decodes, waiting.avoid),
             waiting.need,
+            waiting.cached_tokens,
         )
 
     def fits_ever(self, need: Need) -> bool:

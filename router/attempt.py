@@ -328,11 +328,13 @@ class Attempt:
             need=Need(prompt_tokens=len(self._request.prompt_token_ids), max_new_tokens=1),
             priority=self._request.priority,
             start_by=self._deadline,
+            cached_tokens=self._pools.prefixes.lookup(self._request),
             avoid=frozenset(self._lost),
             resumes=True,
         )
         try:
             placement = await self._admission.admit(waiting)
+            self._metrics.placed(placement.cached_tokens)
             return self._open_leg(leg_id, placement.prefill)
         except BaseException:
             self._admission.release(leg_id)

@@ -1,4 +1,5 @@
-"""Owns the reading of what an instance sends over its Register stream: hello and heartbeat.
+"""Owns the reading of what an instance sends over its Register stream: hello, heartbeat
+and news of the prefix cache.
 
 Turns wire messages into `membership`'s types and refuses what does not make sense by itself.
 """
@@ -7,12 +8,14 @@ from twinpool.v1 import common_pb2, kv_pb2, worker_pb2
 
 from router.ledger import Capacity, InstanceKey
 from router.membership import Blocks, Heartbeat, Instance, Layout, Model, Pair, Role
+from router.prefix_index import PrefixEvents
 from service.errors import InvalidRequest
 
 _ROLES = {common_pb2.ROLE_PREFILL: Role.PREFILL, common_pb2.ROLE_DECODE: Role.DECODE}
 _DTYPES = ("bfloat16", "float16", "float32")
 _MAX_NAME_CHARS = 128
 _MAX_SHARDS = 4096
+_MAX_SEED_BYTES = 256
 # What a heartbeat may tell of; the rest is left out.
 _MOST_PAIRS = 4096
 
@@ -40,6 +43,7 @@ def instance_from_wire(hello: worker_pb2.InstanceHello) -> Instance:
         capacity=_capacity(hello.capacity, hello.layout),
         data_token=hello.data_token,
         version=hello.version,
+        prefix_seed=_prefix_seed(hello.prefix_seed),
     )
 
 
@@ -57,6 +61,15 @@ def heartbeat_from_wire(message: worker_pb2.Heartbeat) -> Heartbeat:
         running=message.running,
         waiting=message.waiting,
         pairs=tuple(_pair(pair) for pair in message.pairs[:_MOST_PAIRS]),
+    )
+
+
+def prefix_events_from_wire(message: worker_pb2.PrefixEvents) -> PrefixEvents:
+    return PrefixEvents(
+        sequence=message.sequence,
+        reset=message.reset,
+        stored=message.stored,
+        removed=message.removed,
     )
 
 
@@ -89,6 +102,16 @@ def _model(message: worker_pb2.ModelDescription) -> Model:
         eos_token_ids=tuple(message.eos_token_ids),
         assets_digest=message.assets_digest,
     )
+
+
+def _prefix_seed(seed: bytes) -> bytes:
+    _require(
+        len(seed) <= _MAX_SEED_BYTES,
+        "hello.prefix_seed",
+        f"{len(seed)} bytes",
+        f"at most {_MAX_SEED_BYTES} are allowed",
+    )
+    return seed
 
 
 def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity:

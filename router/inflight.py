@@ -137,6 +137,7 @@ class Inflight:
             need=run.request.need,
             priority=run.request.priority,
             start_by=min(deadline, asked_at + self._max_queue_wait_s),
+            cached_tokens=self._pools.prefixes.lookup(run.request),
             avoid=run.avoid,
         )
         try:
@@ -150,6 +151,7 @@ class Inflight:
         waited_s = self._clock() - asked_at
         run.stats.queue_s += waited_s
         self._metrics.waited(waited_s)
+        self._metrics.placed(placement.cached_tokens)
         return Attempt(
             attempt_id,
             run.request,

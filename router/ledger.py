@@ -4,6 +4,7 @@ Decode instances promise blocks and batch slots, prefill instances owe prompt to
 has no clock, does no I/O and does not decide: `policy` picks a place, the ledger holds it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -54,12 +55,20 @@ class Need:
         return self.max_new_tokens > 1
 
 
+# How many tokens of a request's prompt a prefill instance is thought to have in its prefix cache.
+CachedTokens = Callable[[InstanceKey], int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a request goes. `decode` is None where prefill alone answers it."""
+    """Where a request goes. `decode` is None where prefill alone answers it.
+
+    `cached_tokens` of its prompt are thought to be there already: prefill does not owe them.
+    """
 
     prefill: InstanceKey
     decode: InstanceKey | None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +232,7 @@ class Ledger:
             request_id, need, placement.decode
         ):
             return False
-        prefill.enter(request_id, need.prompt_tokens)
+        prefill.enter(request_id, max(0, need.prompt_tokens - placement.cached_tokens))
         self._prefill_of[request_id] = placement.prefill
         return True
 

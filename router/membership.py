@@ -57,6 +57,8 @@ class Instance:
     capacity: Capacity
     data_token: bytes = field(repr=False)
     version: str
+    # What the keys of its prefix cache are made from; empty where it does not tell of them.
+    prefix_seed: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,11 @@ class Metrics:
         self._tokens = Counter(
             "twinpool_router_tokens", "Tokens of finished requests.", ["kind"], registry=registry
         )
+        self._expected_cached = Counter(
+            "twinpool_router_expected_cached_tokens",
+            "Prompt tokens that prefill was thought to have cached when the request was placed.",
+            registry=registry,
+        )
         self._registry = registry
 
     def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
@@ -93,6 +98,9 @@ class Metrics:
 
     def waited(self, seconds: float) -> None:
         self._queue_s.observe(seconds)
+
+    def placed(self, cached_tokens: int) -> None:
+        self._expected_cached.inc(cached_tokens)
 
     def first_token(self, ttft_s: float) -> None:
         self._ttft_s.observe(ttft_s)

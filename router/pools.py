@@ -15,6 +15,7 @@ from router.decode_link import DecodeLink
 from router.ledger import InstanceKey, Ledger
 from router.membership import Instance, Member, Members, Model, Role
 from router.prefill_link import PrefillLink
+from router.prefix_index import PrefixEvents, PrefixIndex
 from router.tasks import Tasks
 from service.errors import NotFound, Unavailable
 
@@ -32,6 +33,7 @@ class Pools:
     ) -> None:
         self.members = Members()
         self.tokenizers = TokenizerStore()
+        self.prefixes = PrefixIndex()
         self.on_decodes_changed: Callable[[], None] = lambda: None
         self._router_id = router_id
         self._ledger = ledger
@@ -115,6 +117,15 @@ class Pools:
             _log.info("instance %s drains", member.instance.key.name)
             self._admission.instances_changed()
 
+    def take_prefixes(self, member: Member, events: PrefixEvents) -> None:
+        """Takes in what an instance tells of its prefix cache; one that was replaced says nothing.
+
+        Its new stream, which may be the same process's, tells everything from the start.
+        """
+        key = member.instance.key
+        if self.members.get(key.name) is member and not self.prefixes.take(key, events):
+            _log.warning("news of the prefix cache of %s are missing: it is not used", key.name)
+
     def named(self, name: str) -> Member:
         """Raises NotFound."""
         member = self.members.get(name)
@@ -135,6 +146,7 @@ class Pools:
         key = instance.key
         self._links += 1
         if instance.role is Role.PREFILL:
+            self.prefixes.join(instance)
             self._prefills[key] = PrefillLink(instance, on_up=lambda: self._up(member))
         else:
             self._decodes[key] = DecodeLink(
@@ -163,6 +175,7 @@ class Pools:
         _log.warning("%s instance %s leaves: %s", instance.role.value, instance.key.name, why)
         links: dict[InstanceKey, DecodeLink] | dict[InstanceKey, PrefillLink]
         links = self._prefills if instance.role is Role.PREFILL else self._decodes
+        self.prefixes.leave(instance.key)
         link = links.pop(instance.key)
         link.lose()
         self._down(instance)

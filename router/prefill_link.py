@@ -66,6 +66,7 @@ class PrefillLink:
             ttl_ms=ttl_ms(remaining_s),
             priority=request.priority,
             cache_salt=request.cache_salt,
+            tenant=request.tenant,
             cp_first=cp_first(self.instance, request),
             transfer=transfer,
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from router.ledger import InstanceKey, Need, Placement
+from router.ledger import CachedTokens, InstanceKey, Need, Placement
 
 
 class Placer(Protocol):
@@ -33,12 +33,16 @@ class QueueFull(Exception):
 
 @dataclass(eq=False, kw_only=True)
 class Waiting:
-    """One request in the queue. `start_by` is when waiting any longer is of no use, in seconds."""
+    """One request in the queue. `start_by` is when waiting any longer is of no use, in seconds.
+
+    `cached_tokens` says what of its prompt a prefill instance has.
+    """
 
     request_id: int
     need: Need
     priority: int
     start_by: float
+    cached_tokens: CachedTokens = lambda _: 0
     # Instances that failed this request before; taken only where there is no other.
     avoid: frozenset[InstanceKey] = frozenset()
     # Goes on with a request that holds decode's room: ahead of all that wait for such room, and

@@ -11,7 +11,7 @@ from typing import Any
 from twinpool.v1 import common_pb2, kv_pb2, worker_pb2, worker_pb2_grpc
 
 from router.assets import AssetsReceiver
-from router.hello import heartbeat_from_wire, instance_from_wire
+from router.hello import heartbeat_from_wire, instance_from_wire, prefix_events_from_wire
 from router.ledger import Ledger
 from router.membership import Instance, Member, Model, Pair, Role
 from router.pools import Pools
@@ -156,6 +156,8 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             match request.WhichOneof("kind"):
                 case "heartbeat":
                     self._take_heartbeat(member, request.heartbeat)
+                case "prefixes":
+                    self._pools.take_prefixes(member, prefix_events_from_wire(request.prefixes))
                 case "assets":
                     chunk = request.assets
                     receiver.add(chunk.file, chunk.data)
@@ -192,6 +194,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             router_id=self._router_id,
             heartbeat_interval_ms=round(self._interval_s * 1000),
             send_assets=self._pools.tokenizers.get(digest) is None,
+            prefix_events=True,
         )
         await context.write(worker_pb2.RegisterResponse(accepted=accepted))
         session.peers_changed = member.instance.role is Role.PREFILL
@@ -272,6 +275,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             heartbeat_age_s=self._clock() - member.seen_at,
             ledger_reserved=self._ledger.reserved_blocks(instance.key),
             pairs=[_pair_to_wire(pair) for pair in member.heartbeat.pairs],
+            known_prefix_blocks=self._pools.prefixes.known_blocks(instance.key),
         )
 
 

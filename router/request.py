@@ -64,6 +64,7 @@ class GenerateInput:
     model: str = ""
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ class ValidRequest:
     stop: Stop
     priority: int
     cache_salt: str = field(default="", repr=False)
+    tenant: str = ""
 
     @property
     def need(self) -> Need:

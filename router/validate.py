@@ -24,6 +24,7 @@ from service.errors import InvalidRequest, Refused
 
 MAX_ROLE_CHARS = 64
 MAX_SALT_CHARS = 128
+MAX_TENANT_CHARS = 128
 # Far beyond any use, near enough to keep logits finite in float32.
 MAX_REPETITION_PENALTY = 100.0
 MIN_REPETITION_PENALTY = 0.01
@@ -137,15 +138,19 @@ def check(
     _check_vocabulary("prompt.token_ids", token_ids, limits)
     sampling = check_sampling(request.sampling, caps)
     stop = check_stop(request.stop, len(token_ids), limits, caps)
-    if len(request.cache_salt) > MAX_SALT_CHARS:
-        found = f"{len(request.cache_salt)} characters"
-        raise InvalidRequest("cache_salt", found, f"at most {MAX_SALT_CHARS} are allowed")
+    for field, text, allowed in (
+        ("cache_salt", request.cache_salt, MAX_SALT_CHARS),
+        ("tenant", request.tenant, MAX_TENANT_CHARS),
+    ):
+        if len(text) > allowed:
+            raise InvalidRequest(field, f"{len(text)} characters", f"at most {allowed} are allowed")
     valid = ValidRequest(
         prompt_token_ids=token_ids,
         sampling=sampling,
         stop=stop,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        tenant=request.tenant,
     )
     _check_fits_ever(valid.need, limits)
     return valid

@@ -63,6 +63,7 @@ def input_from_wire(message: inference_pb2.GenerateRequest) -> GenerateInput:
         model=message.model,
         priority=message.priority,
         cache_salt=message.cache_salt,
+        tenant=message.tenant,
     )
 
 

@@ -214,6 +214,7 @@ def make_hello(
     max_sequences: int,
     data_addresses: Sequence[tuple[str, int]] = (),
     data_token: bytes = b"",
+    prefix_seed: bytes = b"",
 ) -> worker_pb2.InstanceHello:
     """What the instance tells routers; `data_addresses` is where its ranks take KV, if they do."""
     return worker_pb2.InstanceHello(
@@ -231,6 +232,7 @@ def make_hello(
         ),
         data_token=data_token,
         version=server_version(),
+        prefix_seed=prefix_seed,
     )
 
 

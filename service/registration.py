@@ -6,10 +6,11 @@ to the instance: those go to callbacks.
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import grpc
 from twinpool.v1.worker_pb2 import (
@@ -18,6 +19,7 @@ from twinpool.v1.worker_pb2 import (
     Heartbeat,
     InstanceHello,
     Peer,
+    PrefixEvents,
     RegisterRequest,
     RegisterResponse,
 )
@@ -37,6 +39,8 @@ from service.status import from_rpc_error, leaves
 _log = logging.getLogger(__name__)
 
 ASSETS_CHUNK_BYTES = MIB
+# Between two messages on the prefix cache: soon enough for the next prompt of a conversation.
+PREFIX_INTERVAL_S = 0.2
 _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 2.0
 _FINAL = (Incompatible, InvalidRequest, Unauthenticated)
@@ -48,11 +52,24 @@ class RegistrationRefused(StartError):
     """The router does not take this instance and never will; the message is the router's."""
 
 
+class PrefixSource(Protocol):
+    """What has changed in the instance's prefix cache."""
+
+    def restart(self) -> None:
+        """Begin with the whole set again: a stream starts."""
+        ...
+
+    def next_events(self) -> PrefixEvents | None:
+        """Return what to tell next, of bounded size, or None where there is nothing."""
+        ...
+
+
 class Registration:
     """Keeps one instance registered with one router.
 
     Callbacks run on the event loop and must not block. `assets` gives the text assets by file
-    name, asked for only when the router lacks them. `on_peers` gets the whole list each time.
+    name, asked for only when the router lacks them; `prefixes` is asked for changes again and
+    again, only where the router takes them. `on_peers` gets the whole list each time.
     After a reconnect everything is said again, so callbacks must take repeats.
     """
 
@@ -65,6 +82,7 @@ class Registration:
         assets: Callable[[], Mapping[str, bytes]],
         on_peers: Callable[[list[Peer]], None] | None = None,
         on_drain: Callable[[str], None] | None = None,
+        prefixes: PrefixSource | None = None,
         accept_timeout_s: float = 10.0,
     ) -> None:
         self.router_address = router_address
@@ -73,6 +91,7 @@ class Registration:
         self._assets = assets
         self._on_peers = on_peers
         self._on_drain = on_drain
+        self._prefixes = prefixes
         self._accept_timeout_s = accept_timeout_s
         self._accepted = asyncio.Event()
         self._closed = asyncio.Event()
@@ -164,7 +183,11 @@ class Registration:
 
     async def _send(self, call: _Call, accepted: Accepted) -> None:
         interval_s = max(accepted.heartbeat_interval_ms, 10) / 1000
-        due = 0.0
+        prefixes = self._prefixes if accepted.prefix_events else None
+        if prefixes is not None:
+            prefixes.restart()
+        prefixes_interval_s = PREFIX_INTERVAL_S if prefixes is not None else math.inf
+        due = prefixes_due = 0.0
         # Heartbeats go between the chunks: assets may take longer than a router's patience.
         chunks = asset_chunks(self._assets()) if accepted.send_assets else iter(())
         while True:
@@ -172,11 +195,16 @@ class Registration:
             if now >= due:
                 await _write(call, RegisterRequest(heartbeat=self._heartbeat()))
                 due = now + interval_s
+            if now >= prefixes_due:
+                events = prefixes.next_events() if prefixes is not None else None
+                if events is not None:
+                    await _write(call, RegisterRequest(prefixes=events))
+                prefixes_due = now + prefixes_interval_s
             chunk = next(chunks, None)
             if chunk is not None:
                 await _write(call, RegisterRequest(assets=chunk))
             else:
-                await asyncio.sleep(due - time.monotonic())
+                await asyncio.sleep(min(due, prefixes_due) - time.monotonic())
 
     def _lost(self, problem: str) -> None:
         if problem != self._problem:

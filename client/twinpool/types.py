@@ -55,6 +55,8 @@ class GenerateOptions(TypedDict, total=False):
     """Higher goes first while requests queue."""
     cache_salt: str | None
     """Only requests with the same salt share cached prompts; give each of your users one."""
+    tenant: str | None
+    """Whose request it is: those of equal priority are computed fairly among tenants."""
     model: str | None
     """Name of the model; needed only where the server serves more than one."""
     timeout_s: float | None
@@ -204,7 +206,10 @@ class KvPair:
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceStatus:
-    """One instance as the router sees it; `role` is prefill or decode."""
+    """One instance as the router sees it; `role` is prefill or decode.
+
+    `known_prefix_blocks` are those of its prefix cache that the router routes by.
+    """
 
     name: str
     epoch: int
@@ -218,6 +223,7 @@ class InstanceStatus:
     draining: bool
     heartbeat_age_s: float
     ledger_reserved: int
+    known_prefix_blocks: int
     pairs: tuple[KvPair, ...]
 
 

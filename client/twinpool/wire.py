@@ -33,7 +33,7 @@ from twinpool.v1 import common_pb2, inference_pb2, worker_pb2
 
 _SAMPLING = common_pb2.SamplingParams.DESCRIPTOR.fields_by_name
 _STOP = common_pb2.StopParams.DESCRIPTOR.fields_by_name
-_REQUEST = {"model", "priority", "cache_salt"}
+_REQUEST = {"model", "priority", "cache_salt", "tenant"}
 OPTIONS = {*_SAMPLING, *_STOP, *_REQUEST, "timeout_s"}
 
 _FINISH_REASONS: dict[int, FinishReason | None] = {

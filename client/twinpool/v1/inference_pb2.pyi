@@ -126,6 +126,7 @@ class GenerateRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty where the router serves one."""
     priority: _builtins.int
@@ -133,6 +134,10 @@ class GenerateRequest(_message.Message):
     cache_salt: _builtins.str
     """Only requests with the same salt share cached prompts, so that nobody can tell by the time an
     answer takes what others have asked.
+    """
+    tenant: _builtins.str
+    """Whose request it is: prompts of equal priority are computed fairly among tenants, by tokens.
+    Without authentication it is taken on trust.
     """
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
@@ -149,10 +154,11 @@ class GenerateRequest(_message.Message):
         model: _builtins.str = ...,
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "model", b"model", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,24 +29,28 @@ class RegisterRequest(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     ASSETS_FIELD_NUMBER: _builtins.int
+    PREFIXES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___InstanceHello: ...
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat: ...
     @_builtins.property
     def assets(self) -> Global___AssetsChunk: ...
+    @_builtins.property
+    def prefixes(self) -> Global___PrefixEvents: ...
     def __init__(
         self,
         *,
         hello: Global___InstanceHello | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         assets: Global___AssetsChunk | None = ...,
+        prefixes: Global___PrefixEvents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assets", b"assets", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assets", b"assets", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "prefixes", b"prefixes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assets", b"assets", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assets", b"assets", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "prefixes", b"prefixes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "heartbeat", "assets"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "heartbeat", "assets", "prefixes"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -95,6 +99,7 @@ class InstanceHello(_message.Message):
     CAPACITY_FIELD_NUMBER: _builtins.int
     DATA_TOKEN_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    PREFIX_SEED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique in the cluster; the same after a restart."""
     epoch: _builtins.int
@@ -105,6 +110,10 @@ class InstanceHello(_message.Message):
     data_token: _builtins.bytes
     """Secret that data connections to this instance must show in this epoch."""
     version: _builtins.str
+    prefix_seed: _builtins.bytes
+    """What the keys of its prefix cache are made from besides tokens and salt; empty where it does
+    not tell of them.
+    """
     @_builtins.property
     def model(self) -> Global___ModelDescription: ...
     @_builtins.property
@@ -123,10 +132,11 @@ class InstanceHello(_message.Message):
         capacity: Global___Capacity | None = ...,
         data_token: _builtins.bytes = ...,
         version: _builtins.str = ...,
+        prefix_seed: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "layout", b"layout", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "data_token", b"data_token", "epoch", b"epoch", "layout", b"layout", "model", b"model", "name", b"name", "role", b"role", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "data_token", b"data_token", "epoch", b"epoch", "layout", b"layout", "model", b"model", "name", b"name", "prefix_seed", b"prefix_seed", "role", b"role", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -345,26 +355,71 @@ class AssetsChunk(_message.Message):
 Global___AssetsChunk: _TypeAlias = AssetsChunk  # noqa: Y015
 
 @_typing.final
+class PrefixEvents(_message.Message):
+    """What has changed in an instance's prefix cache since the message before; several times a second at
+    most, and of bounded size. A block is named by the first 8 bytes of its key, little-endian: that is
+    enough to choose an instance by, where a wrong guess costs a miss and never a wrong answer.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Rises by one with each message of a stream. After a gap nothing is known until the next reset."""
+    reset: _builtins.bool
+    """Forget what was said before: the whole set follows, in this message and the next ones. Set in a
+    stream's first message.
+    """
+    @_builtins.property
+    def stored(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """No key is in both."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        reset: _builtins.bool = ...,
+        stored: _abc.Iterable[_builtins.int] | None = ...,
+        removed: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "reset", b"reset", "sequence", b"sequence", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixEvents: _TypeAlias = PrefixEvents  # noqa: Y015
+
+@_typing.final
 class Accepted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUTER_ID_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: _builtins.int
     SEND_ASSETS_FIELD_NUMBER: _builtins.int
+    PREFIX_EVENTS_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
     heartbeat_interval_ms: _builtins.int
     send_assets: _builtins.bool
     """The router lacks the model's text assets and wants them now."""
+    prefix_events: _builtins.bool
+    """The router takes PrefixEvents."""
     def __init__(
         self,
         *,
         router_id: _builtins.str = ...,
         heartbeat_interval_ms: _builtins.int = ...,
         send_assets: _builtins.bool = ...,
+        prefix_events: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval_ms", b"heartbeat_interval_ms", "router_id", b"router_id", "send_assets", b"send_assets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval_ms", b"heartbeat_interval_ms", "prefix_events", b"prefix_events", "router_id", b"router_id", "send_assets", b"send_assets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -543,6 +598,7 @@ class InstanceStatus(_message.Message):
     HEARTBEAT_AGE_S_FIELD_NUMBER: _builtins.int
     LEDGER_RESERVED_FIELD_NUMBER: _builtins.int
     PAIRS_FIELD_NUMBER: _builtins.int
+    KNOWN_PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     epoch: _builtins.int
     role: _common_pb2.Role.ValueType
@@ -555,6 +611,8 @@ class InstanceStatus(_message.Message):
     heartbeat_age_s: _builtins.float
     ledger_reserved: _builtins.int
     """Blocks that the router's own ledger holds here."""
+    known_prefix_blocks: _builtins.int
+    """Blocks of its prefix cache that the router knows of and routes by."""
     @_builtins.property
     def capacity(self) -> Global___Capacity: ...
     @_builtins.property
@@ -577,10 +635,11 @@ class InstanceStatus(_message.Message):
         heartbeat_age_s: _builtins.float = ...,
         ledger_reserved: _builtins.int = ...,
         pairs: _abc.Iterable[Global___KvPair] | None = ...,
+        known_prefix_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "capacity", b"capacity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "pairs", b"pairs", "role", b"role", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "known_prefix_blocks", b"known_prefix_blocks", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "pairs", b"pairs", "role", b"role", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -664,6 +723,7 @@ class PrefillStart(_message.Message):
     TRANSFER_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     CP_FIRST_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     ttl_ms: _builtins.int
     """Remaining time of the request."""
@@ -674,6 +734,8 @@ class PrefillStart(_message.Message):
     """As in GenerateRequest."""
     cp_first: _builtins.int
     """The cp rank that is to have the prompt's first tokens; decode is told the same."""
+    tenant: _builtins.str
+    """As in GenerateRequest."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -692,10 +754,11 @@ class PrefillStart(_message.Message):
         transfer: _builtins.bool = ...,
         cache_salt: _builtins.str = ...,
         cp_first: _builtins.int = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "cp_first", b"cp_first", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "transfer", b"transfer", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "cp_first", b"cp_first", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant", "transfer", b"transfer", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -57,7 +57,8 @@ class MembershipServicer:
     """
 
     def Register(self, request_iterator, context):
-        """Lives as long as the instance does. The instance sends hello, then heartbeats.
+        """Lives as long as the instance does. The instance sends hello, then heartbeats, and what changes
+        in its prefix cache where the router has asked for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,9 @@ class MembershipStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MembershipAsyncStub: ...
     Register: _grpc.StreamStreamMultiCallable[_worker_pb2.RegisterRequest, _worker_pb2.RegisterResponse]
-    """Lives as long as the instance does. The instance sends hello, then heartbeats."""
+    """Lives as long as the instance does. The instance sends hello, then heartbeats, and what changes
+    in its prefix cache where the router has asked for it.
+    """
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
     """Takes an instance out of service: it ends what it has and gets nothing new."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.GetStatusResponse]
@@ -46,7 +48,9 @@ class MembershipAsyncStub(MembershipStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Register: _aio.StreamStreamMultiCallable[_worker_pb2.RegisterRequest, _worker_pb2.RegisterResponse]  # type: ignore[assignment]
-    """Lives as long as the instance does. The instance sends hello, then heartbeats."""
+    """Lives as long as the instance does. The instance sends hello, then heartbeats, and what changes
+    in its prefix cache where the router has asked for it.
+    """
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
     """Takes an instance out of service: it ends what it has and gets nothing new."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.GetStatusResponse]  # type: ignore[assignment]
@@ -61,7 +65,9 @@ class MembershipServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_worker_pb2.RegisterRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.RegisterResponse], _abc.AsyncIterator[_worker_pb2.RegisterResponse]]:
-        """Lives as long as the instance does. The instance sends hello, then heartbeats."""
+        """Lives as long as the instance does. The instance sends hello, then heartbeats, and what changes
+        in its prefix cache where the router has asked for it.
+        """
 
     @_abc_1.abstractmethod
     def Drain(

@@ -70,6 +70,7 @@ def test_every_option_reaches_its_field() -> None:
         "ignore_eos": True,
         "priority": -2,
         "cache_salt": "someone",
+        "tenant": "a team",
         "model": "tiny",
         "timeout_s": 1.0,
     }
@@ -79,7 +80,7 @@ def test_every_option_reaches_its_field() -> None:
         for message in (request.sampling, request.stop)
         for name in message.DESCRIPTOR.fields_by_name
     }
-    sent |= {"cache_salt": request.cache_salt}
+    sent |= {"cache_salt": request.cache_salt, "tenant": request.tenant}
     sent |= {"priority": request.priority, "model": request.model, "timeout_s": 1.0}
     sent |= {"stop": list(sent["stop"]), "stop_token_ids": tuple(sent["stop_token_ids"])}
     assert sent == options

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-from engine.prefix_cache import block_key, root_key
+from service.prefix_keys import PrefixKeys
 
 BLOCK_SIZE = 2
-FINGERPRINT = "model"
+KEYS = PrefixKeys(seed=b"model")
 
 
 def keys_of(tokens: Sequence[int], salt: bytes) -> list[bytes]:
     """The keys of the full blocks of `tokens`."""
-    keys = [root_key(FINGERPRINT.encode(), salt)]
+    keys = [KEYS.root(salt)]
     for start in range(0, len(tokens) - BLOCK_SIZE + 1, BLOCK_SIZE):
         piece = b"".join(t.to_bytes(4, "little") for t in tokens[start : start + BLOCK_SIZE])
-        keys.append(block_key(keys[-1], piece))
+        keys.append(KEYS.block(keys[-1], piece))
     return keys[1:]

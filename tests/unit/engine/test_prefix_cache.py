@@ -7,19 +7,19 @@ from hashlib import blake2b
 
 import pytest
 
-from engine import prefix_cache
 from engine.blocks import BlockCounts, BlockPool
 from engine.errors import BlockStateError, OutOfBlocks
-from engine.prefix_cache import KEY_BYTES, PrefixCache, block_key, root_key
+from engine.prefix_cache import Keys, PrefixCache
+from service.prefix_keys import KEY_BYTES, PrefixKeys
 from tests.unit.engine.prefix_keys import BLOCK_SIZE as SIZE
-from tests.unit.engine.prefix_keys import FINGERPRINT, keys_of
+from tests.unit.engine.prefix_keys import KEYS, keys_of
 
 SALT = b"tenant"
 
 
-def make(blocks: int = 8) -> tuple[BlockPool, PrefixCache]:
+def make(blocks: int = 8, keys: Keys = KEYS) -> tuple[BlockPool, PrefixCache]:
     pool = BlockPool(blocks)
-    return pool, PrefixCache(pool, block_size=SIZE, fingerprint=FINGERPRINT)
+    return pool, PrefixCache(pool, block_size=SIZE, keys=keys)
 
 
 def run(
@@ -62,25 +62,33 @@ def test_tenants_never_share() -> None:
 
 
 def test_keys_are_the_same_in_every_process_and_differ_by_what_they_stand_for() -> None:
-    root = root_key(b"model", b"tenant")
+    root = KEYS.root(b"tenant")
     assert (
         root
         == blake2b(b"\5\0\0\0\0\0\0\0modeltenant", digest_size=16, person=b"prefix root").digest()
     )
     pool = BlockPool(8)
     inserted: list[bytes] = []
-    cache = PrefixCache(pool, block_size=SIZE, fingerprint="model", on_insert=inserted.extend)
+    cache = PrefixCache(pool, block_size=SIZE, keys=KEYS, on_insert=inserted.extend)
     run(pool, cache, [1, 2, 1, 2], b"tenant")
-    first = block_key(root, b"\1\0\0\0\2\0\0\0")
-    assert inserted == [first, block_key(first, b"\1\0\0\0\2\0\0\0")]
-    others = {root, first, root_key(b"mode", b"ltenant"), root_key(b"other", b"tenant")}
+    first = KEYS.block(root, b"\1\0\0\0\2\0\0\0")
+    assert inserted == [first, KEYS.block(first, b"\1\0\0\0\2\0\0\0")]
+    others = {root, first}
+    others |= {PrefixKeys(seed=b"mode").root(b"ltenant"), PrefixKeys(seed=b"other").root(b"tenant")}
     assert len(others) == 4
     assert {len(key) for key in others} == {KEY_BYTES}
 
 
-def test_equal_keys_of_other_tokens_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_cache, "block_key", lambda above, piece: b"the same" * 2)
-    pool, cache = make()
+class AllTheSame(PrefixKeys):
+    """Names all blocks alike."""
+
+    def block(self, above: bytes, piece: bytes) -> bytes:
+        return b"the same" * 2
+
+
+def test_equal_keys_of_other_tokens_are_not_believed() -> None:
+    same = AllTheSame(seed=b"model")
+    pool, cache = make(keys=same)
     ids = run(pool, cache, [1, 2, 3])
     assert cache.match([1, 2, 9], SALT) == ids[:1]
     assert cache.match([3, 4, 9], SALT) == []
@@ -90,7 +98,7 @@ def test_equal_keys_of_other_tokens_are_not_believed(monkeypatch: pytest.MonkeyP
     run(pool, cache, [5, 6, 5, 6, 7], b"other")
     assert cache.match([1, 2, 9], SALT) == ids[:1]
     assert pool.counts().cached == 1
-    pool, cache = make()
+    pool, cache = make(keys=same)
     run(pool, cache, [5, 6, 7, 8, 9])  # both of its blocks have one key
     assert pool.counts().cached == 1
     cache.check_integrity()
@@ -140,15 +148,15 @@ def test_blocks_are_taken_in_as_they_are_computed() -> None:
     assert cache.insert([*tokens, 8, 9, 10], SALT, blocks) == blocks[3:]
 
 
-def test_known_blocks_are_not_hashed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, cache = make()
+def test_known_blocks_are_not_hashed_again() -> None:
     hashed: list[bytes] = []
 
-    def count(above: bytes, piece: bytes) -> bytes:
-        hashed.append(piece)
-        return block_key(above, piece)
+    class Counted(PrefixKeys):
+        def block(self, above: bytes, piece: bytes) -> bytes:
+            hashed.append(piece)
+            return super().block(above, piece)
 
-    monkeypatch.setattr(prefix_cache, "block_key", count)
+    _, cache = make(keys=Counted(seed=b"model"))
     blocks = cache.acquire([1, 2, 3, 4, 5, 6], SALT, 3).blocks
     cache.insert([1, 2, 3, 4], SALT, blocks)
     hashed.clear()
@@ -180,7 +188,7 @@ def test_released_block_that_is_read_stays_findable_and_is_not_given_up() -> Non
 def test_least_recently_used_go_first_and_children_before_parents() -> None:
     pool = BlockPool(6)
     evicted: list[bytes] = []
-    cache = PrefixCache(pool, block_size=SIZE, fingerprint=FINGERPRINT, on_evict=evicted.extend)
+    cache = PrefixCache(pool, block_size=SIZE, keys=KEYS, on_evict=evicted.extend)
     old, new = [1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 6, 6]
     run(pool, cache, old)
     run(pool, cache, new)
@@ -239,7 +247,7 @@ def test_parent_that_was_idle_before_its_child_still_goes_after_it() -> None:
 
 def test_idle_parent_of_a_held_block_goes_last_and_takes_it_out_of_the_cache() -> None:
     pool, evicted = BlockPool(6), list[bytes]()
-    cache = PrefixCache(pool, block_size=SIZE, fingerprint=FINGERPRINT, on_evict=evicted.extend)
+    cache = PrefixCache(pool, block_size=SIZE, keys=KEYS, on_evict=evicted.extend)
     first, second = cache.acquire([1, 1, 0], SALT, 2), cache.acquire([1, 1, 2, 2], SALT, 2)
     cache.insert([1, 1], SALT, first.blocks)
     cache.insert([1, 1, 2, 2], SALT, second.blocks)
@@ -299,9 +307,9 @@ def test_wrong_calls_are_refused_and_change_nothing() -> None:
         with pytest.raises(ValueError, match="at least one token"):
             cache.acquire(tokens, SALT, num_blocks)
     with pytest.raises(ValueError, match="cache already"):
-        PrefixCache(pool, block_size=SIZE, fingerprint=FINGERPRINT)
+        PrefixCache(pool, block_size=SIZE, keys=KEYS)
     with pytest.raises(ValueError, match="block_size"):
-        PrefixCache(BlockPool(1), block_size=0, fingerprint=FINGERPRINT)
+        PrefixCache(BlockPool(1), block_size=0, keys=KEYS)
     with pytest.raises(BlockStateError, match="no cache"):
         BlockPool(1).remember([])
     assert pool.counts() == before

@@ -12,7 +12,7 @@ from engine.blocks import BlockPool
 from engine.errors import OutOfBlocks
 from engine.prefix_cache import PrefixCache
 from tests.unit.engine.prefix_keys import BLOCK_SIZE as SIZE
-from tests.unit.engine.prefix_keys import FINGERPRINT, keys_of
+from tests.unit.engine.prefix_keys import KEYS, keys_of
 
 Prefix = tuple[bytes, tuple[int, ...]]  # salt, all tokens up to a block's end
 
@@ -40,18 +40,31 @@ class CacheMachine(RuleBasedStateMachine):
         self.pool = BlockPool(self.TOTAL)
         self.inserted: list[bytes] = []
         self.evicted: list[bytes] = []
+        self.followed: set[bytes] = set()
         self.cache = PrefixCache(
             self.pool,
             block_size=SIZE,
-            fingerprint=FINGERPRINT,
-            on_insert=self.inserted.extend,
-            on_evict=self.evicted.extend,
+            keys=KEYS,
+            on_insert=self.insert,
+            on_evict=self.evict,
         )
         self.live: list[_Sequence] = []
         self.content: dict[int, Prefix] = {}
         self.cached: dict[Prefix, int] = {}
         self.last_used: dict[Prefix, int] = {}
         self.clock = 0
+
+    # Who follows the changes has what the cache has; a key is not stored or removed twice.
+
+    def insert(self, keys: Sequence[bytes]) -> None:
+        assert not self.followed & set(keys)
+        self.followed |= set(keys)
+        self.inserted.extend(keys)
+
+    def evict(self, keys: Sequence[bytes]) -> None:
+        assert self.followed >= set(keys)
+        self.followed -= set(keys)
+        self.evicted.extend(keys)
 
     # What the model knows.
 
@@ -217,6 +230,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert counts.quarantined == len(self.held - self.owned)
         assert counts.total == self.TOTAL
         assert self.pool.remembered() == set(self.cached.values())
+        assert self.followed == {keys_of(tokens, salt)[-1] for salt, tokens in self.cached}
         assert not self.inserted
         assert not self.evicted
 

@@ -27,6 +27,7 @@ from prefill.worker import (
     Transferred,
     Worker,
 )
+from service.prefix_keys import PrefixKeys
 
 BLOCKS = 8
 LAYOUT = uniform_cache((KVShape(layers=2, kv_heads=1, head_size=8, dtype="float32"),), 4)
@@ -100,7 +101,7 @@ class Bench:
         self.agent = FakeAgent()
         self.runner = FakeRunner()
         self.pool = BlockPool(BLOCKS)
-        self.cache = PrefixCache(self.pool, block_size=4, fingerprint="x")
+        self.cache = PrefixCache(self.pool, block_size=4, keys=PrefixKeys(seed=b"x"))
         self.handoff = Handoff(self.agent, layers=2)  # type: ignore[arg-type]
         self.outcomes: list[tuple[int, Outcome]] = []
         self.fatal: list[BaseException] = []
@@ -432,3 +433,16 @@ def test_each_step_is_told_with_its_tokens(bench: Bench) -> None:
         (4, 16, 1),
     ]
     assert all(step.compute_s > 0 for step in bench.steps)
+
+
+def test_tenants_are_computed_fairly_whoever_came_first(bench: Bench) -> None:
+    """One queues ten prompts before another comes with two: its two are not the last."""
+    bench.runner.gate.clear()
+    for request_id in range(12):
+        salt, tenant = b"%d" % request_id, "few" if request_id >= 10 else "many"
+        bench.submit(request_id, tokens=16, transfer=False, tenant=tenant, cache_salt=salt)
+    bench.runner.gate.set()
+    bench.wait_outcomes(12)
+    order = [request_id for request_id, _ in bench.outcomes]
+    assert sorted(order) == list(range(12))
+    assert max(order.index(10), order.index(11)) < 6

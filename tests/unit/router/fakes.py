@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from twinpool.v1 import common_pb2, kv_pb2, worker_pb2, worker_pb2_grpc
 
 from service.errors import Incompatible, NotFound, ServiceError, WorkFailed
-from service.registration import Registration
+from service.registration import PrefixSource, Registration
 from service.status import StatusInterceptor
 from text import TextAssets, Tokenizer
 
@@ -95,6 +95,8 @@ class FakeInstance:
         max_sequences: int = 8,
         answer: str = "hello world",
         model_description: worker_pb2.ModelDescription | None = None,
+        prefix_seed: bytes = b"",
+        prefixes: PrefixSource | None = None,
     ) -> None:
         self.name = name
         self.epoch = epoch
@@ -109,6 +111,8 @@ class FakeInstance:
         self.layout = layout()
         self.peers: list[worker_pb2.Peer] = []
         self.drains: list[str] = []
+        self.prefix_seed = prefix_seed
+        self.prefixes = prefixes
         self.assets_asked = 0
         self.draining = False
         self.aborted: list[int] = []
@@ -127,6 +131,7 @@ class FakeInstance:
             capacity=self.capacity,
             data_token=f"{self.name} {self.epoch}".encode(),
             version="test",
+            prefix_seed=self.prefix_seed,
         )
 
     def _add_to(self, server: grpc.aio.Server) -> None:
@@ -151,6 +156,7 @@ class FakeInstance:
             assets=self._assets,
             on_peers=lambda peers: setattr(self, "peers", peers),
             on_drain=self.drains.append,
+            prefixes=self.prefixes,
         )
         self._registration = asyncio.create_task(registration.run())
         return self._registration

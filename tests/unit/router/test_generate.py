@@ -34,6 +34,13 @@ async def test_all_messages_of_an_answer_carry_the_request_id_the_pools_know() -
         assert [f"{r:016x}" for r in decode.reserves] == [request_id]
 
 
+async def test_prefill_hears_whose_request_it_is_and_what_it_shares() -> None:
+    async with pair() as (system, prefill, _):
+        await collect(system.generate(max_new_tokens=1, tenant="a team", cache_salt="a user"))
+        [start] = prefill.starts
+        assert (start.tenant, start.cache_salt) == ("a team", "a user")
+
+
 async def test_first_token_does_not_wait_for_the_reservation_or_the_transfer() -> None:
     async with pair() as (system, prefill, decode):
         decode.reserve_gate.clear()

@@ -1,5 +1,6 @@
 """The ledger and the queue: accounts that always balance, an order that starves nobody."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,6 +111,16 @@ def test_draining_instance_keeps_what_it_has_and_gets_nothing() -> None:
     assert book.reserved_blocks(DECODE) == 0
 
 
+def test_prefill_does_not_owe_what_it_is_thought_to_have() -> None:
+    book = ledger()
+    place = replace(PLACE, cached_tokens=16)
+    assert book.try_reserve(1, need(20, 4), place)
+    assert [p.outstanding_tokens for p in book.prefills()] == [4]
+    book.check_integrity()
+    book.release(1)
+    assert [p.outstanding_tokens for p in book.prefills()] == [0]
+
+
 def test_request_is_booked_once_and_instance_added_once() -> None:
     book = ledger()
     assert book.try_reserve(1, need(), PLACE)
@@ -158,11 +169,19 @@ class LedgerAndQueue(RuleBasedStateMachine):
         new=st.integers(1, 60),
         priority=st.integers(-1, 1),
         start_by=st.integers(1, 50),
+        # Also more than the prompt has.
+        cached=st.integers(0, 80),
     )
-    def request_comes(self, prompt: int, new: int, priority: int, start_by: int) -> None:
+    def request_comes(
+        self, prompt: int, new: int, priority: int, start_by: int, cached: int
+    ) -> None:
         self.next_id += 1
         waiting = Waiting(
-            request_id=self.next_id, need=need(prompt, new), priority=priority, start_by=start_by
+            request_id=self.next_id,
+            need=need(prompt, new),
+            priority=priority,
+            start_by=start_by,
+            cached_tokens=lambda key: cached * (key.epoch % 3),
         )
         if len(self.waiting) == 5:
             with pytest.raises(QueueFull):

@@ -56,6 +56,7 @@ def test_hello_says_what_the_instance_is() -> None:
         ({"name": ""}, "hello.name"),
         ({"name": "a\nb"}, "hello.name"),
         ({"epoch": 0}, "hello.epoch"),
+        ({"prefix_seed": bytes(257)}, "hello.prefix_seed"),
         ({"role": common_pb2.ROLE_UNSPECIFIED}, "hello.role"),
         ({"address": "nowhere"}, "hello.address"),
         ({"address": "unix:///tmp/x:1"}, "hello.address"),

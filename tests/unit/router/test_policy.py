@@ -1,5 +1,10 @@
 """Which instances a request goes to."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import pytest
+
 from router.ledger import Capacity, DecodeView, InstanceKey, Need, PrefillView
 from router.policy import LeastLoaded
 
@@ -24,9 +29,12 @@ def decode(name: str, free: int = 10, sequences: int = 0) -> DecodeView:
 
 
 def chosen(
-    prefills: list[PrefillView], decodes: list[DecodeView], need: Need = NEED
+    prefills: list[PrefillView],
+    decodes: list[DecodeView],
+    need: Need = NEED,
+    cached: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[str, str] | None:
-    placement = LeastLoaded().choose(prefills, decodes, need)
+    placement = LeastLoaded().choose(prefills, decodes, need, lambda key: cached.get(key.name, 0))
     if placement is None:
         return None
     return placement.prefill.name, placement.decode.name if placement.decode else ""
@@ -58,3 +66,29 @@ def test_prompt_longer_than_an_instance_takes_goes_nowhere() -> None:
 
 def test_one_token_goes_to_prefill_alone() -> None:
     assert chosen([prefill("a")], [], Need(prompt_tokens=20, max_new_tokens=1)) == ("a", "")
+
+
+@pytest.mark.parametrize(("queue", "winner"), [(0, "holder"), (15, "holder"), (17, "idle")])
+def test_cached_beginning_is_worth_the_tokens_it_saves(queue: int, winner: str) -> None:
+    prefills = [prefill("idle"), prefill("holder", tokens=queue, requests=1)]
+    assert chosen(prefills, [decode("x")], cached={"holder": 16}) == (winner, "x")
+
+
+def test_full_holder_is_passed_by() -> None:
+    prefills = [prefill("holder", requests=4), prefill("other", tokens=50)]
+    assert chosen(prefills, [decode("x")], cached={"holder": 16}) == ("other", "x")
+
+
+def test_placement_says_what_is_thought_to_be_cached_where_it_goes() -> None:
+    cached = {"a": 4, "b": 16}
+    views = [prefill("a"), prefill("b")]
+    placement = LeastLoaded().choose(views, [decode("x")], NEED, lambda key: cached[key.name])
+    assert placement is not None
+    assert (placement.prefill.name, placement.cached_tokens) == ("b", 16)
+
+
+def test_cache_is_not_asked_where_no_decode_instance_has_room() -> None:
+    def never(key: InstanceKey) -> int:
+        raise AssertionError(key)
+
+    assert LeastLoaded().choose([prefill("a")], [decode("x", free=0)], NEED, never) is None

@@ -179,7 +179,12 @@ def test_empty_model_name_means_the_one_served() -> None:
         check_model_name("gpt", LIMITS)
 
 
-def test_endless_cache_salt_is_refused() -> None:
-    request = GenerateInput(prompt=None, cache_salt="x" * 129)
-    with pytest.raises(InvalidRequest, match="cache_salt"):
-        check(request, (1,), LIMITS, CAPS)
+@pytest.mark.parametrize("field", ["cache_salt", "tenant"])
+def test_endless_name_is_refused(field: str) -> None:
+    def checked(length: int) -> ValidRequest:
+        named: dict[str, Any] = {field: "x" * length}
+        return check(GenerateInput(prompt=None, **named), (1,), LIMITS, CAPS)
+
+    assert getattr(checked(128), field) == "x" * 128
+    with pytest.raises(InvalidRequest, match=f"{field}.*129 characters"):
+        checked(129)

@@ -17,6 +17,7 @@ from twinpool.v1.worker_pb2 import (
     InstanceHello,
     Peer,
     Peers,
+    PrefixEvents,
     RegisterRequest,
     RegisterResponse,
 )
@@ -65,12 +66,22 @@ class Router(worker_pb2_grpc.MembershipServicer):
         raise NotImplementedError
 
 
-def accepting(*extra: RegisterResponse, send_assets: bool = False, drop_after: int = 0) -> Script:
+def accepting(
+    *extra: RegisterResponse,
+    send_assets: bool = False,
+    prefix_events: bool = False,
+    drop_after: int = 0,
+) -> Script:
     async def script(
         router: Router, requests: AsyncIterator[RegisterRequest]
     ) -> AsyncIterator[RegisterResponse]:
         await router.record(await anext(requests))
-        accepted = Accepted(router_id="r", heartbeat_interval_ms=20, send_assets=send_assets)
+        accepted = Accepted(
+            router_id="r",
+            heartbeat_interval_ms=20,
+            send_assets=send_assets,
+            prefix_events=prefix_events,
+        )
         yield RegisterResponse(accepted=accepted)
         for response in extra:
             yield response
@@ -173,6 +184,52 @@ async def test_assets_go_in_bounded_chunks_when_the_router_asks() -> None:
         received[chunk.file] = received.get(chunk.file, b"") + chunk.data
     assert received == files
     assert [chunk.last for chunk in chunks()] == [False] * (len(chunks()) - 1) + [True]
+
+
+class Prefixes:
+    """Has one message to tell after each restart, and then another."""
+
+    def __init__(self) -> None:
+        self.told = 0
+
+    def restart(self) -> None:
+        self.told = 0
+
+    def next_events(self) -> PrefixEvents | None:
+        self.told += 1
+        if self.told > 2:
+            return None
+        return PrefixEvents(sequence=self.told, reset=self.told == 1, stored=[self.told])
+
+
+def prefixes(router: Router, stream: int) -> list[tuple[bool, list[int]]]:
+    if stream >= len(router.streams):
+        return []
+    events = [r.prefixes for r in router.streams[stream] if r.WhichOneof("kind") == "prefixes"]
+    return [(each.reset, list(each.stored)) for each in events]
+
+
+async def test_prefix_events_start_over_with_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.registration.PREFIX_INTERVAL_S", 0.01)
+    router = Router(accepting(prefix_events=True, drop_after=5), accepting(prefix_events=True))
+    async with (
+        serving(router) as server,
+        running(registration(server.address, prefixes=Prefixes())),
+    ):
+        await router.until(lambda: len(prefixes(router, 1)) == 2)
+        await router.until(lambda: router.kinds(1)[-1] == "heartbeat")
+    assert prefixes(router, 0) == prefixes(router, 1) == [(True, [1]), (False, [2])]
+
+
+async def test_router_that_does_not_take_prefix_events_gets_none() -> None:
+    router, source = Router(accepting()), Prefixes()
+    async with (
+        serving(router) as server,
+        running(registration(server.address, prefixes=source)),
+    ):
+        await router.until(lambda: len(router.kinds(0)) >= 4)
+    assert set(router.kinds(0)[1:]) == {"heartbeat"}
+    assert source.told == 0
 
 
 async def test_peers_and_drain_reach_their_callbacks() -> None:
