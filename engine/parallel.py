@@ -60,9 +60,10 @@ class Alone:
 class Layout:
     """Degrees of tensor, pipeline, context, expert and data parallelism, and this rank's place.
 
-    With cp, tokens are dealt to the ranks in grains of `cp_grain`; see engine.ring.cyclic. With
-    `sequence_parallel` each tp rank has some rows of the residual stream; see engine.layers.stream.
-    Raises UnsupportedError for what cannot be run; ep and dp must be 1 for now.
+    With cp, tokens are dealt to the ranks in grains of `cp_grain`, 0 while that is not chosen; see
+    engine.ring.cyclic. With `sequence_parallel` each tp rank has some rows of the residual stream;
+    see engine.layers.stream. Raises UnsupportedError for what cannot be run; ep and dp must be 1
+    for now.
     """
 
     tp: int = 1
@@ -91,8 +92,13 @@ class Layout:
         for name, size, rank in places:
             if not 0 <= rank < size:
                 raise UnsupportedError(f"rank {rank} of {name}={size} does not exist")
-        if self.cp > 1 and self.cp_grain < 1:
-            raise UnsupportedError(f"cp={self.cp} needs a grain of whole blocks, found none")
+        if self.cp_grain < 0:
+            raise UnsupportedError(f"a grain has whole blocks, found {self.cp_grain} tokens")
+
+    @property
+    def grain_is_open(self) -> bool:
+        """Whether a grain is needed and not chosen yet."""
+        return self.cp > 1 and not self.cp_grain
 
     def check(self, config: ModelConfig) -> None:
         """Raise UnsupportedError, naming the degrees that would do, for those that do not."""

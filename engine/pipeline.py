@@ -50,6 +50,25 @@ class OneStage:
         return _Here(result)
 
 
+class Apart:
+    """One of several stages that computes its part of nothing real, to be timed; see Stages."""
+
+    def __init__(self, rank: int, *, width: int, device: torch.device) -> None:
+        self._is_first = rank == 0
+        self._width = width
+        self._device = device
+
+    def receive(self, rows: int) -> Tensor | None:
+        """See Stages."""
+        if self._is_first:
+            return None
+        return torch.zeros(rows, self._width, dtype=torch.float32, device=self._device)
+
+    def pass_on(self, result: Tensor, sequences: int) -> Logits:
+        """See Stages."""
+        return _Here(result[:0])
+
+
 class Pipeline:
     """One of several stages; see Stages.
 

@@ -5,6 +5,7 @@ one thread, the step loop's, calls it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from engine.layers.attention import Pass
 from engine.layers.layer import Placement
 from engine.models import MODELS
 from engine.parallel import Alone, Collectives, Layout
-from engine.pipeline import Logits, OneStage, Pipeline, Stages
+from engine.pipeline import Apart, Logits, OneStage, Pipeline, Stages
+from engine.ring.calibrate import Trial
+from engine.ring.choose import Variant
 from engine.ring.comm import Wire
 from engine.ring.cyclic import Dealing
 from engine.ring.passes import AUTO, Ring
@@ -46,17 +49,19 @@ class ModelRunner:
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
-        num_blocks: int,
+        num_blocks: int | Callable[[Layout], int],
         block_size: int,
         layout: Layout | None = None,
         ranks: Collectives | None = None,
         ring: Wire | None = None,
         ring_mode: str = AUTO,
         stages: Wire | None = None,
+        choose_grain: Callable[[Trial], int] | None = None,
         progress: Progress | None = None,
         allocate: Allocate | None = None,
     ) -> None:
-        """`num_blocks` are the instance's; with cp each has a grain on every cp rank.
+        """`num_blocks` are the instance's; with cp each has a grain on every cp rank, which
+        `choose_grain` chooses by timing passes of the loaded model where the layout leaves it open.
 
         With a layout of several ranks, `ranks` joins those of tp, `ring` those of cp, in the way
         `ring_mode` says (engine.ring.passes.MODES), and `stages` those of pp: all must run the same
@@ -73,9 +78,18 @@ class ModelRunner:
                 folder, list(self._model.slots()), ignored=self._model.ignores, progress=progress
             )
             self._model.prepare()
-        self._dealing = _dealing(layout, block_size)
+        self._placement = placement
         self._is_last_stage = layout.pp_rank == layout.pp - 1
         self._num_heads = config.num_heads // layout.tp
+        self._stages: Stages = OneStage()
+        if layout.pp > 1:
+            self._stages = Apart(layout.pp_rank, width=config.hidden_size, device=device)
+        if layout.grain_is_open and choose_grain is not None:
+            layout = replace(layout, cp_grain=choose_grain(self._trial))
+        self.layout = layout
+        self._dealing = _dealing(layout, block_size)
+        if not isinstance(num_blocks, int):
+            num_blocks = num_blocks(layout)
         self._attend = attention_kernel(device)
         # Outside inference mode: transfers write into the cache from other threads.
         self.cache = KVCache(
@@ -92,7 +106,6 @@ class ModelRunner:
             if ring is None or (ring.size, ring.rank) != (layout.cp, layout.cp_rank):
                 raise ValueError(f"{layout} needs a wire between its {layout.cp} cp ranks")
             self._ring = Ring(ring, self._dealing, self.cache, ring_mode)
-        self._stages: Stages = OneStage()
         if layout.pp > 1:
             if stages is None or (stages.size, stages.rank) != (layout.pp, layout.pp_rank):
                 raise ValueError(f"{layout} needs a wire between its {layout.pp} stages")
@@ -193,7 +206,7 @@ class ModelRunner:
             token_ids_T=made.token_ids_T,
             slot_mapping_TX=made.slot_mapping_TX,
             angles=self._model.rotary.angles(made.positions_T),
-            cache=self.cache,
+            cache=ring.cache,
             attend=ring.attention(made, self._num_heads),
             on_layer=on_layer,
         )
@@ -207,9 +220,37 @@ class ModelRunner:
     def _receive(self, shared: Pass) -> Tensor | None:
         return self._stages.receive(self._stream.rows(len(shared.token_ids_T)))
 
+    def _trial(self, tokens: int, wire: Wire) -> Callable[[], object]:
+        """See Trial. The pass has a cache of its own, one block: there is no other yet.
+
+        Of several stages each does its part by itself: the ring is within a stage.
+        """
+        dtype, device = self._placement.dtype, self._placement.device
+        cache = KVCache(
+            config=self.config,
+            dtype=dtype,
+            device=device,
+            num_blocks=1,
+            block_size=tokens,
+            layout=self._placement.layout,
+        )
+        ring = Ring(wire, Dealing(wire.size, tokens), cache, Variant.PASS_KV.value)
+        # Different tokens, so that a mixture's experts all have something to do.
+        ids = [token % self.config.vocab_size for token in range(tokens * wire.size)]
+        chunk = Chunk(token_ids=ids, start=0, block_table=(0,))
+
+        def run() -> None:
+            self._run_ring(ring, [chunk], None)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return run
+
 
 def _dealing(layout: Layout, block_size: int) -> Dealing:
     """Return how tokens are dealt to cp ranks; to a single one, block by block."""
+    if layout.grain_is_open:
+        raise UnsupportedError(f"cp={layout.cp} needs a grain of whole blocks, found none")
     grain = layout.cp_grain if layout.cp > 1 else block_size
     if grain % block_size:
         raise UnsupportedError(f"a grain of {grain} tokens is not whole blocks of {block_size}")

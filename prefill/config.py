@@ -6,8 +6,6 @@ from pydantic import Field, model_validator
 
 from service.instance_config import InstanceConfig
 
-_GRAIN_TOKENS = 256
-
 
 class PrefillConfig(InstanceConfig):
     """What `twinpool prefill` takes."""
@@ -44,7 +42,7 @@ class PrefillConfig(InstanceConfig):
     cp_grain: int | None = Field(
         default=None,
         ge=1,
-        description="Tokens in a row that one of --cp ranks has, whole blocks; about 256 if unset.",
+        description="Tokens in a row that one of --cp ranks has, whole blocks; measured if unset.",
     )
     ring: Literal["auto", "pass-kv", "pass-q", "gather"] = Field(
         default="auto",
@@ -62,14 +60,9 @@ class PrefillConfig(InstanceConfig):
         given = "threads" in self.model_fields_set
         return self.threads if given else max(1, self.threads // self.ranks)
 
-    @property
-    def grain(self) -> int:
-        """Tokens in a row that one of `cp` ranks has."""
-        return self.cp_grain or max(1, _GRAIN_TOKENS // self.block_size) * self.block_size
-
     @model_validator(mode="after")
     def _is_whole_blocks(self) -> Self:
-        if self.grain % self.block_size:
+        if (self.cp_grain or 0) % self.block_size:
             raise ValueError(
                 f"--cp-grain: found {self.cp_grain}; must be a multiple of --block-size,"
                 f" {self.block_size}"

@@ -174,6 +174,7 @@ async def _take_orders(
     ready = rank_pb2.RankReady(blocks=model.num_blocks, fingerprint=model.description.fingerprint)
     stream.say(rank_pb2.FollowRequest(ready=ready))
     beating = asyncio.create_task(stream.beat(rank))
+    beating.add_done_callback(_die_of_its_error)
     try:
         async for message in stream.heard():
             follower.act(message)
@@ -181,6 +182,12 @@ async def _take_orders(
         beating.cancel()
         follower.stop()
         rank.agent.close()
+
+
+def _die_of_its_error(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("the rank cannot say that it is alive", exc_info=error)
+        die(error)
 
 
 def _configure_logs(settings: PrefillConfig, name: str) -> None:

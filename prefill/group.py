@@ -20,6 +20,7 @@ from datetime import timedelta
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 from twinpool.v1 import rank_pb2_grpc
@@ -115,6 +116,8 @@ def take_part(settings: PrefillConfig, rank: int, store: Store) -> Part:
         stages=Wire(GroupComm(of_pp, through_s)) if layout.pp > 1 else None,
         rank=rank,
         meet=dist.barrier,
+        greatest=_greatest,
+        most_grain=settings.max_batched_tokens,
     )
 
 
@@ -195,7 +198,7 @@ def layout_of(settings: PrefillConfig, rank: int) -> Layout:
         pp_rank=pp_rank,
         cp=settings.cp,
         cp_rank=cp_rank,
-        cp_grain=settings.grain if settings.cp > 1 else 0,
+        cp_grain=settings.cp_grain or 0 if settings.cp > 1 else 0,
         tp=settings.tp,
         tp_rank=tp_rank,
         sequence_parallel=settings.sequence_parallel,
@@ -211,6 +214,12 @@ def rank_name(settings: PrefillConfig, rank: int) -> str:
         ("tp", layout.tp, layout.tp_rank),
     ]
     return " ".join([str(rank), *(f"{name}{at}" for name, degree, at in places if degree > 1)])
+
+
+def _greatest(x: Tensor) -> Tensor:
+    """See engine.ring.calibrate.Greatest."""
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
 
 
 def meet_first(place: Place) -> tuple[str, bytes]:

@@ -12,7 +12,8 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from engine.config import ModelConfig, load_config
 from engine.errors import EngineError
 from engine.kvcache import Allocate
 from engine.parallel import Collectives, Layout
+from engine.ring.calibrate import MOST_GRAIN, Greatest, Trial
 from engine.ring.comm import Wire
 from engine.runner import ModelRunner
 from engine.weights import fingerprint
@@ -38,6 +40,7 @@ from kvtransfer import (
     uniform_cache,
 )
 from kvtransfer.hardware import SlowMemory, check_device_memory
+from service.calibration import Calibration
 from service.errors import StartError
 from service.instance_config import InstanceConfig
 from service.lifecycle import Server, join_address
@@ -51,6 +54,8 @@ from text.errors import TextError
 log = logging.getLogger(__name__)
 
 _MIB = 1 << 20
+# Blocks, of a grain on each rank, that a cache has at least where the grain is chosen.
+_LEAST_ROUNDS = 16
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -58,7 +63,8 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 class Part:
     """What a process has of its instance's model, and the ties to the ranks that have the rest.
 
-    `meet` returns when all ranks have called it.
+    `meet` returns when all ranks have called it, and `greatest` what the ranks' calls give together
+    (engine.ring.calibrate). A grain that the layout leaves open has `most_grain` tokens at most.
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -68,6 +74,8 @@ class Part:
     stages: Wire | None = None
     rank: int = 0
     meet: Callable[[], None] = lambda: None
+    greatest: Greatest = lambda x: x
+    most_grain: int = MOST_GRAIN
 
     @property
     def wires(self) -> dict[str, Wire]:
@@ -125,6 +133,7 @@ def load_model(
         config = load_config(folder)
         assets = load_assets(folder)
         dtype = _DTYPES[config.dtype if settings.dtype == "auto" else settings.dtype]
+        blocks = partial(_num_blocks, settings, config, dtype)
         started = time.monotonic()
         with _progress() as progress:
             runner = ModelRunner(
@@ -132,16 +141,18 @@ def load_model(
                 config=config,
                 dtype=dtype,
                 device=device,
-                num_blocks=_num_blocks(settings, config, dtype, part.layout),
+                num_blocks=blocks if part.layout.grain_is_open else blocks(part.layout),
                 block_size=settings.block_size,
                 layout=part.layout,
                 ranks=part.ranks,
                 ring=part.ring,
                 ring_mode=part.ring_mode,
                 stages=part.stages,
+                choose_grain=partial(_choose_grain, settings, config, dtype, part),
                 progress=progress,
                 allocate=allocate,
             )
+        part = replace(part, layout=runner.layout)
         part.meet()  # some load longer than others; in a pass they wait for seconds only
         runner.warm_up()
         description = _describe(settings, folder, config, dtype, assets)
@@ -269,6 +280,26 @@ def _num_blocks(
             f" {settings.block_size} tokens takes {block_bytes / _MIB:.1f} MiB; give more"
         )
     return int(blocks)
+
+
+def _choose_grain(
+    settings: InstanceConfig, config: ModelConfig, dtype: torch.dtype, part: Part, trial: Trial
+) -> int:
+    """Return the grain that suits this machine, and leaves the cache some blocks."""
+    assert part.ring is not None
+    calibration = Calibration(
+        folder=settings.model.expanduser(),
+        config=config,
+        dtype=dtype,
+        device=torch.device(settings.device),
+        layout=part.layout,
+        wire=part.ring,
+        greatest=part.greatest,
+        is_first=part.rank == 0,
+    )
+    blocks = _num_blocks(settings, config, dtype, replace(part.layout, cp=1, cp_rank=0))
+    most = min(part.most_grain, blocks // _LEAST_ROUNDS * settings.block_size)
+    return calibration.choose_grain(trial, settings.block_size, most)
 
 
 def _describe(

@@ -89,6 +89,19 @@ class _GroupPending:
             raise CommError(f"{self._what} took more than {self._timeout}")
 
 
+class Solo:
+    """The `Comm` of a ring of one rank, which has nobody to talk to."""
+
+    rank = 0
+    size = 1
+
+    def send(self, message: Tensor, to: int, tag: int) -> Pending:
+        raise CommError(f"a ring of one rank has no rank {to}")
+
+    def receive(self, into: Tensor, source: int, tag: int) -> Pending:
+        raise CommError(f"a ring of one rank has no rank {source}")
+
+
 @dataclass
 class Traffic:
     """What a rank has sent, and how long it stood still for messages."""

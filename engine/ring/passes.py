@@ -63,6 +63,11 @@ class Ring:
         self._mode = mode
         self._rings = {name: make(wire) for name, make in _VARIANTS.items()}
 
+    @property
+    def cache(self) -> KVCache:
+        """This rank's blocks."""
+        return self._cache
+
     def make_pass(self, chunks: Sequence[Chunk], vocab_size: int) -> RingPass:
         """Lay out this rank's part. Raises BatchError where a chunk cannot be run."""
         dealing, rank, cache = self._dealing, self._wire.rank, self._cache

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -250,6 +251,27 @@ def test_layout_that_cannot_be_is_refused_with_those_that_can(tmp_path: Path) ->
     assert "tp=3 does not divide" in refused.stderr
     assert "use tp=1, 2" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_grain_is_measured_at_the_first_start_and_known_at_the_next(
+    tmp_path: Path, expected: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = {"prefill": ("--cp", "2")}
+    with Cluster(MODEL_DIR, tmp_path, *FLAGS, more_flags=flags) as cluster:
+        cluster.kill("prefill")
+        cluster.start("prefill")
+        known = "known from an earlier start"
+        wait_until(lambda: known in cluster.log("prefill"), "the grain is chosen again")
+        cluster.wait_ready()
+        for length in (40, 1500):
+            prompt = prompt_of(length, seed=length)
+            assert answer(cluster, prompt, 4) == expected.tokens(prompt, 4)
+        grains = re.findall(f"a grain is ([0-9]+) .*, (measured|{known})", cluster.log("prefill"))
+    (first, how), second = grains
+    assert how == "measured"
+    assert second == (first, known)
+    assert 64 <= int(first) <= 1024
 
 
 def test_ranks_that_torchrun_starts_on_two_nodes_are_one_instance(

@@ -37,9 +37,10 @@ def test_stages_are_slowest_and_named_in_logs() -> None:
     assert [rank_name(settings, rank) for rank in (0, 3)] == ["0 pp0 tp0", "3 pp1 tp1"]
 
 
-@pytest.mark.parametrize(("block_size", "grain"), [(32, 256), (48, 240), (512, 512)])
-def test_grain_is_whole_blocks_unless_it_is_given(block_size: int, grain: int) -> None:
-    assert PrefillConfig(model=MODEL, block_size=block_size).grain == grain
+def test_grain_is_open_where_several_cp_ranks_are_given_none() -> None:
+    assert layout_of(PrefillConfig(model=MODEL, cp=2, tp=2), 3).grain_is_open
+    assert not layout_of(PrefillConfig(model=MODEL, cp=2, cp_grain=64), 1).grain_is_open
+    assert not layout_of(PrefillConfig(model=MODEL, tp=2), 1).grain_is_open
 
 
 def test_grain_that_cuts_blocks_is_refused() -> None:

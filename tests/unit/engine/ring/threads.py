@@ -72,3 +72,20 @@ def on_ranks(size: int, run: Callable[[LoopbackComm], T]) -> Sequence[T]:
     mail: Mail = defaultdict(queue.Queue)
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(run, [LoopbackComm(rank, size, mail) for rank in range(size)]))
+
+
+class Meeting:
+    """Where ranks find out what is the greatest of what each of them has."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=10)
+        self._given: list[Tensor] = []
+
+    def greatest(self, x: Tensor) -> Tensor:
+        self._given.append(x)
+        self._barrier.wait()
+        found = torch.stack(self._given).amax(0)
+        if self._barrier.wait() == 0:
+            self._given = []
+        self._barrier.wait()
+        return found
