@@ -19,6 +19,8 @@ and those whose turn it is not are stopped. The first round of each is not count
   compute counts as well, so that the share may be below zero.
 - Ring, after a cached prefix: pass-KV's time beside pass-Q's, and from how many new tokens on
   pass-KV is no slower, beside where engine.ring.choose takes it.
+- Layout: two ranks of a thread each with tp or pp, beside one rank of two threads; and tp with the
+  residual stream by rows (sequence parallelism) beside plain tp.
 
     python -m bench.prefill --checkpoints DIR --vllm-python PEER/bin/python --json FILE
     python -m bench.prefill --checkpoints DIR --rows 'dense, 2,048'
@@ -33,7 +35,7 @@ from typing import Annotated
 import typer
 
 from bench import checkpoints as models
-from bench.prefills import prompts, ring_pair
+from bench.prefills import layout_pair, prompts, ring_pair
 from bench.prefills.settings import Settings
 from bench.prefills.side import SideFailed
 from bench.report import Row, report
@@ -56,6 +58,7 @@ def _measure(settings: Settings) -> list[Row]:
         rows += prompts.of_attention(models.DENSE, settings, say)
         rows += ring_pair.speeds(settings, say)
         rows += ring_pair.variants(settings, say)
+        rows += layout_pair.speeds(settings, say)
     except SideFailed as exc:
         say(str(exc))
         raise typer.Exit(1) from exc

@@ -139,6 +139,28 @@ class RingRounds:
         ]
 
 
+def layout_rows(name: str, tokens: int, seconds: Mapping[str, Sequence[float]]) -> list[Row]:
+    """Return each layout's speed beside one rank's, and tp by rows beside plain tp."""
+    speeds = {
+        layout: median_and_spread([tokens / one for one in each])
+        for layout, each in seconds.items()
+    }
+    beside = {"tp 2 by rows": "tp 2"}
+    return [
+        Row(
+            row=f"{name}, {layout}",
+            ours=ours,
+            unit="tokens/s",
+            higher_is_better=True,
+            peer=speeds[beside.get(layout, "one rank")][0],
+            peer_name=beside.get(layout, "one rank, two threads"),
+            spread=spread,
+        )
+        for layout, (ours, spread) in speeds.items()
+        if layout != "one rank"
+    ]
+
+
 def variant_rows(
     name: str, kv_s: Mapping[int, Sequence[float]], q_s: Mapping[int, Sequence[float]]
 ) -> list[Row]:

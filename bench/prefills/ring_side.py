@@ -1,6 +1,10 @@
-"""One of the context-parallel ranks, on gloo: runs a prompt's chunks, then its messages alone."""
+"""One of two ranks, on gloo: runs a prompt's chunks, then its messages alone.
+
+A mode is one of the ring's, or another way to split the model over the two.
+"""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,10 +17,13 @@ from torch import Tensor
 from bench.prefills.ring import GRAIN, RANKS
 from bench.prefills.side import serve
 from bench.prefills.works import BLOCK_SIZE
+from engine.collectives import GroupCollectives
 from engine.config import ModelConfig, load_config
 from engine.parallel import Layout
+from engine.pipeline import Logits
 from engine.ring import Comm, GroupComm, Wire
 from engine.ring.comm import Pending
+from engine.ring.passes import AUTO
 from engine.runner import Chunk, ModelRunner
 from engine.sampling import SamplingParams, SequenceState, sample
 from service.malloc import keep_freed_memory
@@ -108,7 +115,8 @@ class Rank:
         self._recorder = Recorder(GroupComm(dist.group.WORLD, timeout_s=_TIMEOUT_S))
         self._folder, self._rank = Path(model), rank
         self._config: ModelConfig = load_config(self._folder)
-        self._num_blocks = -(-tokens // (RANKS * GRAIN))
+        self._room = RANKS * GRAIN  # tokens of a block over cp ranks
+        self._num_blocks = -(-tokens // self._room)
         self._runners: dict[str, tuple[ModelRunner, Wire]] = {}
         return {}
 
@@ -122,13 +130,18 @@ class Rank:
         sent, waited = wire.traffic.bytes_sent, wire.traffic.wait_s
         dist.barrier()
         began = time.perf_counter()
+        under_way = deque[Logits]()
         for begin in range(0, len(token_ids), budget):
             chunk = Chunk(
                 token_ids=token_ids[begin : begin + budget],
                 start=start + begin,
-                block_table=range(self._num_blocks),
+                block_table=range(self._num_blocks * self._room // runner.block_tokens),
             )
-            logits_SV = runner.forward([chunk])
+            under_way.append(runner.start([chunk]))
+            if len(under_way) == runner.layout.pp:
+                logits_SV = under_way.popleft().wait()
+        while under_way:
+            logits_SV = under_way.popleft().wait()
         if self._rank == 0:
             sample(logits_SV, [SequenceState(SamplingParams(), prompt_len=start + len(token_ids))])
         return {
@@ -144,20 +157,33 @@ class Rank:
     def _runner(self, mode: str) -> tuple[ModelRunner, Wire]:
         if mode not in self._runners:
             wire = Wire(self._recorder)
+            layout = _layout(mode, self._rank)
+            block_tokens = self._room if layout.cp > 1 else BLOCK_SIZE
             runner = ModelRunner(
                 folder=self._folder,
                 config=self._config,
                 dtype=torch.bfloat16,
                 device=torch.device("cpu"),
-                num_blocks=self._num_blocks,
+                num_blocks=self._num_blocks * self._room // block_tokens,
                 block_size=BLOCK_SIZE,
-                layout=Layout(cp=RANKS, cp_rank=self._rank, cp_grain=GRAIN),
-                ring=wire,
-                ring_mode=mode,
+                layout=layout,
+                ranks=GroupCollectives() if layout.tp > 1 else None,
+                ring=wire if layout.cp > 1 else None,
+                ring_mode=mode if layout.cp > 1 else AUTO,
+                stages=wire if layout.pp > 1 else None,
             )
             runner.warm_up()
             self._runners[mode] = runner, wire
         return self._runners[mode]
+
+
+def _layout(mode: str, rank: int) -> Layout:
+    match mode:
+        case "tp" | "tp by rows":
+            return Layout(tp=RANKS, tp_rank=rank, sequence_parallel=mode != "tp")
+        case "pp":
+            return Layout(pp=RANKS, pp_rank=rank)
+    return Layout(cp=RANKS, cp_rank=rank, cp_grain=GRAIN)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ class Settings:
         return (2048,) if self.quick else (2048, 8192, 32_768)
 
     @property
+    def layout_tokens(self) -> tuple[int, ...]:
+        """Of the prompts that two ranks with other layouts compute."""
+        return (256,) if self.quick else (2048, 8192)
+
+    @property
     def ring_cached(self) -> int:
         """Tokens cached before the new ones, where the ring's variants are compared."""
         return 512 if self.quick else 4096

@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from bench import checkpoints, prefill
+from bench.prefills.layout_pair import KINDS
 
 SMALL = {"layers": 2, "hidden": 64, "kv_heads": 2, "positions": 8192}
 
@@ -29,6 +30,13 @@ def test_a_quick_run_measures_prompts_beside_the_limit_and_a_peer(tmp_path: Path
     [row] = quick("moe", tmp_path, tmp_path / "figures.json")
     assert row["row"] == "moe, 128 x 16, beside transformers"
     assert all(row[key] > 0 for key in ("ours", "limit", "peer"))
+
+
+def test_a_quick_run_measures_every_layout_of_two_ranks(tmp_path: Path) -> None:
+    checkpoints.write_dense(checkpoints.kept_at(tmp_path, checkpoints.DENSE), **SMALL)
+    rows = quick("layout", tmp_path, tmp_path / "figures.json")
+    assert [row["row"].removeprefix("layout, 256 tokens, ") for row in rows] == list(KINDS)
+    assert all(row["ours"] > 0 and row["peer"] > 0 for row in rows)
 
 
 def test_a_quick_run_measures_two_ranks_that_send_what_the_formula_says(tmp_path: Path) -> None:
