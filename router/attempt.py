@@ -25,13 +25,13 @@ from router.events import (
     Transferred,
 )
 from router.ledger import InstanceKey, Need, Placement
-from router.membership import Instance
 from router.metrics import Metrics
 from router.pools import Pools
 from router.prefill_leg import PrefillLeg, confirm_abort
 from router.queue import Waiting
 from router.request import Stats, Tokens, ValidRequest
 from router.tasks import Tasks
+from router.workers import cp_first
 from service.errors import Refused, ServiceError, Unavailable
 
 # Where nobody takes over, decode may have had the whole of a lost transfer all the same.
@@ -123,29 +123,32 @@ class Attempt:
         prefill_key, decode_key = self._placement.prefill, self._placement.decode
         self._stats.decode_instance = decode_key.name if decode_key is not None else ""
         self.suspect = prefill_key
-        prefill = self._pools.prefill(prefill_key)
+        self._pools.prefill(prefill_key)
         if decode_key is not None:
             self.suspect = decode_key
             self._decode = self._pools.decode(decode_key)
             self._decode.attach(self._id, lambda event: self._inbox.put_nowait((None, event)))
         self.suspect = None
-        self._leg = self._open_leg(self._id, prefill_key)
+        self._leg = self._open_leg(self._id, self._placement)
         if self._decode is not None:
-            self._reserving = asyncio.create_task(self._reserve(self._decode, prefill.instance))
+            self._reserving = asyncio.create_task(self._reserve(self._decode, self._leg))
 
-    def _open_leg(self, leg_id: int, key: InstanceKey) -> PrefillLeg:
+    def _open_leg(self, leg_id: int, placement: Placement) -> PrefillLeg:
         """Raises Unavailable where the instance has gone."""
-        self._stats.prefill_instance = key.name
+        link = self._pools.prefill(placement.prefill)
+        self._stats.prefill_instance = placement.prefill.name
+        first = placement.cp_first
         return PrefillLeg(
             leg_id,
-            self._pools.prefill(key),
+            link,
             self._request,
+            cp_first=cp_first(link.instance, self._request) if first is None else first,
             transfer=self._decode is not None,
             remaining_s=self._remaining_s(),
             inbox=lambda leg, event: self._inbox.put_nowait((leg, event)),
         )
 
-    async def _reserve(self, decode: DecodeLink, prefill: Instance) -> None:
+    async def _reserve(self, decode: DecodeLink, leg: PrefillLeg) -> None:
         """Posts the outcome of the reservation. Never cancelled while a call is under way.
 
         An abort that overtakes a reservation would leave it behind for ever.
@@ -154,7 +157,9 @@ class Attempt:
         patience_ends = self._clock() + RESERVE_PATIENCE_S
         while not self._closing.is_set():
             try:
-                grant = await decode.reserve(self._id, self._request, prefill, self._remaining_s())
+                grant = await decode.reserve(
+                    self._id, self._request, leg.instance, leg.cp_first, self._remaining_s()
+                )
             except ServiceError as exc:
                 if not _is_passing(exc) or self._clock() >= patience_ends:
                     self._inbox.put_nowait((None, DecodeFailed(_as_unavailable(exc))))
@@ -313,7 +318,7 @@ class Attempt:
             await asyncio.wait({self._reserving})
             if self._is_granted:  # else its failure ends the try
                 grant = await self._decode.regrant(
-                    self._id, self._request, leg.instance, self._remaining_s()
+                    self._id, leg.instance, leg.cp_first, self._remaining_s()
                 )
                 self._inbox.put_nowait((leg, Regranted(grant)))
         except ServiceError as exc:
@@ -335,7 +340,7 @@ class Attempt:
         try:
             placement = await self._admission.admit(waiting)
             self._metrics.placed(placement.cached_tokens)
-            return self._open_leg(leg_id, placement.prefill)
+            return self._open_leg(leg_id, placement)
         except BaseException:
             self._admission.release(leg_id)
             raise

@@ -20,7 +20,7 @@ from router.workers import (
     ABORT_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
     answers,
-    layout_for,
+    layout_from,
     ttl_ms,
     worker_error,
 )
@@ -77,9 +77,17 @@ class DecodeLink:
         self._inboxes.pop(request_id, None)
 
     async def reserve(
-        self, request_id: int, request: ValidRequest, prefill: Instance, remaining_s: float
+        self,
+        request_id: int,
+        request: ValidRequest,
+        prefill: Instance,
+        cp_first: int,
+        remaining_s: float,
     ) -> Grant:
-        """Reserves for one request. Raises what the instance answered, as a service error."""
+        """Reserves for one request, whose prompt begins at a prefill instance's rank `cp_first`.
+
+        Raises what the instance answered, as a service error.
+        """
         if not self._up:
             raise self._lost()
         needs_prompt = request.sampling.repetition_penalty != 1.0
@@ -92,7 +100,7 @@ class DecodeLink:
             ttl_ms=ttl_ms(remaining_s),
             prefill_instance=prefill.key.name,
             prefill_epoch=prefill.key.epoch,
-            prefill_layout=layout_for(prefill, request),
+            prefill_layout=layout_from(prefill, cp_first),
             prompt_token_ids=request.prompt_token_ids if needs_prompt else (),
         )
         try:
@@ -104,7 +112,7 @@ class DecodeLink:
         return _grant(response.grant)
 
     async def regrant(
-        self, request_id: int, request: ValidRequest, prefill: Instance, remaining_s: float
+        self, request_id: int, prefill: Instance, cp_first: int, remaining_s: float
     ) -> Grant | None:
         """Lets another prefill instance send the rest; None where decode has the whole KV.
 
@@ -116,7 +124,7 @@ class DecodeLink:
             request_id=request_id,
             prefill_instance=prefill.key.name,
             prefill_epoch=prefill.key.epoch,
-            prefill_layout=layout_for(prefill, request),
+            prefill_layout=layout_from(prefill, cp_first),
         )
         try:
             response = await self._stub.Regrant(

@@ -124,11 +124,18 @@ def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity
         message.block_size,
         f"a multiple of the layout's block_size, {layout.block_size} here, is needed",
     )
+    _require(
+        message.block_size % _cp(layout) == 0,
+        "hello.capacity.block_size",
+        message.block_size,
+        f"a multiple of the {_cp(layout)} cp ranks is needed",
+    )
     return Capacity(
         blocks=message.blocks,
         block_size=message.block_size,
         max_sequences=message.max_sequences,
         max_sequence_tokens=message.max_sequence_tokens,
+        cp=_cp(layout),
     )
 
 
@@ -146,6 +153,12 @@ def _layout(message: kv_pb2.KvLayout, role: Role) -> Layout:
         f"1 to {_MAX_SHARDS} are allowed",
     )
     for index, shard in enumerate(shards):
+        _require(
+            shard.cp_size <= len(shards),
+            f"hello.layout.shards[{index}].cp_size",
+            shard.cp_size,
+            f"there are {len(shards)} shards",
+        )
         listens = bool(shard.data_host) and shard.data_port > 0
         _require(
             role is Role.PREFILL or listens,
@@ -162,7 +175,7 @@ def _layout(message: kv_pb2.KvLayout, role: Role) -> Layout:
 
 
 def _cp(message: kv_pb2.KvLayout) -> int:
-    return max(1, *(shard.cp_size for shard in message.shards))
+    return max([1, *(shard.cp_size for shard in message.shards)])
 
 
 def _summary(message: kv_pb2.KvLayout) -> str:

@@ -4,7 +4,7 @@ Decode instances promise blocks and batch slots, prefill instances owe prompt to
 has no clock, does no I/O and does not decide: `policy` picks a place, the ledger holds it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,12 +22,13 @@ class InstanceKey(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What an instance said it can hold."""
+    """What an instance said it can hold. A block is a grain of tokens on each of `cp` ranks."""
 
     blocks: int
     block_size: int
     max_sequences: int
     max_sequence_tokens: int
+    cp: int = 1
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -36,6 +37,19 @@ class Capacity:
     def largest_sequence(self) -> int:
         """Tokens of the longest sequence that an otherwise empty instance can hold."""
         return min(self.max_sequence_tokens, self.blocks * self.block_size)
+
+    def shares(self, tokens: int, first: int) -> list[int]:
+        """Returns how many of a sequence's first tokens each cp rank has.
+
+        They are dealt grain by grain, from rank `first` on, in every second block backwards.
+        """
+        grain = self.block_size // self.cp
+        blocks, rest = divmod(tokens, self.block_size)
+        shares = [blocks * grain] * self.cp
+        for turn in range(self.cp):
+            place = self.cp - 1 - turn if blocks % 2 else turn
+            shares[(first + place) % self.cp] += max(0, min(grain, rest - turn * grain))
+        return shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +78,13 @@ class Placement:
     """Where a request goes. `decode` is None where prefill alone answers it.
 
     `cached_tokens` of its prompt are thought to be there already: prefill does not owe them.
+    `cp_first` is the cp rank that is to have its first tokens, None where load is not to say.
     """
 
     prefill: InstanceKey
     decode: InstanceKey | None
     cached_tokens: int = 0
+    cp_first: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +106,11 @@ class DecodeView:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillView:
-    """A prefill instance as a policy sees it."""
+    """A prefill instance as a policy sees it; `owed_tokens` are those of each of its cp ranks."""
 
     key: InstanceKey
     capacity: Capacity
-    outstanding_tokens: int
+    owed_tokens: tuple[int, ...]
     outstanding_requests: int
     max_outstanding_requests: int
 
@@ -103,6 +119,20 @@ class PrefillView:
             need.prompt_tokens <= self.capacity.largest_sequence
             and self.outstanding_requests < self.max_outstanding_requests
         )
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Prompt tokens that it has yet to compute."""
+        return sum(self.owed_tokens)
+
+    def tokens_until(self, prompt_tokens: int, cached_tokens: int, first: int) -> int:
+        """Returns how many tokens the busiest of the ranks that a prompt needs computes first.
+
+        The prompt's own are among them.
+        """
+        shares = _owed(self.capacity, prompt_tokens, cached_tokens, first)
+        queued = zip(self.owed_tokens, shares, strict=True)
+        return max((before + own for before, own in queued if own), default=0)
 
 
 @dataclass
@@ -127,29 +157,60 @@ class _Account:
         self.total -= self.entries.pop(request_id)
 
 
+@dataclass
+class _PrefillAccount(_Account):
+    """Amounts are tokens; each cp rank has a part of them."""
+
+    shares: dict[int, list[int]] = field(default_factory=dict)
+    of_ranks: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.of_ranks = [0] * self.capacity.cp
+
+    def owe(self, request_id: int, shares: list[int]) -> None:
+        self.enter(request_id, sum(shares))
+        self.shares[request_id] = shares
+        self._add(shares, 1)
+
+    def strike(self, request_id: int) -> None:
+        super().strike(request_id)
+        self._add(self.shares.pop(request_id), -1)
+
+    def _add(self, shares: list[int], sign: int) -> None:
+        pairs = zip(self.of_ranks, shares, strict=True)
+        self.of_ranks = [total + sign * share for total, share in pairs]
+
+
+def _owed(capacity: Capacity, prompt_tokens: int, cached_tokens: int, first: int) -> list[int]:
+    """Returns what each cp rank has to compute of a prompt."""
+    cached = capacity.shares(min(cached_tokens, prompt_tokens), first)
+    whole = capacity.shares(prompt_tokens, first)
+    return [all_of_it - known for all_of_it, known in zip(whole, cached, strict=True)]
+
+
 class Ledger:
     """Reservations of all requests on all instances that may be given work."""
 
     def __init__(self, *, max_prefill_requests: int) -> None:
         self._max_prefill_requests = max_prefill_requests
         self._decodes: dict[InstanceKey, _Account] = {}
-        self._prefills: dict[InstanceKey, _Account] = {}
+        self._prefills: dict[InstanceKey, _PrefillAccount] = {}
         self._decode_of: dict[int, InstanceKey] = {}
         self._prefill_of: dict[int, InstanceKey] = {}
 
     # ---- instances
 
     def add_decode(self, key: InstanceKey, capacity: Capacity) -> None:
-        self._add(self._decodes, key, capacity)
+        self._check_new(key)
+        self._decodes[key] = _Account(capacity)
 
     def add_prefill(self, key: InstanceKey, capacity: Capacity) -> None:
-        self._add(self._prefills, key, capacity)
+        self._check_new(key)
+        self._prefills[key] = _PrefillAccount(capacity)
 
-    @staticmethod
-    def _add(accounts: dict[InstanceKey, _Account], key: InstanceKey, capacity: Capacity) -> None:
-        if key in accounts:
+    def _check_new(self, key: InstanceKey) -> None:
+        if key in self._decodes or key in self._prefills:
             raise LedgerError(f"instance {key.name} epoch {key.epoch} is in the ledger already")
-        accounts[key] = _Account(capacity)
 
     def remove(self, key: InstanceKey) -> None:
         """Forgets an instance and every reservation on it; unknown keys are no error."""
@@ -192,7 +253,7 @@ class Ledger:
             PrefillView(
                 key=key,
                 capacity=account.capacity,
-                outstanding_tokens=account.total,
+                owed_tokens=tuple(account.of_ranks),
                 outstanding_requests=len(account.entries),
                 max_outstanding_requests=self._max_prefill_requests,
             )
@@ -232,7 +293,8 @@ class Ledger:
             request_id, need, placement.decode
         ):
             return False
-        prefill.enter(request_id, max(0, need.prompt_tokens - placement.cached_tokens))
+        cached, first = placement.cached_tokens, placement.cp_first or 0
+        prefill.owe(request_id, _owed(prefill.capacity, need.prompt_tokens, cached, first))
         self._prefill_of[request_id] = placement.prefill
         return True
 
@@ -279,13 +341,19 @@ class Ledger:
             for key, account in accounts.items():
                 if account.total != sum(account.entries.values()):
                     raise LedgerError(f"{key.name}: the sum is {account.total}, entries differ")
+        for key, owing in self._prefills.items():
+            if {r: sum(shares) for r, shares in owing.shares.items()} != owing.entries or (
+                owing.of_ranks != list(map(sum, zip(*owing.shares.values(), strict=True)))
+                and any(owing.of_ranks)
+            ):
+                raise LedgerError(f"{key.name}: the ranks' sums are {owing.of_ranks}")
         for key, account in self._decodes.items():
             capacity = account.capacity
             if account.total > capacity.blocks or len(account.entries) > capacity.max_sequences:
                 raise LedgerError(f"{key.name}: more is promised than it has")
 
 
-def _largest(accounts: dict[InstanceKey, _Account]) -> int:
+def _largest(accounts: Mapping[InstanceKey, _Account]) -> int:
     """The longest sequence of instances that take new requests, or will again."""
     staying = (account for account in accounts.values() if not account.draining)
     return max((account.capacity.largest_sequence for account in staying), default=0)

@@ -27,7 +27,9 @@ class LeastLoaded:
     """Prefill that is done with this prompt first, by tokens; decode with the most free blocks.
 
     What a prefill instance has of the prompt in its cache is worth just the tokens that it saves:
-    one with a queue longer than that loses against one that is idle.
+    one with a queue longer than that loses against one that is idle. With context parallelism a
+    short prompt begins at the rank that is done with it first. Where a longer one begins follows
+    from its beginning, so that the next one finds what is cached of it; it needs all ranks anyway.
 
     Free blocks stand for load to come as well as for load now: each request holds from the start
     what it will grow into. Among equals, the decode instance with fewer sequences steps faster.
@@ -45,14 +47,30 @@ class LeastLoaded:
         if not able or (need.decodes and not roomy):
             return None
         cached = {p.key: cached_tokens(p.key) for p in able}
-        prefill = min(
-            able,
-            # The prompt's own length is the same everywhere.
-            key=lambda p: (p.outstanding_tokens - cached[p.key], p.outstanding_requests, p.key),
+        *_, first, prefill = min(
+            (
+                p.tokens_until(need.prompt_tokens, cached[p.key], first),
+                p.outstanding_requests,
+                p.key,
+                first,
+                p,
+            )
+            for p in able
+            for first in _beginnings(p, need)
         )
         decode = min(roomy, key=lambda d: (-d.free_blocks, d.sequences, d.key), default=None)
         return Placement(
             prefill=prefill.key,
             decode=decode.key if decode is not None else None,
             cached_tokens=cached[prefill.key],
+            cp_first=first if _is_short(prefill, need) else None,
         )
+
+
+def _beginnings(prefill: PrefillView, need: Need) -> range:
+    return range(prefill.capacity.cp if _is_short(prefill, need) else 1)
+
+
+def _is_short(prefill: PrefillView, need: Need) -> bool:
+    """Whether the prompt fills no block, of which something could be cached."""
+    return need.prompt_tokens <= prefill.capacity.block_size

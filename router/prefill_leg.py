@@ -23,7 +23,8 @@ _log = logging.getLogger(__name__)
 class PrefillLeg:
     """A stream to one prefill instance; what happens there goes to `inbox`, with this leg.
 
-    `leg_id` is the request's id at the instance, and that of its entry in the ledger.
+    `leg_id` is the request's id at the instance, and that of its entry in the ledger; `cp_first` is
+    the instance's cp rank that has the prompt's first tokens.
     """
 
     def __init__(
@@ -32,15 +33,18 @@ class PrefillLeg:
         link: PrefillLink,
         request: ValidRequest,
         *,
+        cp_first: int,
         transfer: bool,
         remaining_s: float,
         inbox: Callable[["PrefillLeg", PrefillEvent], None],
     ) -> None:
         self.leg_id = leg_id
+        self.cp_first = cp_first
         self._link = link
         self._call = link.run(
             leg_id,
             request,
+            cp_first=cp_first,
             transfer=transfer,
             remaining_s=remaining_s,
             inbox=lambda event: inbox(self, event),

@@ -20,7 +20,6 @@ from router.workers import (
     ABORT_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
     answers,
-    cp_first,
     ttl_ms,
     worker_error,
 )
@@ -53,11 +52,15 @@ class PrefillLink:
         request_id: int,
         request: ValidRequest,
         *,
+        cp_first: int,
         transfer: bool,
         remaining_s: float,
         inbox: Callable[[PrefillEvent], None],
     ) -> "PrefillCall":
-        """Starts a request; its events go to `inbox`, PrefillEnded the last of them."""
+        """Starts a request whose first tokens cp rank `cp_first` has.
+
+        Its events go to `inbox`, PrefillEnded the last of them.
+        """
         start = worker_pb2.PrefillStart(
             request_id=request_id,
             prompt_token_ids=request.prompt_token_ids,
@@ -67,7 +70,7 @@ class PrefillLink:
             priority=request.priority,
             cache_salt=request.cache_salt,
             tenant=request.tenant,
-            cp_first=cp_first(self.instance, request),
+            cp_first=cp_first,
             transfer=transfer,
         )
         timeout_s = remaining_s + _DEADLINE_SLACK_S

@@ -63,7 +63,7 @@ async def answers(channel: grpc.aio.Channel) -> bool:
 
 
 def cp_first(instance: Instance, request: ValidRequest) -> int:
-    """Returns which of a prefill instance's cp ranks is to have the request's first tokens.
+    """Returns which of a prefill instance's cp ranks is to have a long prompt's first tokens.
 
     Prompts that begin alike begin at the same one, where what is cached of them lies; others are
     spread.
@@ -76,10 +76,9 @@ def cp_first(instance: Instance, request: ValidRequest) -> int:
     return int.from_bytes(digest.digest(), "little") % instance.layout.cp
 
 
-def layout_for(instance: Instance, request: ValidRequest) -> kv_pb2.KvLayout:
-    """Returns where a prefill instance will have the request's KV."""
+def layout_from(instance: Instance, first: int) -> kv_pb2.KvLayout:
+    """Returns where a prefill instance will have the KV of a prompt that begins at rank `first`."""
     layout = kv_pb2.KvLayout.FromString(instance.layout.wire)
-    first = cp_first(instance, request)
     for group in (layout, *layout.more_groups):
         group.cp_first = first
     return layout

@@ -4,10 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from engine.ring.cyclic import Dealing
 from router.admission import Room
 from router.ledger import Capacity, InstanceKey, Ledger, LedgerError, Need, Placement
 from router.policy import LeastLoaded
@@ -32,6 +33,21 @@ def ledger(blocks: int = 8, **options: int) -> Ledger:
 
 def need(prompt: int = 16, new: int = 16) -> Need:
     return Need(prompt_tokens=prompt, max_new_tokens=new)
+
+
+@given(
+    ranks=st.integers(1, 5),
+    grain=st.sampled_from([1, 3, 16]),
+    tokens=st.integers(0, 200),
+    first=st.integers(0, 4),
+)
+def test_shares_of_ranks_are_those_that_prefill_deals(
+    ranks: int, grain: int, tokens: int, first: int
+) -> None:
+    first %= ranks
+    wide = replace(capacity(), block_size=ranks * grain, cp=ranks)
+    dealt = Dealing(ranks, grain).shards(0, tokens, first).new
+    assert wide.shares(tokens, first) == [sum(map(len, pieces)) for pieces in dealt]
 
 
 PLACE = Placement(prefill=PREFILL, decode=DECODE)
@@ -144,12 +160,18 @@ class LedgerAndQueue(RuleBasedStateMachine):
         self.waiting: dict[int, Waiting] = {}
         self.running: dict[int, Placement] = {}
 
-    @rule(decode=st.booleans(), blocks=st.integers(1, 12), sequences=st.integers(1, 4))
-    def instance_comes(self, decode: bool, blocks: int, sequences: int) -> None:
+    @rule(
+        decode=st.booleans(),
+        blocks=st.integers(1, 12),
+        sequences=st.integers(1, 4),
+        cp=st.sampled_from([1, 2, 4]),
+    )
+    def instance_comes(self, decode: bool, blocks: int, sequences: int, cp: int) -> None:
         self.epoch += 1
         key = InstanceKey("decode" if decode else "prefill", self.epoch)
         add = self.ledger.add_decode if decode else self.ledger.add_prefill
-        add(key, capacity(blocks, sequences=sequences))
+        made = capacity(blocks, sequences=sequences)
+        add(key, made if decode else replace(made, cp=cp))
         self.instances.add(key)
 
     @rule(data=st.data())

@@ -86,6 +86,14 @@ def test_hello_says_what_the_instance_is() -> None:
             },
             "hello.layout.shards[0].data_host",
         ),
+        (
+            {
+                "layout": kv_pb2.KvLayout(
+                    shape=layout().shape, block_size=16, shards=[kv_pb2.KvShard(cp_size=1 << 31)]
+                )
+            },
+            "hello.layout.shards[0].cp_size",
+        ),
     ],
 )
 def test_hello_that_makes_no_sense_is_refused_by_field(changes: dict[str, Any], field: str) -> None:

@@ -1,6 +1,7 @@
 """Which instances a request goes to."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
@@ -16,10 +17,19 @@ def prefill(name: str, tokens: int = 0, requests: int = 0) -> PrefillView:
     return PrefillView(
         key=InstanceKey(name, 1),
         capacity=CAPACITY,
-        outstanding_tokens=tokens,
+        owed_tokens=(tokens,),
         outstanding_requests=requests,
         max_outstanding_requests=4,
     )
+
+
+def wide(name: str, *owed_tokens: int) -> PrefillView:
+    """An instance over several cp ranks that deals 16 tokens to each in turn."""
+    ranks = len(owed_tokens)
+    capacity = Capacity(
+        blocks=10, block_size=16 * ranks, max_sequences=4, max_sequence_tokens=1000, cp=ranks
+    )
+    return replace(prefill(name), capacity=capacity, owed_tokens=owed_tokens)
 
 
 def decode(name: str, free: int = 10, sequences: int = 0) -> DecodeView:
@@ -72,6 +82,32 @@ def test_one_token_goes_to_prefill_alone() -> None:
 def test_cached_beginning_is_worth_the_tokens_it_saves(queue: int, winner: str) -> None:
     prefills = [prefill("idle"), prefill("holder", tokens=queue, requests=1)]
     assert chosen(prefills, [decode("x")], cached={"holder": 16}) == (winner, "x")
+
+
+def beginning(prefills: list[PrefillView], tokens: int) -> tuple[str, int | None]:
+    need = Need(prompt_tokens=tokens, max_new_tokens=1)
+    placement = LeastLoaded().choose(prefills, [], need, lambda _: 0)
+    assert placement is not None
+    return placement.prefill.name, placement.cp_first
+
+
+def test_short_prompt_begins_where_it_is_done_first() -> None:
+    assert beginning([wide("a", 50, 10, 30)], tokens=16) == ("a", 1)
+    assert beginning([wide("a", 0, 0, 0)], tokens=16) == ("a", 0)
+    # Of two ranks' length: what the busier of both owes is what counts.
+    assert beginning([wide("a", 50, 10, 30)], tokens=32) == ("a", 1)
+    assert beginning([wide("a", 20, 10, 60)], tokens=32) == ("a", 0)
+    # A busy instance whose one rank is free is as good as an idle one of one rank.
+    assert beginning([wide("b", 90, 0), prefill("c", tokens=5)], tokens=16) == ("b", 1)
+
+
+def test_load_does_not_say_where_a_prompt_begins_that_may_be_known() -> None:
+    assert beginning([wide("a", 50, 10, 30)], tokens=48) == ("a", 0)
+    assert beginning([wide("a", 50, 10, 30)], tokens=49) == ("a", None)
+
+
+def test_long_prompt_waits_for_the_busiest_rank() -> None:
+    assert beginning([wide("a", 90, 0), wide("b", 50, 50)], tokens=100) == ("b", None)
 
 
 def test_full_holder_is_passed_by() -> None:
