@@ -469,6 +469,7 @@ class Worker:
             job.early = self._outcome(job, event)
             return
         if job.wanted:
+            job.wanted = False
             self._scheduler.remove(request_id)
             self._pool.release(job.blocks)
             self._emit(request_id, self._outcome(job, event))

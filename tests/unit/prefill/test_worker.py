@@ -395,6 +395,20 @@ def test_request_that_is_aborted_in_a_later_stage_leaves_nothing(staged: Bench) 
     staged.worker.abort(2)
 
 
+def test_transfer_that_fails_in_the_middle_of_a_step_ends_the_request(bench: Bench) -> None:
+    bench.runner.gate.clear()
+    bench.submit(1, prompt=list(range(20)))  # two steps
+    bench.grant(1)
+    bench.wait(lambda: bench.agent.begun == [101])
+    bench.worker.transfer_event(Failed(101, PeerLost("gone"), retryable=True))
+    bench.runner.gate.set()
+    [failure] = bench.wait_outcomes(1)
+    assert isinstance(failure, RequestFailed)
+    bench.wait(lambda: bench.free() == BLOCKS)
+    assert bench.cache.match(list(range(20)), bytes(2)) == []
+    assert bench.fatal == []
+
+
 def test_lost_logits_are_fatal(staged: Bench) -> None:
     staged.runner.lost = True
     staged.submit(1)
