@@ -31,7 +31,7 @@ def expected() -> Reference:
     return reference(MODEL_DIR)
 
 
-@pytest.mark.parametrize("layout", ["cp3", "cp2 x tp2"])
+@pytest.mark.parametrize("layout", ["cp3", "cp2 x tp2", "pp2 x cp2"])
 def test_mixed_requests_with_clients_that_leave(
     layout: str, expected: Reference, tmp_path: Path
 ) -> None:
@@ -56,6 +56,7 @@ def test_mixed_requests_with_clients_that_leave(
                     ignore_eos=True,
                     timeout_s=120,
                     priority=mine.randint(-1, 1),
+                    tenant=mine.choice("ab"),
                 )
                 for count, chunk in enumerate(stream):
                     if leaves_after is not None and count == leaves_after:
