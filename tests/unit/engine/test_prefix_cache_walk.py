@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import pytest
 from hypothesis import settings
@@ -90,17 +91,31 @@ class CacheMachine(RuleBasedStateMachine):
             ids.append(block)
         return ids
 
-    def give_up(self, n: int, sharing: Sequence[int] = ()) -> list[bytes]:
-        """Drop `n` idle prefixes from the model, as the rules say; returns their keys in order."""
-        keys = []
+    def give_up(self, n: int, sharing: Sequence[int] = ()) -> list[dict[bytes, int]]:
+        """Drop `n` idle prefixes from the model, as the rules say, each with all below it.
+
+        Returns their keys and lengths in order.
+        """
+        given_up = []
         for _ in range(n):
             idle = [p for p, i in self.idle.items() if i not in sharing]
             leaves = [p for p in idle if len(self.below(p)) == 1]
             victim = min(leaves or idle, key=lambda p: (self.last_used[p], -len(p[1])))
-            for prefix in sorted(self.below(victim), key=lambda p: -len(p[1])):
+            below = self.below(victim)
+            given_up.append({keys_of(p[1], p[0])[-1]: len(p[1]) for p in below})
+            for prefix in below:
                 del self.cached[prefix]
-                keys.append(keys_of(prefix[1], prefix[0])[-1])
-        return keys
+        return given_up
+
+    def check_evicted(self, expected: list[dict[bytes, int]]) -> None:
+        """One victim after the other, children before their parents; siblings in any order."""
+        said = iter(self.told(self.evicted))
+        for victims in expected:
+            keys = list(islice(said, len(victims)))
+            assert set(keys) == victims.keys()
+            lengths = [victims[key] for key in keys]
+            assert lengths == sorted(lengths, reverse=True)
+        assert not list(said)
 
     def below(self, prefix: Prefix) -> list[Prefix]:
         salt, tokens = prefix
@@ -148,7 +163,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert acquired.blocks[: acquired.shared] == shared
         assert (acquired.tokens, len(acquired.blocks)) == (len(shared) * SIZE, num_blocks)
         assert not set(acquired.blocks[acquired.shared :]) & untouchable
-        assert self.told(self.evicted) == expected
+        self.check_evicted(expected)
         for i in acquired.blocks[acquired.shared :]:
             self.content.pop(i, None)
         if used:
@@ -164,7 +179,7 @@ class CacheMachine(RuleBasedStateMachine):
         untouchable = self.held | set(self.cached.values())
         ids = self.pool.reserve(n)
         assert len(set(ids) - untouchable) == n
-        assert self.told(self.evicted) == expected
+        self.check_evicted(expected)
         self.pool.release(ids)
 
     @precondition(lambda self: any(s.owned for s in self.live))
