@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.errors import UnsupportedError
-from engine.kernels import attention_cpu, linear_cpu
+from engine.kernels import attention_cpu, attention_native, linear_cpu
 
 
 class AttentionKernel(Protocol):
@@ -35,8 +35,14 @@ _PRODUCT: Mapping[str, ProductKernel] = {"cpu": linear_cpu.product}
 
 
 def attention_kernel(device: torch.device) -> AttentionKernel:
-    """Return the attention of a device; raises UnsupportedError where there is none."""
-    return _ATTENTION[_supported(device)]
+    """Return the attention of a device; raises UnsupportedError where there is none.
+
+    What has to be compiled is compiled here, so that no pass waits for it.
+    """
+    name = _supported(device)
+    if name == "cpu":
+        attention_native.attention()
+    return _ATTENTION[name]
 
 
 def product_kernel(device: torch.device) -> ProductKernel:

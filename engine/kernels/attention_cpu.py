@@ -1,4 +1,4 @@
-"""Attention on the CPU with torch's own operators. Owns no memory and no indices.
+"""Attention on the CPU. Owns no memory and no indices.
 
 Legend: T tokens, S sequences, N query heads, G KV heads, R = N / G query heads that share a
 KV head, L cached tokens, H head size.
@@ -6,17 +6,23 @@ KV head, L cached tokens, H head size.
 Decode gathers the blocks of a group's sequences into [2, S, G, L, H] with one index_select,
 and runs one attention over the group. Blocks are head-major, so a view of the cache can only
 be attended block by block; with blocks of 16 tokens that measured 2 to 4 times slower than
-gathering whole runs, for contiguous extents too. Prefill runs batched matmuls over slices of
-the queries, and skips the keys after each slice: 1.5 to 2.5 times the speed of torch's fused
-operator from 256 tokens on. softmax of a bf16 tensor computes in fp32 and rounds once.
+gathering whole runs, for contiguous extents too.
+
+Prefill in bf16 is compiled code's, where the machine can have it (`attention_native`). Else it is
+torch's: batched matmuls over slices of the queries, which skip the keys after each slice, 1.5 to
+2.5 times the speed of torch's fused operator from 256 tokens on. softmax of a bf16 tensor computes
+in fp32 and rounds once.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from engine.batch import Batch, DecodeGroup, PrefillSpan
+from engine.kernels import attention_native
+from engine.kernels.attention_native import Cached, Piece
 
 # Decoding sequences times their length. Up to here the fused operator wins (measured in bf16).
 _FUSED_TOKENS = 1024
@@ -29,15 +35,17 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 def attend(qkv_TNH: Tensor, cache_runs: Tensor, batch: Batch, num_heads: int) -> Tensor:
     """Return causal attention, [T, num_heads * H]; see `AttentionKernel`."""
-    outputs = [
-        _decode(qkv_TNH[group.begin : group.end, :num_heads], cache_runs, group)
-        for group in batch.decode
-    ]
-    outputs += [
-        _prefill(qkv_TNH[span.begin : span.end], cache_runs, span, num_heads)
-        for span in batch.prefill
-    ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if len(batch.decode) == 1 and not batch.prefill:
+        return _decode(qkv_TNH[:, :num_heads], cache_runs, batch.decode[0])
+    tokens, _, head_size = qkv_TNH.shape
+    out_TNH = qkv_TNH.new_empty(tokens, num_heads, head_size)
+    for group in batch.decode:
+        rows = slice(group.begin, group.end)
+        decoded = _decode(qkv_TNH[rows, :num_heads], cache_runs, group)
+        out_TNH[rows] = decoded.view(-1, num_heads, head_size)
+    if batch.prefill:
+        _prefill(qkv_TNH, cache_runs, batch.prefill, out_TNH)
+    return out_TNH.view(tokens, num_heads * head_size)
 
 
 def _decode(q_SNH: Tensor, cache_runs: Tensor, group: DecodeGroup) -> Tensor:
@@ -59,12 +67,36 @@ def _decode(q_SNH: Tensor, cache_runs: Tensor, group: DecodeGroup) -> Tensor:
     return merged
 
 
-def _prefill(qkv_TNH: Tensor, cache_runs: Tensor, span: PrefillSpan, num_heads: int) -> Tensor:
-    tokens, all_heads, head_size = qkv_TNH.shape
-    kv_heads = (all_heads - num_heads) // 2
+def _prefill(
+    qkv_TNH: Tensor, cache_runs: Tensor, spans: Sequence[PrefillSpan], out_TNH: Tensor
+) -> None:
+    native = attention_native.attention()
+    if native is not None and attention_native.fits(qkv_TNH):
+        native([_piece(qkv_TNH, cache_runs, span, out_TNH) for span in spans])
+        return
+    for span in spans:
+        rows = slice(span.begin, span.end)
+        _prefill_torch(qkv_TNH[rows], cache_runs, span, out_TNH[rows])
+
+
+def _piece(qkv_TNH: Tensor, cache_runs: Tensor, span: PrefillSpan, out_TNH: Tensor) -> Piece:
+    cached = None
+    if span.run_indices is not None:
+        cached = Cached(cache_runs, span.run_indices, span.start)
+    qkv, num_heads = qkv_TNH[span.begin : span.end], out_TNH.shape[1]
+    return Piece(
+        q_TNH=qkv[:, :num_heads],
+        kv_LXH=qkv[:, num_heads:],
+        out_TNH=out_TNH[span.begin : span.end],
+        cached=cached,
+    )
+
+
+def _prefill_torch(qkv_TNH: Tensor, cache_runs: Tensor, span: PrefillSpan, out_TNH: Tensor) -> None:
+    tokens, num_heads, head_size = out_TNH.shape
+    kv_heads = (qkv_TNH.shape[1] - num_heads) // 2
     k_GLH, v_GLH = _all_keys_and_values(qkv_TNH[:, num_heads:], cache_runs, span)
     q_GTRH = qkv_TNH[:, :num_heads].view(tokens, kv_heads, -1, head_size).transpose(0, 1)
-    out_TNH = qkv_TNH.new_empty(tokens, num_heads, head_size)
     out_GTRH = out_TNH.view(tokens, kv_heads, -1, head_size).transpose(0, 1)
 
     queries = _SLICE_SCORES // (num_heads * (span.start + tokens))
@@ -79,7 +111,6 @@ def _prefill(qkv_TNH: Tensor, cache_runs: Tensor, span: PrefillSpan, num_heads: 
         diagonal += future[: end - begin, :, : end - begin]
         mixed = torch.bmm(scores.softmax(-1), v_GLH[:, :seen])
         out_GTRH[:, begin:end] = mixed.view(kv_heads, end - begin, -1, head_size)
-    return out_TNH.view(tokens, num_heads * head_size)
 
 
 def _all_keys_and_values(

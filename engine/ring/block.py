@@ -5,7 +5,8 @@ heads, then the V heads), R = N / G query heads that share a KV head, H head siz
 
 Both lie in order of their positions, so the keys that a slice of queries may look at are a range of
 rows, and a mask is needed at its two ends only. Products are in the inputs' type, accumulated in
-fp32; all else is in fp32.
+fp32; all else is in fp32. In bf16 on the CPU it is compiled code's work where the machine can have
+it, else that of torch's operators, slice by slice.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.kernels import attention_native
+from engine.kernels.attention_native import Piece
 from engine.ring.merge import Partial
 
 # Queries in a slice, and the scores that a slice may have in all: 32 MiB in fp32.
@@ -46,12 +49,36 @@ def attend(
     Queries are scaled already. With a window, a query sees itself and the window - 1 tokens before
     it. Keys that no query sees are not read.
     """
+    begin, end = seen(at_L, at_T, window)
+    if begin == end:
+        return Partial.nothing(q_TNH)
+    native = attention_native.attention()
+    if native is None or not attention_native.fits(q_TNH, kv_LXH):
+        return _attend_torch(q_TNH, at_T, kv_LXH, at_L, window)
+    if window is None:
+        low_T = np.zeros(len(at_T), np.int64)
+    else:
+        low_T = np.searchsorted(at_L, at_T - window + 1)
+    high_T = np.searchsorted(at_L, at_T, "right")
+    partial = Partial.undefined(q_TNH)
+    piece = Piece(
+        q_TNH=q_TNH,
+        kv_LXH=kv_LXH,
+        out_TNH=partial.out_TNH,
+        lse_TN=partial.lse_TN,
+        seen=(low_T, high_T),
+    )
+    native([piece])
+    return partial
+
+
+def _attend_torch(
+    q_TNH: Tensor, at_T: Positions, kv_LXH: Tensor, at_L: Positions, window: int | None
+) -> Partial:
     tokens, heads, head_size = q_TNH.shape
     kv_heads = kv_LXH.shape[1] // 2
     partial = Partial.nothing(q_TNH)
     begin, end = seen(at_L, at_T, window)
-    if begin == end:
-        return partial
     kv_XlH = kv_LXH[begin:end].transpose(0, 1).contiguous()
     k_GlH, v_GlH = kv_XlH[:kv_heads], kv_XlH[kv_heads:]
     q_GTRH = q_TNH.view(tokens, kv_heads, -1, head_size).transpose(0, 1)
