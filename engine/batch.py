@@ -20,6 +20,8 @@ from engine.kvcache import KVCache
 
 # Padding that is worth another group of sequences: about what one more kernel call costs.
 _PADDING_TOKENS = 512
+# Cached tokens that a group of last rows may gather at once: their sequences are a pass's, not few.
+_LAST_TOKENS = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +70,23 @@ class PrefillSpan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LastRows:
+    """The chunks' last tokens, as if they alone were new: what the last layer needs to attend.
+
+    `order_S` puts the chunks into the groups' order, `back_S` the groups' rows into the chunks'.
+    """
+
+    groups: tuple[DecodeGroup, ...]
+    order_S: Tensor
+    back_S: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One pass: decode groups first, then prefill spans. `rows_of` is in the chunks' order."""
+    """One pass: decode groups first, then prefill spans. `rows_of` is in the chunks' order.
+
+    `last` is None where every chunk has one token.
+    """
 
     token_ids_T: Tensor
     positions_T: Tensor
@@ -78,6 +95,7 @@ class Batch:
     prefill: tuple[PrefillSpan, ...]
     rows_of: tuple[slice, ...]
     last_rows_S: Tensor
+    last: LastRows | None
 
 
 def make_batch(chunks: Sequence[Chunk], cache: KVCache, vocab_size: int) -> Batch:
@@ -108,6 +126,7 @@ def make_batch(chunks: Sequence[Chunk], cache: KVCache, vocab_size: int) -> Batc
         ),
         rows_of=rows_of,
         last_rows_S=torch.tensor([rows.stop - 1 for rows in rows_of], device=device),
+        last=_last_rows(chunks, tables, cache) if len(decode) < len(chunks) else None,
     )
 
 
@@ -157,16 +176,36 @@ def _prefill_span(
     )
 
 
+def _last_rows(
+    chunks: Sequence[Chunk], tables: Sequence[NDArray[np.int64]], cache: KVCache
+) -> LastRows:
+    order = sorted(range(len(chunks)), key=lambda i: -chunks[i].end)
+    lengths, sorted_tables = [chunks[i].end for i in order], [tables[i] for i in order]
+    order_S = torch.tensor(order, device=cache.tensor.device)
+    return LastRows(
+        groups=_decode_groups(lengths, sorted_tables, cache, most_tokens=_LAST_TOKENS),
+        order_S=order_S,
+        back_S=order_S.argsort(),
+    )
+
+
 def _decode_groups(
-    lengths: Sequence[int], tables: Sequence[NDArray[np.int64]], cache: KVCache
+    lengths: Sequence[int],
+    tables: Sequence[NDArray[np.int64]],
+    cache: KVCache,
+    most_tokens: int | None = None,
 ) -> tuple[DecodeGroup, ...]:
-    """Split sequences, longest first, where the padding to the longest would cost too much."""
+    """Split sequences, longest first, where the padding to the longest would cost too much.
+
+    Also before a group of several gathers more than `most_tokens`.
+    """
     groups = []
     begin, padding = 0, 0
     for end in range(1, len(lengths) + 1):
         if end < len(lengths):
             padding += lengths[begin] - lengths[end]
-            if padding <= _PADDING_TOKENS:
+            gathered = lengths[begin] * (end + 1 - begin)
+            if padding <= _PADDING_TOKENS and (most_tokens is None or gathered <= most_tokens):
                 continue
         groups.append(_decode_group(begin, lengths[begin:end], tables[begin:end], cache))
         begin, padding = end, 0

@@ -59,10 +59,6 @@ class KVCache:
         self.cells = dict(zip(layers, cells, strict=True))
         self.runs = dict(zip(layers, runs, strict=True))
 
-    def insert(self, layer: int, slot_mapping_TX: Tensor, kv_TXH: Tensor) -> None:
-        """Write new tokens' K and V heads into the cells that `slot_mapping` gave for them."""
-        self.cells[layer].index_put_((slot_mapping_TX,), kv_TXH)
-
     def slot_mapping(self, blocks_T: NDArray[np.int64], places_T: NDArray[np.int64]) -> Tensor:
         """Return each token's cells, [T, X], from its block and its place in the block."""
         cells_T = blocks_T * (self.num_heads * self.block_size) + places_T

@@ -16,7 +16,7 @@ from engine.config import ModelConfig
 from engine.errors import UnsupportedError
 from engine.kernels import attention_kernel
 from engine.kvcache import Allocate, KVCache
-from engine.layers.attention import Pass
+from engine.layers.attention import Attend, Pass
 from engine.layers.layer import Placement
 from engine.models import MODELS
 from engine.parallel import Alone, Collectives, Layout
@@ -146,7 +146,7 @@ class ModelRunner:
         if self._ring is not None:
             return self._run_ring(self._ring, chunks, on_layer)
         batch = self._batch(chunks)
-        return self._run(batch, batch.last_rows_S, on_layer)
+        return self._run(batch, batch.last_rows_S, self._last_rows_attention(batch), on_layer)
 
     def forward_all(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Do as `forward` does, and return the logits of every token: [T, V] for each chunk.
@@ -156,7 +156,7 @@ class ModelRunner:
         assert self._ring is None
         batch = self._batch(chunks)
         rows_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
-        logits_TV = self._run(batch, rows_T, None).wait()
+        logits_TV = self._run(batch, rows_T, None, None).wait()
         return [logits_TV[rows] for rows in batch.rows_of]
 
     def warm_up(self) -> None:
@@ -182,8 +182,28 @@ class ModelRunner:
     def _batch(self, chunks: Sequence[Chunk]) -> Batch:
         return make_batch(chunks, self.cache, self.config.vocab_size)
 
+    def _last_rows_attention(self, batch: Batch) -> Attend | None:
+        """Return attention of the chunks' last tokens, from the cache, as if they were decoded."""
+        last = batch.last
+        if last is None:
+            return None
+        decode = replace(batch, decode=last.groups, prefill=())
+
+        def attend_last(layer: int, q_SNH: Tensor) -> Tensor:
+            runs = self.cache.runs[layer]
+            out_SI = self._attend(q_SNH[last.order_S], runs, decode, self._num_heads)
+            return out_SI[last.back_S]
+
+        return attend_last
+
     @torch.inference_mode()
-    def _run(self, batch: Batch, wanted_S: Tensor, on_layer: OnLayer | None) -> Logits:
+    def _run(
+        self,
+        batch: Batch,
+        wanted_S: Tensor,
+        attend_last: Attend | None,
+        on_layer: OnLayer | None,
+    ) -> Logits:
         def attend(layer: int, qkv_TNH: Tensor) -> Tensor:
             return self._attend(qkv_TNH, self.cache.runs[layer], batch, self._num_heads)
 
@@ -193,6 +213,7 @@ class ModelRunner:
             angles=self._model.rotary.angles(batch.positions_T),
             cache=self.cache,
             attend=attend,
+            attend_last=attend_last,
             on_layer=on_layer,
         )
         return self._stages.pass_on(
@@ -208,6 +229,7 @@ class ModelRunner:
             angles=self._model.rotary.angles(made.positions_T),
             cache=ring.cache,
             attend=ring.attention(made, self._num_heads),
+            attend_last=None,  # every rank's part of the ring is all of its queries
             on_layer=on_layer,
         )
         rows = [row for _, row in made.last_rows]

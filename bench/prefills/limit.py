@@ -1,9 +1,9 @@
 """The matrix products that passes cannot do without, and what their times make of it. Pure.
 
 A product is [batch, rows, inner] x [batch, inner, columns], done `times` over. Counted as they are
-needed: the last layer's MLP and the head for the last tokens alone, attention for the keys that a
-slice of queries sees. Experts are chosen evenly. Nothing else is counted: no norms, no softmax, no
-copies.
+needed: the head, and of the last layer all but keys and values, for the last tokens alone;
+attention for the keys that a slice of queries sees. Experts are chosen evenly. Nothing else is
+counted: no norms, no softmax, no copies.
 """
 
 import math
@@ -76,10 +76,16 @@ def _of_pass(
     hidden, layers = config.hidden_size, config.num_layers
     heads = config.num_heads * config.head_size
     kv_heads = 2 * config.num_kv_heads * config.head_size
-    yield _weight(tokens, hidden, heads + kv_heads), layers
-    yield _weight(tokens, heads, hidden), layers
+    yield _weight(tokens, hidden, heads + kv_heads), layers - 1
+    yield _weight(tokens, heads, hidden), layers - 1
     for product, times in attention(config, spans).items():
-        yield product, times * layers
+        yield product, times * (layers - 1)
+    yield _weight(tokens, hidden, kv_heads), 1
+    if ended:
+        yield _weight(ended, hidden, heads), 1
+        yield _weight(ended, heads, hidden), 1
+    last = [Span(s.prompt, s.end - 1, s.end) for s in spans if s.end == work.tokens]
+    yield from attention(config, last).items()
     for layer in range(layers):
         rows = ended if layer == layers - 1 else tokens
         if rows:

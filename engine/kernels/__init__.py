@@ -1,7 +1,7 @@
 """Compute that differs between devices, and the tables that pick it.
 
 Owns the seams: attention takes a layer's queries and the batch's indices, a product its
-weight; neither knows of models.
+weight, rows what becomes of them between products; none knows of models.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.errors import UnsupportedError
-from engine.kernels import attention_cpu, attention_native, linear_cpu
+from engine.kernels import attention_cpu, attention_native, experts_cpu, linear_cpu, rows_cpu
+from engine.kernels.experts import ExpertsKernel
+from engine.kernels.rows import RowKernels
 
 
 class AttentionKernel(Protocol):
@@ -22,7 +24,8 @@ class AttentionKernel(Protocol):
         """Return [T, num_heads * H].
 
         `qkv_TNH` holds the query heads, scaled already, then the K and the V heads of the new
-        tokens, which are in `cache_runs` (one layer of `KVCache.runs`) already.
+        tokens, which are in `cache_runs` (one layer of `KVCache.runs`) already. Where the batch
+        is of decode groups alone, the query heads are enough.
         """
         ...
 
@@ -32,6 +35,8 @@ ProductKernel = Callable[[Tensor], Product]  # a constant weight [O, I] -> x [T,
 
 _ATTENTION: Mapping[str, AttentionKernel] = {"cpu": attention_cpu.attend}
 _PRODUCT: Mapping[str, ProductKernel] = {"cpu": linear_cpu.product}
+_EXPERTS: Mapping[str, ExpertsKernel] = {"cpu": experts_cpu.experts}
+_ROWS: Mapping[str, Callable[[torch.dtype], RowKernels]] = {"cpu": rows_cpu.rows}
 
 
 def attention_kernel(device: torch.device) -> AttentionKernel:
@@ -48,6 +53,16 @@ def attention_kernel(device: torch.device) -> AttentionKernel:
 def product_kernel(device: torch.device) -> ProductKernel:
     """Return what makes products on a device; raises UnsupportedError where there is nothing."""
     return _PRODUCT[_supported(device)]
+
+
+def experts_kernel(device: torch.device) -> ExpertsKernel:
+    """Return what makes experts on a device; raises UnsupportedError where there is nothing."""
+    return _EXPERTS[_supported(device)]
+
+
+def row_kernels(device: torch.device, dtype: torch.dtype) -> RowKernels:
+    """Return what is done to rows on a device by a model of this dtype; raises UnsupportedError."""
+    return _ROWS[_supported(device)](dtype)
 
 
 def _supported(device: torch.device) -> str:

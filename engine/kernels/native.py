@@ -12,7 +12,8 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
+from functools import cache
 from pathlib import Path
 
 from engine.errors import UnsupportedError
@@ -24,12 +25,28 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-exceptions", "-shared", "-
 _COMPILE_S, _ASK_S = 60.0, 10.0
 _CPU_INFO = Path("/proc/cpuinfo")
 
+# OpenMP's runtime is the one that torch has loaded already, by its name: one pool of threads.
+OPENMP = ("-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
-def load(source: Path, cpu_flags: Set[str]) -> ctypes.CDLL:
+
+@cache
+def load_if_possible(
+    source: Path, cpu_flags: frozenset[str], options: tuple[str, ...]
+) -> ctypes.CDLL | None:
+    """Do as `load` does, once; where that is not possible, say so in the log and return None."""
+    try:
+        return load(source, cpu_flags, options)
+    except UnsupportedError as exc:
+        logger.info("torch's operators do the work of %s: %s", source.name, exc)
+        return None
+
+
+def load(source: Path, cpu_flags: Set[str], options: Sequence[str] = ()) -> ctypes.CDLL:
     """Return the library made of a C++ file; compiled at the first call on a machine, then kept.
 
-    Raises UnsupportedError, which says why, where the processor lacks one of `cpu_flags`, where
-    there is no compiler or place to keep the library, or where TWINPOOL_NATIVE is 0.
+    `options` are more of the compiler's. Raises UnsupportedError, which says why, where the
+    processor lacks one of `cpu_flags`, where there is no compiler or place to keep the library, or
+    where TWINPOOL_NATIVE is 0.
     """
     if os.environ.get(_SWITCH, "1") == "0":
         raise UnsupportedError(f"{_SWITCH} is 0")
@@ -40,7 +57,7 @@ def load(source: Path, cpu_flags: Set[str]) -> ctypes.CDLL:
     problems = []
     for compiler in _compilers():
         try:
-            return _loaded(source, compiler, found, folder)
+            return _loaded(source, [*compiler, *options], found, folder)
         except (OSError, subprocess.SubprocessError) as exc:
             problems.append(f"{shlex.join(compiler)}: {_said(exc)}")
     raise UnsupportedError("; ".join(problems) or "there is no C++ compiler (CXX, g++, clang++)")
@@ -88,7 +105,7 @@ def _cpu_flags() -> frozenset[str]:
         lines = _CPU_INFO.read_text().splitlines()
     except OSError:
         return frozenset()
-    flags = next((line for line in lines if line.startswith("flags")), "")
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return frozenset(flags.partition(":")[2].split())
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.kernels import row_kernels
+from engine.kernels.rows import NormWeight
 from engine.kvcache import KVCache
 from engine.layers.layer import Placement
 from engine.layers.linear import ColumnLinear, RowLinear
@@ -25,7 +27,9 @@ class Pass:
     """What the layers share in one forward pass.
 
     `attend(l, qkv)` is causal attention of the new tokens, [T, N + X, H] to [T, N * H], once their
-    K and V are in layer l of the cache; `on_layer(l)` is told when they are.
+    K and V are in layer l of the cache; `on_layer(l)` is told when they are. `attend_last(l, q)`
+    does the same for the wanted rows alone, of their queries, [S, N, H] to [S, N * H]; None where
+    attention needs those of all tokens.
     """
 
     token_ids_T: Tensor
@@ -33,13 +37,19 @@ class Pass:
     angles: Angles
     cache: KVCache
     attend: Attend
+    attend_last: Attend | None
     on_layer: Callable[[int], None] | None
 
 
 class Attention:
-    """One layer's attention; `name` is its place in the checkpoint, "model.layers.0.self_attn"."""
+    """One layer's attention; `name` is its place in the checkpoint, "model.layers.0.self_attn".
 
-    def __init__(self, config: ModelConfig, layer: int, name: str, placement: Placement) -> None:
+    The last layer's queries are a product of their own: few of its rows are wanted.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer: int, name: str, placement: Placement, *, is_last: bool
+    ) -> None:
         heads = placement.layout.tensor_part(config.num_heads)
         kv_heads = placement.layout.kv_part(config.num_kv_heads)
         size = config.head_size
@@ -47,56 +57,80 @@ class Attention:
         self._layer = layer
         self._name = name
         self._num_heads = heads.stop - heads.start
-        self._num_qk_heads = self._num_heads + kv_heads.stop - kv_heads.start
-        self._num_all_heads = self._num_qk_heads + kv_heads.stop - kv_heads.start
+        self._num_kv_heads = kv_heads.stop - kv_heads.start
         self._head_size = size
-        self._qkv = ColumnLinear(
-            [
-                (f"{name}.q_proj", config.num_heads * size, q_rows),
-                (f"{name}.k_proj", config.num_kv_heads * size, kv_rows),
-                (f"{name}.v_proj", config.num_kv_heads * size, kv_rows),
-            ],
-            config.hidden_size,
-            placement,
-        )
+        q = (f"{name}.q_proj", config.num_heads * size, q_rows)
+        k, v = ((f"{name}.{each}_proj", config.num_kv_heads * size, kv_rows) for each in ("k", "v"))
+        self._qkv = [
+            ColumnLinear(outputs, config.hidden_size, placement)
+            for outputs in ([[q], [k, v]] if is_last else [[q, k, v]])
+        ]
         self._out = RowLinear(
             f"{name}.o_proj", config.num_heads * size, config.hidden_size, placement
         )
         # The two norms as one: each head's row is the weight that belongs to it.
-        self._norm_MH = torch.empty(self._num_qk_heads, size, device=placement.device)
-        self._floor = torch.tensor((size * config.rms_norm_eps) ** 0.5, device=placement.device)
+        num_qk_heads = self._num_heads + self._num_kv_heads
+        norm_MH = torch.empty(num_qk_heads, size, device=placement.device)
+        self._qk_norm = NormWeight(norm_MH, config.rms_norm_eps)
+        self._q_norm = NormWeight(norm_MH[: self._num_heads], config.rms_norm_eps)
+        self._k_norm = NormWeight(norm_MH[self._num_heads :], config.rms_norm_eps)
+        self._rows = row_kernels(placement.device, placement.dtype)
 
     def slots(self) -> Iterator[WeightSlot]:
-        yield from self._qkv.slots()
+        for qkv in self._qkv:
+            yield from qkv.slots()
         yield from self._out.slots()
-        for norm, row in (("q_norm", 0), ("k_norm", self._num_heads)):
+        for name, norm in (("q_norm", self._q_norm), ("k_norm", self._k_norm)):
             yield WeightSlot(
-                name=f"{self._name}.{norm}.weight",
+                name=f"{self._name}.{name}.weight",
                 shape=(self._head_size,),
                 part=(),
-                target=self._norm_MH[row],
+                target=norm.weight[0],
             )
 
     def prepare(self) -> None:
-        self._qkv.prepare()
+        for qkv in self._qkv:
+            qkv.prepare()
         self._out.prepare()
-        self._norm_MH[: self._num_heads] = self._norm_MH[0].clone()
-        self._norm_MH[self._num_heads :] = self._norm_MH[self._num_heads].clone()
+        for norm in (self._q_norm, self._k_norm):
+            norm.weight[:] = norm.weight[0].clone()
         # See engine.layers.norm for the factor. Queries also get attention's scale, its inverse,
         # here: in fp32, and for free.
-        self._norm_MH[self._num_heads :] *= self._head_size**0.5
+        k_norm_GH = self._k_norm.weight
+        k_norm_GH *= self._head_size**0.5
 
-    def __call__(self, x_TD: Tensor, shared: Pass) -> Tensor:
-        qkv_TNH = self._qkv(x_TD).view(len(x_TD), self._num_all_heads, self._head_size)
-        self._normalise_and_rotate(qkv_TNH[:, : self._num_qk_heads], shared.angles)
-        shared.cache.insert(self._layer, shared.slot_mapping_TX, qkv_TNH[:, self._num_heads :])
+    def __call__(self, x_TD: Tensor, shared: Pass, wanted_S: Tensor | None) -> Tensor:
+        """Return attention's output, [T, D]; with `wanted_S` that of these rows only."""
+        if wanted_S is not None and shared.attend_last is not None:
+            return self._of_wanted(x_TD, shared, wanted_S, shared.attend_last)
+        products = [self._heads(qkv(x_TD)) for qkv in self._qkv]
+        qkv_TNH = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        qk_TMH = qkv_TNH[:, : self._num_heads + self._num_kv_heads]
+        self._normalise_and_rotate(qk_TMH, self._qk_norm, shared.angles)
+        self._insert(qkv_TNH[:, self._num_heads :], shared)
+        attended_TI = shared.attend(self._layer, qkv_TNH)
+        return self._out(attended_TI if wanted_S is None else attended_TI[wanted_S])
+
+    def _of_wanted(
+        self, x_TD: Tensor, shared: Pass, wanted_S: Tensor, attend_last: Attend
+    ) -> Tensor:
+        """Compute K and V of all rows, and the rest of some."""
+        q, kv = self._qkv
+        kv_TXH = self._heads(kv(x_TD))
+        self._normalise_and_rotate(kv_TXH[:, : self._num_kv_heads], self._k_norm, shared.angles)
+        self._insert(kv_TXH, shared)
+        q_SNH = self._heads(q(x_TD[wanted_S]))
+        self._normalise_and_rotate(q_SNH, self._q_norm, shared.angles.of(wanted_S))
+        return self._out(attend_last(self._layer, q_SNH))
+
+    def _heads(self, x_TI: Tensor) -> Tensor:
+        return x_TI.view(len(x_TI), x_TI.shape[1] // self._head_size, self._head_size)
+
+    def _normalise_and_rotate(self, x_TMH: Tensor, norm: NormWeight, angles: Angles) -> None:
+        self._rows.norm_rotate(x_TMH, norm, angles.cos_T1H, angles.sin_T1H)
+
+    def _insert(self, kv_TXH: Tensor, shared: Pass) -> None:
+        cells = shared.cache.cells[self._layer]
+        self._rows.insert(cells, shared.slot_mapping_TX, kv_TXH)
         if shared.on_layer is not None:
             shared.on_layer(self._layer)
-        return self._out(shared.attend(self._layer, qkv_TNH))
-
-    def _normalise_and_rotate(self, qk_TMH: Tensor, angles: Angles) -> None:
-        """Do both in place, in fp32 and with one rounding; see engine.layers.norm."""
-        x_TMH = qk_TMH.to(torch.float32, copy=True)
-        length_TM1 = torch.linalg.vector_norm(x_TMH, dim=-1, keepdim=True)
-        x_TMH.div_(length_TM1.hypot_(self._floor)).mul_(self._norm_MH)
-        qk_TMH.copy_(angles.rotate(x_TMH))

@@ -6,23 +6,18 @@ Legend: T tokens, D hidden size, I inner size of this rank.
 from collections.abc import Iterator
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from engine.kernels import row_kernels
 from engine.layers.layer import Placement
 from engine.layers.linear import ColumnLinear, RowLinear
 from engine.weights import WeightSlot
-
-
-def gated(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up of gate and up side by side in the last dimension."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
 
 
 class DenseMLP:
     """down(silu(gate(x)) * up(x)); `name` is its place in the checkpoint."""
 
     def __init__(self, hidden_size: int, inner_size: int, name: str, placement: Placement) -> None:
+        self._rows = row_kernels(placement.device, placement.dtype)
         part = placement.layout.tensor_part(inner_size)
         self._gate_up = ColumnLinear(
             [(f"{name}.{each}_proj", inner_size, part) for each in ("gate", "up")],
@@ -40,4 +35,4 @@ class DenseMLP:
         self._down.prepare()
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self._down(gated(self._gate_up(x_TD)))
+        return self._down(self._rows.gated(self._gate_up(x_TD)))

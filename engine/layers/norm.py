@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from engine.kernels import row_kernels
+from engine.kernels.rows import NormWeight
 from engine.layers.layer import Placement
 from engine.weights import WeightSlot
 
@@ -19,21 +21,19 @@ class RMSNorm:
 
     def __init__(self, name: str, size: int, eps: float, placement: Placement) -> None:
         self._name = name
-        self._dtype = placement.dtype
-        self._floor = torch.tensor((size * eps) ** 0.5, device=placement.device)
-        self.weight_D = torch.empty(size, device=placement.device)
+        self._rows = row_kernels(placement.device, placement.dtype)
+        self._norm = NormWeight(torch.empty(size, device=placement.device), eps)
 
     def slots(self) -> Iterator[WeightSlot]:
+        weight_D = self._norm.weight
         yield WeightSlot(
-            name=f"{self._name}.weight",
-            shape=tuple(self.weight_D.shape),
-            part=(),
-            target=self.weight_D,
+            name=f"{self._name}.weight", shape=tuple(weight_D.shape), part=(), target=weight_D
         )
 
     def prepare(self) -> None:
-        self.weight_D *= self.weight_D.shape[0] ** 0.5
+        weight_D = self._norm.weight
+        weight_D *= weight_D.shape[0] ** 0.5
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        length_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
-        return x_TD.div(length_T1.hypot_(self._floor)).mul_(self.weight_D).to(self._dtype)
+    def __call__(self, x_TD: Tensor, more_TD: Tensor | None) -> Tensor:
+        """Add `more_TD` to the residual stream `x_TD` in place, and return its norm."""
+        return self._rows.norm(x_TD, more_TD, self._norm)

@@ -16,10 +16,9 @@ class Angles:
     cos_T1H: Tensor
     sin_T1H: Tensor
 
-    def rotate(self, x_TNH: Tensor) -> Tensor:
-        """Return fp32 heads turned by their token's position."""
-        swapped_TNH = x_TNH.roll(x_TNH.shape[-1] // 2, dims=-1)
-        return torch.addcmul(x_TNH * self.cos_T1H, swapped_TNH, self.sin_T1H)
+    def of(self, rows_S: Tensor) -> "Angles":
+        """Return the angles of some of the tokens."""
+        return Angles(self.cos_T1H[rows_S], self.sin_T1H[rows_S])
 
 
 class Rotary:

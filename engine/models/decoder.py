@@ -43,7 +43,8 @@ class DecoderLayer:
         name = f"model.layers.{layer}"
         size, eps = config.hidden_size, config.rms_norm_eps
         self._attention_norm = RMSNorm(f"{name}.input_layernorm", size, eps, placement)
-        self._attention = Attention(config, layer, f"{name}.self_attn", placement)
+        is_last = layer == config.num_layers - 1
+        self._attention = Attention(config, layer, f"{name}.self_attn", placement, is_last=is_last)
         self._mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", size, eps, placement)
         self._mlp = make_mlp(layer, f"{name}.mlp")
         self._stream = placement.stream
@@ -51,14 +52,19 @@ class DecoderLayer:
     def parts(self) -> Iterator[Layer]:
         yield from (self._attention_norm, self._attention, self._mlp_norm, self._mlp)
 
-    def __call__(self, x_tD: Tensor, shared: Pass, wanted_S: Tensor | None) -> Tensor:
-        """Return the residual stream after the layer; with `wanted_S`, of these tokens only."""
+    def __call__(
+        self, x_tD: Tensor, more_tD: Tensor | None, shared: Pass, wanted_S: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Take and return the residual stream as two parts, of which the first may be written to.
+
+        Their sum is left to the next norm. With `wanted_S`, return that of these tokens only.
+        """
         stream, rows = self._stream, len(shared.token_ids_T)
-        x_tD += self._attention(stream.whole(self._attention_norm(x_tD), rows), shared)
+        normed_TD = stream.whole(self._attention_norm(x_tD, more_tD), rows)
+        attended_tD = self._attention(normed_TD, shared, wanted_S)
         if wanted_S is not None:
             x_tD, rows = stream.pick(x_tD, rows, wanted_S), len(wanted_S)
-        x_tD += self._mlp(stream.whole(self._mlp_norm(x_tD), rows))
-        return x_tD
+        return x_tD, self._mlp(stream.whole(self._mlp_norm(x_tD, attended_tD), rows))
 
 
 class Decoder:
@@ -108,13 +114,14 @@ class Decoder:
         if x_tD is None:
             assert self._embedding is not None
             x_tD = self._embedding(shared.token_ids_T)
-        if self._end is None:
-            for layer in self._layers:
-                x_tD = layer(x_tD, shared, None)
-            return x_tD
+        more_tD = None
         for layer in self._layers[:-1]:
-            x_tD = layer(x_tD, shared, None)
-        return self._end(self._layers[-1](x_tD, shared, wanted_S), len(wanted_S))
+            x_tD, more_tD = layer(x_tD, more_tD, shared, None)
+        last = self._layers[-1]
+        if self._end is None:
+            x_tD, more_tD = last(x_tD, more_tD, shared, None)
+            return x_tD.add_(more_tD)
+        return self._end(*last(x_tD, more_tD, shared, wanted_S), len(wanted_S))
 
     def _parts(self) -> Iterator[Layer]:
         if self._embedding is not None:
@@ -148,8 +155,8 @@ class _End:
         yield self._norm
         yield self._head
 
-    def __call__(self, x_sD: Tensor, rows: int) -> Tensor:
-        x_SD = self._whole(self._norm(x_sD), rows)
+    def __call__(self, x_sD: Tensor, more_sD: Tensor, rows: int) -> Tensor:
+        x_SD = self._whole(self._norm(x_sD, more_sD), rows)
         return self._all_gather(self._head(x_SD), self._vocab_size).float()
 
 

@@ -71,11 +71,16 @@ def test_rounds_differ_and_everybody_gets_the_same() -> None:
 def test_products_of_a_prompt_are_those_of_the_model() -> None:
     found = limit.products(DENSE, Work(tokens=64, count=1), 2048)
     assert found == {
-        Product(1, 64, 64, 4 * 32 + 2 * 2 * 32, weighted=True): 2,
-        Product(1, 64, 4 * 32, 64, weighted=True): 2,
-        Product(2, 128, 32, 64, weighted=False): 2,
-        Product(2, 128, 64, 32, weighted=False): 2,
-        # The last layer's MLP and the head for the last token only.
+        Product(1, 64, 64, 4 * 32 + 2 * 2 * 32, weighted=True): 1,
+        Product(1, 64, 4 * 32, 64, weighted=True): 1,
+        Product(2, 128, 32, 64, weighted=False): 1,
+        Product(2, 128, 64, 32, weighted=False): 1,
+        # Of the last layer, keys and values of all tokens; the rest and the head of the last one.
+        Product(1, 64, 64, 2 * 2 * 32, weighted=True): 1,
+        Product(1, 1, 64, 4 * 32, weighted=True): 1,
+        Product(1, 1, 4 * 32, 64, weighted=True): 1,
+        Product(2, 2, 32, 64, weighted=False): 1,
+        Product(2, 2, 64, 32, weighted=False): 1,
         Product(1, 64, 64, 192, weighted=True): 1,
         Product(1, 64, 96, 64, weighted=True): 1,
         Product(1, 1, 64, 192, weighted=True): 1,

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels import attention_cpu
-from engine.layers import moe
+from engine.kernels import attention_cpu, experts
 from engine.runner import Chunk
 from tests.unit.engine.checkpoints import ARCHITECTURES, hugging_face_logits, make_checkpoint
 from tests.unit.engine.conftest import MakeRunner
@@ -67,8 +66,8 @@ def test_experts_that_are_run_together_or_one_by_one_give_the_same(
     weights: int,
     tokens: int,
 ) -> None:
-    monkeypatch.setattr(moe, "_ALL_EXPERTS_WEIGHTS", weights)
-    monkeypatch.setattr(moe, "_ALL_EXPERTS_PAIRS", 1 << 20)
+    monkeypatch.setattr(experts, "_ALL_EXPERTS_WEIGHTS", weights)
+    monkeypatch.setattr(experts, "_ALL_EXPERTS_PAIRS", 1 << 20)
     folder = make_checkpoint(tmp_path, MOE)
     chunk = Chunk(token_ids=TOKENS[:tokens], start=0, block_table=range(6))
     (logits_TV,) = make_runner(folder).forward_all([chunk])

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine import batch
 from engine.config import load_config
 from engine.errors import BatchError, UnsupportedError
 from engine.kernels import attention_kernel
@@ -67,6 +68,25 @@ def test_any_mix_of_chunks_equals_each_alone(runner: ModelRunner) -> None:
         for (start, count), table in zip(shapes, tables, strict=True)
     ]
     assert_same(runner.forward(chunks), torch.stack(expected_V))
+
+
+@pytest.mark.parametrize("most_tokens", [1, 1 << 15])
+def test_the_last_tokens_alone_are_as_among_all(
+    checkpoint: Path, make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, most_tokens: int
+) -> None:
+    monkeypatch.setattr(batch, "_LAST_TOKENS", most_tokens)
+    runner = make_runner(checkpoint)
+    runner.cache.tensor.fill_(torch.nan)
+    cached = [Chunk(token_ids=TOKENS[:n], start=0, block_table=[at]) for n, at in ((3, 0), (5, 1))]
+    runner.forward(cached)
+    chunks = [
+        Chunk(token_ids=TOKENS[:9], start=0, block_table=[2, 3]),
+        Chunk(token_ids=TOKENS[3:4], start=3, block_table=[0]),
+        Chunk(token_ids=TOKENS[5:30], start=5, block_table=[1, 4, 5, 6]),
+        Chunk(token_ids=TOKENS[:1], start=0, block_table=[7]),
+    ]
+    expected_SV = torch.stack([logits_TV[-1] for logits_TV in runner.forward_all(chunks)])
+    torch.testing.assert_close(runner.forward(chunks), expected_SV, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -171,7 +171,7 @@ class Paged:
             q, kv = (x.bfloat16() for x in inputs(number, end, end, heads, kv_heads, size))
             at = np.arange(end)
             places = np.asarray(table)[at // block_size], at % block_size
-            self.cache.insert(0, self.cache.slot_mapping(*places), kv)
+            self.cache.cells[0].index_put_((self.cache.slot_mapping(*places),), kv)
             out, _ = attention(q[start:], torch.arange(start, end), kv, torch.arange(end), None)
             self.exact.append(out.flatten(1))
             qkvs.append(torch.cat((q, kv), dim=1)[start:])

@@ -1,0 +1,94 @@
+"""The experts of a sparse layer on a CPU: experts_cpu.cpp for bf16 where it can be used, else
+a product for each of them.
+
+Owns the packed weights it makes. Legend: as engine.kernels.experts; P panels of 64 columns.
+"""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.kernels import linear_cpu, native, rows_cpu
+from engine.kernels.experts import Experts, ProductExperts
+from engine.kernels.rows import Routes
+
+_SOURCE = Path(__file__).with_name("experts_cpu.cpp")
+_CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512_bf16"))
+_PANEL = 64  # as in experts_cpu.cpp
+# Multiplications below which waking another thread costs more than it brings.
+_THREADED = 1 << 20
+
+
+class NativeExperts:
+    """experts_cpu.cpp: all of a layer's experts in one parallel region.
+
+    On 2 cores of an EPYC without AMX, 2,048 tokens to 4 of 32 experts of 512 x 256, it took three
+    quarters of the time of oneDNN's products, each of which wakes a thread that slept.
+    """
+
+    def __init__(self, run: Callable[..., Any], gate_up: Tensor, down: Tensor) -> None:
+        self._run = run
+        self._hidden, self._inner = down.shape[1:]
+        self._gate_up = _gate_up_panels(gate_up)
+        self._down = _panels(down)
+
+    def __call__(self, x_TD: Tensor, routes: Routes) -> Tensor:
+        """See `Experts`."""
+        assert x_TD.is_contiguous()
+        assert x_TD.shape[1] == self._hidden
+        tokens, top_k = routes.place_TK.shape
+        experts = len(routes.loads)
+        y_PD = x_TD.new_empty(tokens * top_k, self._hidden)
+        sum_TD = torch.empty_like(x_TD, dtype=torch.float32)
+        work = len(y_PD) * 3 * self._hidden * self._inner
+        self._run(
+            *(x_TD.data_ptr(), self._gate_up.data_ptr(), self._down.data_ptr()),
+            (ctypes.c_int64 * experts)(*routes.loads),
+            *(routes.tokens_P.data_ptr(), routes.place_TK.data_ptr()),
+            *(routes.weights_TK.data_ptr(), y_PD.data_ptr(), sum_TD.data_ptr()),
+            *(tokens, experts, top_k, self._hidden, self._inner),
+            torch.get_num_threads() if work >= _THREADED else 1,
+        )
+        return sum_TD
+
+
+def experts(gate_up: Tensor, down: Tensor) -> Experts:
+    """Return the fastest form of experts with these weights; see `ExpertsKernel`."""
+    run = _native() if gate_up.dtype == torch.bfloat16 else None
+    hidden, inner = down.shape[1:]
+    # Inner dimensions are multiplied in pairs.
+    if run is not None and hidden % 2 == 0 and inner % 2 == 0:
+        return NativeExperts(run, gate_up, down)
+    rows = rows_cpu.rows(gate_up.dtype)
+    return ProductExperts(gate_up, down, linear_cpu.product, rows)
+
+
+def _native() -> Callable[..., Any] | None:
+    compiled = native.load_if_possible(_SOURCE, _CPU_FLAGS, native.OPENMP)
+    if compiled is None:
+        return None
+    run = compiled.twinpool_experts
+    run.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 5 + [ctypes.c_int]
+    run.restype = None
+    return run
+
+
+def _panels(weight_EOI: Tensor) -> Tensor:
+    """Return [E, P, I / 2, 64, 2], with zeros for the outputs that fill up the last panel."""
+    experts, outputs, inner = weight_EOI.shape
+    whole = F.pad(weight_EOI, (0, 0, 0, -outputs % _PANEL))
+    return whole.view(experts, -1, _PANEL, inner // 2, 2).transpose(2, 3).contiguous()
+
+
+def _gate_up_panels(gate_up: Tensor) -> Tensor:
+    """Return panels of which the first half of the columns is gate, the second up."""
+    experts, both, hidden = gate_up.shape
+    half = _PANEL // 2
+    halves = F.pad(gate_up.view(experts, 2, both // 2, hidden), (0, 0, 0, -(both // 2) % half))
+    columns = halves.view(experts, 2, -1, half, hidden).transpose(1, 2)
+    return _panels(columns.reshape(experts, -1, hidden))

@@ -1,0 +1,124 @@
+"""The seam of what is done to rows between matrix products, and its form in torch's operators.
+
+Owns no memory and no weights. Every form rounds to the model's dtype once where it can, computes
+in fp32, and gives a row the same result whatever other rows there are.
+
+Legend: T tokens, D hidden size, M query and key heads, X = 2G cells of a token, H head size,
+E experts, K experts of a token, P = T * K pairs, I inner size.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class NormWeight:
+    """The factors of a norm, for rows of `weight`'s last dimension; see engine.layers.norm.
+
+    `weight` is fp32 and filled in place later; sqrt(size) must be part of it.
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight = weight
+        self.floor_squared = weight.shape[-1] * eps
+        self.floor = torch.tensor(self.floor_squared**0.5, device=weight.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routes:
+    """Which experts see which tokens: pairs of a token and its choice, sorted by expert.
+
+    `tokens_P` are the sorted pairs' tokens, of which the first `loads[0]` are for expert 0 and so
+    on; `place_TK` says where a token's k-th choice is among them.
+    """
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    tokens_P: Tensor
+    place_TK: Tensor
+    loads: list[int]
+
+
+class RowKernels(Protocol):
+    """What is done to rows; of tensors that the device and dtype they were asked for fit."""
+
+    def norm(self, x_TD: Tensor, more_TD: Tensor | None, norm: NormWeight) -> Tensor:
+        """Add `more_TD`, of any dtype, to fp32 rows in place; return their norm."""
+        ...
+
+    def norm_rotate(
+        self, x_TMH: Tensor, norm: NormWeight, cos_T1H: Tensor, sin_T1H: Tensor
+    ) -> None:
+        """Normalise heads and turn them by their token's angle, in place.
+
+        Heads may be a part of wider rows. `sin_T1H` is negative in its first half.
+        """
+        ...
+
+    def insert(self, cells: Tensor, slots_TX: Tensor, x_TXH: Tensor) -> None:
+        """Write heads to the rows [.., H] that slots name; raises IndexError beyond the last."""
+        ...
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """Return silu(gate) * up of gate and up side by side in the last dimension."""
+        ...
+
+    def route(self, logits_TE: Tensor, top_k: int, normalise: bool) -> Routes:
+        """Choose the experts with the highest softmax of fp32 scores, which may be overwritten.
+
+        The weights are those of the softmax; with `normalise` a token's sum to one.
+        """
+        ...
+
+
+class TorchRows:
+    """What every device can do, in any dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def norm(self, x_TD: Tensor, more_TD: Tensor | None, norm: NormWeight) -> Tensor:
+        """See `RowKernels`."""
+        if more_TD is not None:
+            x_TD += more_TD
+        length_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
+        return x_TD.div(length_T1.hypot_(norm.floor)).mul_(norm.weight).to(self._dtype)
+
+    def norm_rotate(
+        self, x_TMH: Tensor, norm: NormWeight, cos_T1H: Tensor, sin_T1H: Tensor
+    ) -> None:
+        """See `RowKernels`."""
+        fp32_TMH = x_TMH.to(torch.float32, copy=True)
+        length_TM1 = torch.linalg.vector_norm(fp32_TMH, dim=-1, keepdim=True)
+        fp32_TMH.div_(length_TM1.hypot_(norm.floor)).mul_(norm.weight)
+        swapped_TMH = fp32_TMH.roll(fp32_TMH.shape[-1] // 2, dims=-1)
+        x_TMH.copy_(torch.addcmul(fp32_TMH * cos_T1H, swapped_TMH, sin_T1H))
+
+    def insert(self, cells: Tensor, slots_TX: Tensor, x_TXH: Tensor) -> None:
+        """See `RowKernels`."""
+        cells.index_put_((slots_TX,), x_TXH)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """See `RowKernels`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def route(self, logits_TE: Tensor, top_k: int, normalise: bool) -> Routes:
+        """See `RowKernels`."""
+        weights_TK, experts_TK = logits_TE.softmax(-1).topk(top_k, dim=-1)
+        if normalise:
+            weights_TK /= weights_TK.sum(-1, keepdim=True)
+        experts_P = experts_TK.flatten()
+        order_P = experts_P.argsort(stable=True)
+        place_P = torch.empty_like(order_P)
+        place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+        return Routes(
+            weights_TK=weights_TK,
+            experts_TK=experts_TK,
+            tokens_P=order_P // top_k,
+            place_TK=place_P.view(experts_TK.shape),
+            loads=experts_P.bincount(minlength=logits_TE.shape[1]).tolist(),
+        )
