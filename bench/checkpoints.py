@@ -5,6 +5,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from launch.builtin import MODEL_DIR
+
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 _POSITIONS = 40_960
@@ -98,6 +100,13 @@ _FOLDERS: Mapping[str, tuple[str, Callable[[Path], None]]] = {
     DENSE: ("qwen3-159m", _dense_159m),
     MOE: ("qwen3-moe-124m", _moe_124m),
 }
+
+
+def add_tokenizer(folder: Path, into: Path) -> None:
+    """Link a checkpoint's files and the built-in model's tokenizer into a folder, to be served."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    for file in (*folder.iterdir(), *(MODEL_DIR / name for name in names)):
+        (into / file.name).symlink_to(file.resolve())
 
 
 def kept_at(cache: Path, name: str) -> Path:

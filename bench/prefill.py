@@ -7,6 +7,8 @@ and those whose turn it is not are stopped. The first round of each is not count
 - Ours: the engine alone, in chunks of the budget that prefill serves with, greedily sampled.
 - transformers: one forward for all prompts, with its defaults on a CPU.
 - vLLM: its CPU build, offline, without prefix caching; with --vllm-python alone.
+- Served: the whole system and vLLM's server, each from its client: one token for every prompt. Ours
+  goes on between its turns, idle; the others' processes are stopped.
 - Limit: the products of a pass alone, of the same shapes, in the fastest of torch's own ways, as
   if nothing else were to be done. Attention's are those of plain slices: a kernel that keeps its
   scores in the cache may come to more.
@@ -55,6 +57,7 @@ def _measure(settings: Settings) -> list[Row]:
     try:
         for model in (models.DENSE, models.MOE):
             rows += prompts.of_model(model, settings, say)
+            rows += prompts.of_served(model, settings, say)
         rows += prompts.of_attention(models.DENSE, settings, say)
         rows += ring_pair.speeds(settings, say)
         rows += ring_pair.variants(settings, say)

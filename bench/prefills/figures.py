@@ -1,7 +1,7 @@
 """From seconds to a report's rows. Pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bench.prefills.ring import hidden_share
 from bench.prefills.works import Work
@@ -35,19 +35,23 @@ class Prompts:
 
     def _speeds(self) -> list[Row]:
         ours, spread = median_and_spread(self._speed(self.ours.seconds))
+        alone = Row(
+            row=self.name,
+            ours=ours,
+            unit="tokens/s",
+            higher_is_better=True,
+            limit=self.work.all_tokens / self.limit_s,
+            spread=spread,
+        )
         return [
-            Row(
+            replace(
+                alone,
                 row=f"{self.name}, beside {peer.name.split()[0]}",
-                ours=ours,
-                unit="tokens/s",
-                higher_is_better=True,
-                limit=self.work.all_tokens / self.limit_s,
                 peer=median_and_spread(self._speed(peer.seconds))[0],
                 peer_name=peer.name,
-                spread=spread,
             )
             for peer in self.peers
-        ]
+        ] or [alone]
 
     def _memory(self) -> list[Row]:
         return [

@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from service.threads import thread_env
 Say = Callable[[str], None]
 
 _VLLM_SIDE = Path(__file__).with_name("vllm_side.py")
+_VLLM_SERVED_SIDE = Path(__file__).with_name("vllm_served_side.py")
 
 
 def of_model(model: str, settings: Settings, say: Say) -> list[Row]:
@@ -39,6 +41,29 @@ def of_model(model: str, settings: Settings, say: Say) -> list[Row]:
             measured = turns.measure(f"{model}, {work.name}", work, say)
             rows += measured.rows()
             say(f"measured {measured.name}; {others}")
+    return rows
+
+
+def of_served(model: str, settings: Settings, say: Say) -> list[Row]:
+    """Measure one model's rows through whole systems, from client to client; raises SideFailed."""
+    works = [
+        work
+        for work in settings.works
+        if not work.is_long and settings.wants(f"{model}, {work.name}, served")
+    ]
+    if not works:
+        return []
+    folder = checkpoints.kept(settings.checkpoints, model)
+    rows: list[Row] = []
+    with _limit_side(settings) as limits, ExitStack() as stack:
+        served = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        checkpoints.add_tokenizer(folder, served)
+        ways = [stack.enter_context(side) for side in _served_ways(served, works, settings)]
+        turns = Turns(config=load_config(folder), limits=limits, ways=ways, settings=settings)
+        for work in works:
+            measured = turns.measure(f"{model}, {work.name}, served", work, say)
+            rows += measured.rows()
+            say(f"measured {measured.name}")
     return rows
 
 
@@ -85,6 +110,17 @@ def _ways(folder: Path, works: Sequence[Work], settings: Settings) -> Iterator[S
     if settings.vllm_python:
         side = Side("vLLM", [str(settings.vllm_python), str(_VLLM_SIDE)], settings.vllm())
         yield _opened(side, model=model, max_model_len=max(work.tokens for work in room) + 1)
+
+
+def _served_ways(folder: Path, works: Sequence[Work], settings: Settings) -> Iterator[Side]:
+    """Start whole systems, ours first; for whoever takes them to end."""
+    threads, model = len(settings.cores), str(folder)
+    command = [sys.executable, "-m", "bench.prefills.served_side"]
+    yield _opened(Side("served", command, thread_env(1)), model=model, threads=threads)
+    if settings.vllm_python:
+        command = [str(settings.vllm_python), str(_VLLM_SERVED_SIDE)]
+        side = Side("vLLM served", command, settings.vllm())
+        yield _opened(side, model=model, max_model_len=max(work.tokens for work in works) + 1)
 
 
 def _opened(side: Side, **arguments: Any) -> Side:

@@ -27,9 +27,11 @@ def quick(pattern: str, cache: Path, found: Path) -> list[dict[str, Any]]:
 
 def test_a_quick_run_measures_prompts_beside_the_limit_and_a_peer(tmp_path: Path) -> None:
     checkpoints.write_moe(checkpoints.kept_at(tmp_path, checkpoints.MOE), **SMALL, experts=8)
-    [row] = quick("moe", tmp_path, tmp_path / "figures.json")
+    row, served = quick("moe", tmp_path, tmp_path / "figures.json")
     assert row["row"] == "moe, 128 x 16, beside transformers"
     assert all(row[key] > 0 for key in ("ours", "limit", "peer"))
+    assert (served["row"], served["peer"]) == ("moe, 128 x 16, served", None)
+    assert served["ours"] > 0
 
 
 def test_a_quick_run_measures_every_layout_of_two_ranks(tmp_path: Path) -> None:

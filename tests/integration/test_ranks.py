@@ -208,7 +208,8 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def test_lost_rank_takes_its_instance_down_and_another_takes_over(
     twins: Cluster, expected: Reference, how: signal.Signals, name: str, victim: str
 ) -> None:
-    seeds = [random.Random(f"{how} {name} {victim} {i}").randrange(1 << 30) for i in range(4)]
+    # Of two cp ranks each has half of a prompt: to them come twice as many as to the others.
+    seeds = [random.Random(f"{how} {name} {victim} {i}").randrange(1 << 30) for i in range(9)]
     attempts = [Attempt(twins, prompt_of(2500, seed), 6) for seed in seeds]
     others = other_ranks(twins, name)
     doomed = twins.pid(name) if victim == "first" else others[0]
@@ -229,7 +230,7 @@ def test_lost_rank_takes_its_instance_down_and_another_takes_over(
 
 def test_drained_instance_ends_with_all_its_ranks(twins: Cluster, expected: Reference) -> None:
     others = other_ranks(twins, "b")
-    attempts = [Attempt(twins, prompt_of(2500, 7000 + seed), 6) for seed in range(4)]
+    attempts = [Attempt(twins, prompt_of(2500, 7000 + seed), 6) for seed in range(9)]
     wait_until(lambda: busy(twins, "b"), "the instance computes")
     for pid in others:
         os.kill(pid, signal.SIGINT)  # as a terminal does to a whole group
