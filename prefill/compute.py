@@ -4,6 +4,7 @@ Owns the way from a step to the model's passes. Decides nothing, and knows no re
 requests, blocks and sampling are the worker's.
 """
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -12,11 +13,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engine.errors import EngineError
 from engine.pipeline import Logits
 from engine.runner import Chunk, ModelRunner
 from kvtransfer import KVShape, Span
 from prefill.handoff import Handoff
+
+log = logging.getLogger(__name__)
 
 # What is worth waking the transfer for: two staging slots. Less costs the compute more, by threads
 # that compete for cores and the interpreter, than an earlier start gains the transfer.
@@ -109,11 +111,11 @@ class Steps:
         while (item := self._under_way.get()) is not None:
             logits, done = item
             try:
-                logits_SV = logits.wait()
-            except EngineError as error:
+                done(logits.wait())
+            except BaseException as error:
+                log.exception("the logits of a step are lost")
                 self._on_fatal(error)
                 return
-            done(logits_SV)
 
 
 class RankCompute:

@@ -1,13 +1,14 @@
 """Settings of a prefill instance; imports nothing heavy."""
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from service.instance_config import InstanceConfig
+from service.ranks.config import RanksConfig
 
 
-class PrefillConfig(InstanceConfig):
+class PrefillConfig(RanksConfig):
     """What `twinpool prefill` takes."""
 
     max_batched_tokens: int = Field(
@@ -24,9 +25,6 @@ class PrefillConfig(InstanceConfig):
     )
     cp: int = Field(
         default=1, ge=1, le=1024, description="Ranks that a prompt's tokens are split over."
-    )
-    tp: int = Field(
-        default=1, ge=1, le=1024, description="Ranks that the model's matrices are split over."
     )
     pp: int = Field(
         default=1,
@@ -50,15 +48,20 @@ class PrefillConfig(InstanceConfig):
     )
 
     @property
-    def ranks(self) -> int:
-        """Processes that make up the instance."""
-        return self.pp * self.cp * self.tp
+    def role(self) -> str:
+        """See RanksConfig."""
+        return "prefill"
 
     @property
-    def rank_threads(self) -> int:
-        """Threads that each rank computes with: the given number, or its part of the default."""
-        given = "threads" in self.model_fields_set
-        return self.threads if given else max(1, self.threads // self.ranks)
+    def axes(self) -> Mapping[str, int]:
+        """See RanksConfig."""
+        return {"pp": self.pp, "cp": self.cp, "tp": self.tp}
+
+    @property
+    def layout_options(self) -> Mapping[str, int | bool]:
+        """See RanksConfig."""
+        grain = (self.cp_grain or 0) if self.cp > 1 else 0
+        return {"cp_grain": grain, "sequence_parallel": self.sequence_parallel}
 
     @model_validator(mode="after")
     def _is_whole_blocks(self) -> Self:

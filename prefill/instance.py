@@ -6,8 +6,7 @@ others, they follow it.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from prometheus_client import CollectorRegistry
@@ -19,13 +18,11 @@ from engine.ring.comm import Traffic
 from kvtransfer import AgentStats, SharedRegion, TransferEvent
 from prefill.compute import Piece, Steps
 from prefill.config import PrefillConfig
-from prefill.group import check_layout, led, rank_name
 from prefill.handoff import Transfers
-from prefill.leader import Followers, GroupTransfers, peers_message, step_message
+from prefill.leader import GroupTransfers, peers_message, step_message
 from prefill.metrics import LinkMetrics, Metrics
 from prefill.prefix_journal import PrefixJournal
-from prefill.rank import Rank
-from prefill.rank_wire import links_from_wire, sum_of_ranks
+from prefill.rank import Rank, load
 from prefill.scheduler import Scheduler
 from prefill.server import PrefillService
 from prefill.worker import Worker
@@ -34,7 +31,6 @@ from service.instance import (
     Model,
     Part,
     die,
-    load_model,
     make_hello,
     make_identity,
     new_incarnation,
@@ -45,6 +41,9 @@ from service.logs import configure_logging
 from service.metrics import new_registry
 from service.pool_metrics import PoolMetrics
 from service.prefix_keys import PrefixKeys
+from service.ranks.group import led, log_name
+from service.ranks.leader import Followers
+from service.ranks.wire import links_from_wire, sum_of_ranks
 from service.registration import Registration
 from service.wire import counts_to_wire, pairs_to_wire
 
@@ -183,28 +182,16 @@ async def main(settings: PrefillConfig) -> None:
     who = new_incarnation(settings, "prefill")
     configure_logging(
         role="prefill",
-        instance=who.name if settings.ranks == 1 else f"{who.name}[{rank_name(settings, 0)}]",
+        instance=log_name(settings, who, 0),
         level=settings.log_level,
         as_json=settings.log_json,
     )
     region = SharedRegion()  # so that a decode instance on this host can read the cache itself
     try:
-        async with _led(settings, who) as (followers, part):
+        async with led(settings, who) as (followers, part):
             await _serve(settings, who, region, followers, part)
     finally:
         region.close()
-
-
-@asynccontextmanager
-async def _led(
-    settings: PrefillConfig, who: Incarnation
-) -> AsyncIterator[tuple[Followers | None, Part]]:
-    if settings.ranks == 1:
-        yield None, Part()
-        return
-    check_layout(settings)
-    async with led(settings, who) as (followers, part):
-        yield followers, part
 
 
 async def _serve(
@@ -214,9 +201,7 @@ async def _serve(
     followers: Followers | None,
     part: Part,
 ) -> None:
-    model = await asyncio.to_thread(
-        load_model, settings, region.allocate, part, settings.rank_threads
-    )
+    model = await asyncio.to_thread(load, settings, part, region)
     registry = new_registry()
     instance = Instance(settings, model, who, registry, region, followers)
     server = Server(

@@ -4,6 +4,7 @@ Its settings come on standard input, as JSON, and its place in the environment.
 """
 
 import sys
+from functools import partial
 
 from prefill.config import PrefillConfig
 from service.parent import exit_with_supervisor
@@ -13,10 +14,12 @@ from service.threads import set_thread_env
 def start(config: PrefillConfig) -> None:
     """Be one of an instance's ranks, but not the first, until the first lets go."""
     set_thread_env(config.rank_threads)  # before torch is imported, or it has no effect
-    from prefill.follower import FirstRankLost, follow
+    from prefill.follower import make_follower
     from service.lifecycle import run
+    from service.ranks.follower import FirstRankLost, follow
 
-    run(lambda: follow(config), role="prefill", expected=(FirstRankLost,))
+    make = partial(make_follower, config)
+    run(lambda: follow(config, make), role="prefill", expected=(FirstRankLost,))
 
 
 if __name__ == "__main__":

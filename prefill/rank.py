@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from kvtransfer import Identity, SendAgent, SharedRegion, TransferEvent, TransferSettings
 from kvtransfer.hardware import describe_rdma
@@ -10,7 +11,7 @@ from prefill.compute import RankCompute
 from prefill.config import PrefillConfig
 from prefill.handoff import Handoff
 from prefill.peers import Peers
-from service.instance import Model
+from service.instance import Model, Part, load_model
 
 log = logging.getLogger(__name__)
 
@@ -50,3 +51,9 @@ class Rank:
         self.peers = Peers(self.agent)
         # What it exchanges with other ranks in steps, by the sort of link.
         self.links = {name: wire.traffic for name, wire in model.part.wires.items()}
+
+
+def load(settings: PrefillConfig, part: Part, region: SharedRegion) -> Model:
+    """Load a rank's part of the model, with its cache in `region`; see service.instance."""
+    part = replace(part, ring_mode=settings.ring, most_grain=settings.max_batched_tokens)
+    return load_model(settings, region.allocate, part, settings.rank_threads)

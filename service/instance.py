@@ -193,10 +193,14 @@ def load_model(
 
 @dataclass(frozen=True, kw_only=True)
 class Incarnation:
-    """One life of an instance: the same name with a later epoch replaces it."""
+    """One life of an instance: the same name with a later epoch replaces it.
+
+    `data_token` is its secret for those who send KV to it.
+    """
 
     name: str
     epoch: int
+    data_token: bytes = field(default_factory=lambda: secrets.token_bytes(16), repr=False)
 
 
 def new_incarnation(settings: InstanceConfig, role: str) -> Incarnation:
@@ -205,13 +209,13 @@ def new_incarnation(settings: InstanceConfig, role: str) -> Incarnation:
 
 
 def make_identity(model: Model, who: Incarnation) -> Identity:
-    """Who the instance is on the data path, with a fresh secret for this epoch."""
+    """Who the instance is on the data path."""
     shapes = [layout.shape for layout in model.layout.groups]
     return Identity(
         instance=who.name,
         epoch=who.epoch,
         compatibility=compatibility_hash(PROTOCOL_VERSION, model.description.fingerprint, shapes),
-        token=secrets.token_bytes(16),
+        token=who.data_token,
     )
 
 

@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from prefill.config import PrefillConfig
-from prefill.group import check_layout, layout_of, rank_name
 from service.errors import StartError
+from service.ranks.group import check_layout, layout_of, rank_name
 from service.threads import default_threads
 
 MODEL = Path("model")

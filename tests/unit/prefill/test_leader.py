@@ -21,21 +21,22 @@ from kvtransfer import (
     uniform_cache,
 )
 from kvtransfer.errors import ChecksumMismatch
-from prefill import leader
 from prefill.compute import Piece
 from prefill.handoff import Grant, Handoff
-from prefill.joined import End
-from prefill.leader import Followers, GroupTransfers, Message
-from prefill.rank_wire import (
+from prefill.leader import GroupTransfers
+from prefill.rank_wire import step_from_wire, step_to_wire
+from service.errors import StartError
+from service.instance import Incarnation
+from service.ranks import leader
+from service.ranks.joined import End
+from service.ranks.leader import Followers, Message
+from service.ranks.wire import (
     end_from_wire,
     end_to_wire,
     heartbeat_to_wire,
     links_from_wire,
-    step_from_wire,
-    step_to_wire,
     sum_of_ranks,
 )
-from service.errors import StartError
 from service.status import StatusInterceptor
 
 SECRET = b"of this start"
@@ -66,7 +67,10 @@ class Group:
         self.channel: grpc.aio.Channel
         self._hellos: list[asyncio.Future[None]] = []
         self.followers = Followers(
-            count=count, secret=SECRET, instance="p", epoch=5, on_lost=self.lost.append
+            count=count,
+            secret=SECRET,
+            who=Incarnation(name="p", epoch=5),
+            on_lost=self.lost.append,
         )
         self.followers.on_end = lambda rank, end: self.ends.append((rank, end))
 

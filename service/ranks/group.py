@@ -30,12 +30,12 @@ from engine.config import load_config
 from engine.errors import EngineError
 from engine.parallel import Layout
 from engine.ring.comm import GroupComm, Wire
-from prefill.config import PrefillConfig
-from prefill.leader import Followers
 from service.errors import StartError
 from service.instance import Incarnation, Part, die
 from service.lifecycle import Server
 from service.parent import PARENT_PID_VARIABLE
+from service.ranks.config import RanksConfig
+from service.ranks.leader import Followers
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def given_place() -> Place:
     return Place(rank=rank, store=PrefixStore("twinpool", store))
 
 
-def first_place(settings: PrefillConfig) -> Place:
+def first_place(settings: RanksConfig) -> Place:
     """Start the other ranks on this host; they end with this process, however it ends."""
     listener = socket.create_server(("127.0.0.1", 0))  # the store's own would be on every address
     store = TCPStore(
@@ -90,7 +90,7 @@ def first_place(settings: PrefillConfig) -> Place:
             "MASTER_PORT": str(store.port),
             PARENT_PID_VARIABLE: str(os.getpid()),
         }
-        command = [sys.executable, "-m", "prefill.member"]
+        command = [sys.executable, "-m", f"{settings.role}.member"]
         child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
         assert child.stdin is not None
         child.stdin.write(settings.model_dump_json(exclude_unset=True).encode())
@@ -99,40 +99,38 @@ def first_place(settings: PrefillConfig) -> Place:
     return Place(rank=0, store=PrefixStore("twinpool", store), children=tuple(children))
 
 
-def take_part(settings: PrefillConfig, rank: int, store: Store) -> Part:
+def take_part(settings: RanksConfig, rank: int, store: Store) -> Part:
     """Join the ranks' process groups; all ranks call it, and return when all have."""
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=settings.ranks, timeout=_MEETING
     )
     layout = layout_of(settings, rank)
-    of_pp, of_cp, of_tp = (_group(settings, rank, axis) for axis in range(3))
+    groups = {axis: _group(settings, rank, axis) for axis in settings.axes}
     # The last stage is told of a step when the first one is, and waits for all between them.
-    through_s = _STEP_TIMEOUT_S * settings.pp
+    through_s = _STEP_TIMEOUT_S * layout.pp
     return Part(
         layout=layout,
-        ranks=GroupCollectives(of_tp) if layout.tp > 1 else None,
-        ring=Wire(GroupComm(of_cp, _STEP_TIMEOUT_S)) if layout.cp > 1 else None,
-        ring_mode=settings.ring,
-        stages=Wire(GroupComm(of_pp, through_s)) if layout.pp > 1 else None,
+        ranks=GroupCollectives(groups["tp"]) if layout.tp > 1 else None,
+        ring=Wire(GroupComm(groups["cp"], _STEP_TIMEOUT_S)) if layout.cp > 1 else None,
+        stages=Wire(GroupComm(groups["pp"], through_s)) if layout.pp > 1 else None,
         rank=rank,
         meet=dist.barrier,
         greatest=_greatest,
-        most_grain=settings.max_batched_tokens,
     )
 
 
-def _places(settings: PrefillConfig) -> NDArray[np.int64]:
-    """Which rank is where: [pp, cp, tp], tp fastest."""
-    return np.arange(settings.ranks).reshape(settings.pp, settings.cp, settings.tp)
+def _places(settings: RanksConfig) -> NDArray[np.int64]:
+    """Which rank is where, by the axes in their order."""
+    return np.arange(settings.ranks).reshape(tuple(settings.axes.values()))
 
 
-def _group(settings: PrefillConfig, rank: int, axis: int) -> dist.ProcessGroup:
-    """Make the groups of ranks that differ in one of pp, cp and tp only; return this rank's.
+def _group(settings: RanksConfig, rank: int, axis: str) -> dist.ProcessGroup:
+    """Make the groups of ranks that differ in one axis only; return this rank's.
 
     Every rank makes every group, in one order.
     """
-    places = _places(settings)
-    lines = np.moveaxis(places, axis, -1).reshape(-1, places.shape[axis]).tolist()
+    places = np.moveaxis(_places(settings), list(settings.axes).index(axis), -1)
+    lines = places.reshape(-1, places.shape[-1]).tolist()
     groups = [(line, dist.new_group(line)) for line in lines]
     own: dist.ProcessGroup = next(group for line, group in groups if rank in line)
     return own
@@ -140,21 +138,24 @@ def _group(settings: PrefillConfig, rank: int, axis: int) -> dist.ProcessGroup:
 
 @asynccontextmanager
 async def led(
-    settings: PrefillConfig,
-    who: Incarnation,
-) -> AsyncIterator[tuple[Followers, Part]]:
+    settings: RanksConfig, who: Incarnation
+) -> AsyncIterator[tuple[Followers | None, Part]]:
     """Be the first rank: start the others where nobody else has, and join them.
 
-    At the end the others are let go. Where one is lost before, this process ends.
+    At the end the others are let go. Where one is lost before, this process ends. Without others
+    there is nothing to do, and no `Followers`.
     """
+    if settings.ranks == 1:
+        yield None, Part()
+        return
+    check_layout(settings)
     given = given_rank() is not None
     place = await asyncio.to_thread(given_place) if given else first_place(settings)
     secret = secrets.token_bytes(16)
     followers = Followers(
         count=settings.ranks - 1,
         secret=secret,
-        instance=who.name,
-        epoch=who.epoch,
+        who=who,
         on_lost=_go_down,
     )
     server = Server("ranks", host=settings.data_host)
@@ -176,13 +177,14 @@ async def led(
         await asyncio.to_thread(_end, place.children)
 
 
-def check_layout(settings: PrefillConfig) -> None:
+def check_layout(settings: RanksConfig) -> None:
     """Raise StartError for a layout that cannot be, before any rank is started."""
     started = int(os.environ.get("WORLD_SIZE", settings.ranks))
     if given_rank() is not None and started != settings.ranks:
+        degrees = " x ".join(f"--{axis} {degree}" for axis, degree in settings.axes.items())
         raise StartError(
-            f"--pp {settings.pp}, --cp {settings.cp} and --tp {settings.tp} make {settings.ranks}"
-            f" ranks, but torchrun has started {started}: give both the same number"
+            f"{degrees} make {settings.ranks} ranks, but torchrun has started {started}:"
+            f" give both the same number"
         )
     try:
         layout_of(settings, 0).check(load_config(settings.model.expanduser()))
@@ -190,30 +192,27 @@ def check_layout(settings: PrefillConfig) -> None:
         raise StartError(str(error)) from error
 
 
-def layout_of(settings: PrefillConfig, rank: int) -> Layout:
-    """What part of the model a rank has: tp is fastest."""
-    pp_rank, cp_rank, tp_rank = (int(at) for [at] in np.nonzero(_places(settings) == rank))
-    return Layout(
-        pp=settings.pp,
-        pp_rank=pp_rank,
-        cp=settings.cp,
-        cp_rank=cp_rank,
-        cp_grain=settings.cp_grain or 0 if settings.cp > 1 else 0,
-        tp=settings.tp,
-        tp_rank=tp_rank,
-        sequence_parallel=settings.sequence_parallel,
-    )
+def coordinates(settings: RanksConfig, rank: int) -> dict[str, int]:
+    """Where a rank stands on each axis."""
+    found = np.argwhere(_places(settings) == rank)[0].tolist()
+    return dict(zip(settings.axes, found, strict=True))
 
 
-def rank_name(settings: PrefillConfig, rank: int) -> str:
+def layout_of(settings: RanksConfig, rank: int) -> Layout:
+    """What part of the model a rank has."""
+    places = {f"{axis}_rank": at for axis, at in coordinates(settings, rank).items()}
+    return Layout(**settings.axes, **places, **settings.layout_options)  # type: ignore[arg-type]
+
+
+def rank_name(settings: RanksConfig, rank: int) -> str:
     """A rank and its place in the layout, for logs: "3 pp1 tp1" of pp 2 x tp 2."""
-    layout = layout_of(settings, rank)
-    places = [
-        ("pp", layout.pp, layout.pp_rank),
-        ("cp", layout.cp, layout.cp_rank),
-        ("tp", layout.tp, layout.tp_rank),
-    ]
-    return " ".join([str(rank), *(f"{name}{at}" for name, degree, at in places if degree > 1)])
+    places = coordinates(settings, rank).items()
+    return " ".join([str(rank), *(f"{axis}{at}" for axis, at in places if settings.axes[axis] > 1)])
+
+
+def log_name(settings: RanksConfig, who: Incarnation, rank: int) -> str:
+    """An instance's name in a rank's log: with the rank where there are several."""
+    return who.name if settings.ranks == 1 else f"{who.name}[{rank_name(settings, rank)}]"
 
 
 def _greatest(x: Tensor) -> Tensor:

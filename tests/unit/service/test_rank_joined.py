@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvtransfer import Closed, Completed, Failed, TransferStats
 from kvtransfer.errors import PeerLost
-from prefill.joined import End, Joined, JoinedEnds
+from service.ranks.joined import End, Joined, JoinedEnds
 
 ID = 7
 

@@ -1,12 +1,14 @@
 """Joins what the ranks of an instance say of a transfer's end. Pure; for one thread at a time.
 
-Each rank sends its part of a sequence for itself. The transfer is complete once all of them are,
-and has failed as soon as one is; but its blocks are free only when no rank reads them any more.
+Each rank sends or receives its part of a sequence for itself. The transfer is complete once all of
+them are, and has failed as soon as one is; but its blocks are free only when no rank has to do with
+them any more.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kvtransfer import Closed, Completed, Failed, TransferStats
+from kvtransfer import Closed, Completed, Failed, Kept, TransferStats
+from kvtransfer.coverage import kept_by_all
 
 End = Completed | Failed | Closed
 
@@ -53,13 +55,24 @@ class JoinedEnds:
         if len(found.ends) < self._ranks:
             return Joined(give_up=fails)
         del self._open[end.transfer_id]
-        return Joined(end=found.failed or _whole(end.transfer_id, list(found.ends.values())))
+        ends = list(found.ends.values())
+        if found.failed is not None:
+            return Joined(end=replace(found.failed, kept=_kept(ends)))
+        return Joined(end=_whole(end.transfer_id, ends))
+
+
+def _kept(ends: list[End]) -> Kept:
+    """What all receiving ranks have; where one's part is complete it has everything."""
+    of_ranks = [end.kept for end in ends if not isinstance(end, Completed)]
+    if not all(of_ranks):
+        return ()
+    return tuple(kept_by_all(of_group) for of_group in zip(*of_ranks, strict=True))
 
 
 def _whole(transfer_id: int, ends: list[End]) -> End:
     stats = [end.stats for end in ends if isinstance(end, Completed)]
     if len(stats) < len(ends):
-        return Closed(transfer_id)
+        return Closed(transfer_id, _kept(ends))
     carriers = sorted({each.transport for each in stats if each.transport})
     return Completed(
         transfer_id,
