@@ -72,7 +72,7 @@ class Transfer:
 class SequenceRecord:
     """One sequence on this instance. `Admission` changes it, and `append` the step loop.
 
-    `kept` is what of its KV has arrived, while no transfer is open.
+    `kept` is what of its KV has arrived, while no transfer is open. Its blocks are the dp rank's.
     """
 
     reservation: Reservation
@@ -80,6 +80,7 @@ class SequenceRecord:
     blocks: list[int]
     deadline_s: float
     sampling: SequenceState
+    dp_rank: int = 0
     state: State = State.RESERVED
     kv_complete: bool = False
     kept: Kept = ()
@@ -120,6 +121,7 @@ class Admission:
     Args:
         revoke: Tells the transfer agent to let no more data in for a transfer; its confirmation
             comes back through `writer_closed`.
+        on_end: Told of each sequence that ends.
         max_sequences: Sequences held at once, reserved or running.
     """
 
@@ -130,12 +132,14 @@ class Admission:
         block_size: int,
         max_sequences: int,
         revoke: Callable[[int], None],
+        on_end: Callable[["SequenceRecord"], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
         self._block_size = block_size
         self._max_sequences = max_sequences
         self._revoke = revoke
+        self._on_end = on_end
         self._clock = clock
         self._lock = threading.RLock()
         self._by_request: dict[int, SequenceRecord] = {}
@@ -309,6 +313,7 @@ class Admission:
     def _end(self, record: SequenceRecord) -> None:
         record.state = State.ENDED
         del self._by_request[record.request_id]
+        self._on_end(record)
         self._pool.release(record.blocks)
         if not record.transfer.over.done():
             self._revoke(record.transfer.transfer_id)

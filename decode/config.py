@@ -1,19 +1,58 @@
 """Settings of a decode instance; imports nothing heavy."""
 
+from collections.abc import Mapping
+
 from pydantic import Field
 
-from service.instance_config import InstanceConfig
+from service.ranks.config import RanksConfig
 
 
-class DecodeConfig(InstanceConfig):
+class DecodeConfig(RanksConfig):
     """What `twinpool decode` takes."""
 
+    dp: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Groups of --tp ranks (times --pp) that each have sequences of their own;"
+        " --ep spreads experts over all of them.",
+    )
+    ep: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Parts into which a sparse model's experts are split over the --tp x --dp"
+        " ranks; each expert is split over what is left of them.",
+    )
     max_batch: int = Field(
-        default=64, ge=1, description="Sequences that one step works on at most."
+        default=64, ge=1, description="Sequences that one step works on at most, times --dp."
     )
     max_sequences: int = Field(
         default=256, ge=1, description="Sequences held at once, reserved or running."
     )
     data_port: int = Field(
-        default=0, ge=0, le=65535, description="Port to take KV data on; 0 takes a free one."
+        default=0,
+        ge=0,
+        le=65535,
+        description="Port to take KV data on, the first of --tp x --pp x --dp; 0 takes free ones.",
     )
+
+    @property
+    def role(self) -> str:
+        """See RanksConfig."""
+        return "decode"
+
+    @property
+    def axes(self) -> Mapping[str, int]:
+        """See RanksConfig."""
+        return {"dp": self.dp, "pp": self.pp, "tp": self.tp}
+
+    @property
+    def layout_options(self) -> Mapping[str, int | bool]:
+        """See RanksConfig."""
+        return {"ep": self.ep}
+
+    def dp_ranks(self, dp_rank: int) -> range:
+        """The ranks that a sequence of a dp rank is on."""
+        each = self.ranks // self.dp
+        return range(dp_rank * each, (dp_rank + 1) * each)

@@ -1,28 +1,34 @@
 """One decode instance from start to drain: builds the parts and joins them.
 
-Owns the order in which they start and stop.
+Owns the order in which they start and stop. This is the first rank's process; where there are
+others, they follow it.
 """
 
+import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry
-from twinpool.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from twinpool.v1 import common_pb2, rank_pb2, worker_pb2, worker_pb2_grpc
 
 from decode.admission import Admission
+from decode.compute import Steps
 from decode.config import DecodeConfig
+from decode.leader import GroupReceiver, OtherRanks
 from decode.metrics import Metrics
+from decode.rank import Rank, load
+from decode.receiver import OwnReceiver, Receiver
 from decode.scheduler import Scheduler
 from decode.server import DecodeService
 from decode.worker import Worker
 from engine.blocks import BlockPool
-from kvtransfer import ReceiveAgent, TransferSettings
-from kvtransfer.hardware import describe_rdma
-from kvtransfer.network import NetworkTransport
+from kvtransfer import AgentStats, TransferEvent
 from service.instance import (
     Incarnation,
     Model,
+    Part,
     die,
-    load_model,
     make_hello,
     make_identity,
     new_incarnation,
@@ -32,6 +38,9 @@ from service.lifecycle import Server
 from service.logs import configure_logging
 from service.metrics import new_registry
 from service.pool_metrics import PoolMetrics
+from service.ranks.group import led, log_name
+from service.ranks.leader import Followers
+from service.ranks.wire import sum_of_ranks
 from service.registration import Registration
 from service.wire import counts_to_wire
 
@@ -39,38 +48,33 @@ log = logging.getLogger(__name__)
 
 
 class Instance:
-    """The transfer agent, the reservations, the step loop and the gRPC service, joined."""
+    """The ranks, the reservations, the step loop and the gRPC service, joined."""
 
     def __init__(
-        self, settings: DecodeConfig, model: Model, who: Incarnation, registry: CollectorRegistry
+        self,
+        settings: DecodeConfig,
+        model: Model,
+        who: Incarnation,
+        registry: CollectorRegistry,
+        followers: Followers | None,
     ) -> None:
+        """`followers` are the other ranks."""
         self.identity = make_identity(model, who)
-        transport = NetworkTransport()
-        log.info(describe_rdma(driven=transport.rdma))
-        self._agent = ReceiveAgent(
-            transport=transport,
-            memories=(model.runner.cache.tensor,),
-            layout=model.layout,
-            rank=0,
-            identity=self.identity,
-            settings=TransferSettings(
-                host=settings.data_host,
-                port=settings.data_port,
-                lane=settings.kv_lane,
-                checksum=settings.checksum,
-            ),
-            on_event=lambda event: self.service.transfer_event(event),
-        )
+        self._rank = Rank(settings, model, self.identity, lambda event: self._on_event(event))
+        self._followers = followers
+        receiver, others = self._join(settings)
+        self._steps = Steps(self._rank.compute, depth=settings.pp, others=others, on_fatal=die)
         self._admission = Admission(
             pool=BlockPool(model.num_blocks),
             block_size=settings.block_size,
             max_sequences=settings.max_sequences,
-            revoke=self._agent.revoke,
+            revoke=receiver.revoke,
+            on_end=lambda record: self._steps.remove(record.request_id),
         )
         self._worker = Worker(
-            runner=model.runner,
+            compute=self._steps,
             admission=self._admission,
-            scheduler=Scheduler(max_batch=settings.max_batch),
+            scheduler=Scheduler(max_batch=settings.max_batch, dp=settings.dp, depth=settings.pp),
             emit=lambda step: self.service.emit(step),
             on_fatal=die,
         )
@@ -81,21 +85,50 @@ class Instance:
             max_sequence_tokens=model.max_sequence_tokens,
             admission=self._admission,
             worker=self._worker,
-            agent=self._agent,
+            compute=self._steps,
+            receiver=receiver,
             metrics=Metrics(registry),
         )
-        PoolMetrics("decode", registry, heartbeat=self.heartbeat, transfer=self._agent.stats)
+        PoolMetrics("decode", registry, heartbeat=self.heartbeat, transfer=self._transfer_stats)
+
+    def _join(self, settings: DecodeConfig) -> tuple[Receiver, OtherRanks | None]:
+        """Return the receiving agents as one, and the other ranks where there are any."""
+
+        def emit(event: TransferEvent) -> None:
+            self.service.transfer_event(event)
+
+        self._on_event: Callable[[TransferEvent], None] = emit
+        if self._followers is None:
+            return OwnReceiver(self._rank.agent), None
+        group = GroupReceiver(settings, self._rank.agent, self._followers, emit)
+        others = OtherRanks(settings, self._followers, lambda *part: self._steps.take(*part))
+
+        def heard(rank: int, message: rank_pb2.FollowRequest) -> None:
+            if message.WhichOneof("kind") == "opened":
+                group.opened(rank, message.opened.transfer_id)
+            else:
+                others.sampled(rank, message.sampled)
+
+        self._on_event = partial(group.take, 0)
+        self._followers.on_end = group.take
+        self._followers.on_word = heard
+        return group, others
 
     def start(self) -> tuple[str, int]:
-        """Start the threads; return where KV is taken."""
-        address = self._agent.start()
+        """Start the threads; return where this rank takes KV."""
+        address = self._rank.agent.start()
         self._worker.start()
         return address
 
     def close(self) -> None:
         """Stop the threads."""
         self._worker.stop()
-        self._agent.close()
+        self._steps.close()
+        self._rank.agent.close()
+
+    def _transfer_stats(self) -> AgentStats:
+        beats = self._followers.beats() if self._followers is not None else {}
+        return sum_of_ranks(self._rank.agent.stats(), (beat.transfer for beat in beats.values()))
 
     def heartbeat(self) -> worker_pb2.Heartbeat:
         """What routers are told again and again."""
@@ -111,18 +144,32 @@ async def main(settings: DecodeConfig) -> None:
     """Run one decode instance until it is stopped."""
     who = new_incarnation(settings, "decode")
     configure_logging(
-        role="decode", instance=who.name, level=settings.log_level, as_json=settings.log_json
+        role="decode",
+        instance=log_name(settings, who, 0),
+        level=settings.log_level,
+        as_json=settings.log_json,
     )
-    model = load_model(settings)
+    async with led(settings, who) as (followers, part):
+        await _serve(settings, who, followers, part)
+
+
+async def _serve(
+    settings: DecodeConfig, who: Incarnation, followers: Followers | None, part: Part
+) -> None:
+    model = await asyncio.to_thread(load, settings, part)
     registry = new_registry()
-    instance = Instance(settings, model, who, registry)
+    instance = Instance(settings, model, who, registry, followers)
     server = Server(
         "decode", host=settings.host, port=settings.port, reflection=settings.reflection
     )
     server.add(worker_pb2_grpc.add_DecodeServicer_to_server, instance.service, "twinpool.v1.Decode")
     await server.start()
-    data_address = instance.start()
+    data_addresses = [instance.start()]
     try:
+        if followers is not None:
+            data_addresses += await followers.wait_ready(
+                model.num_blocks, model.description.fingerprint
+            )
         registration = Registration(
             router_address=settings.router,
             hello=make_hello(
@@ -132,7 +179,7 @@ async def main(settings: DecodeConfig) -> None:
                 role=common_pb2.ROLE_DECODE,
                 port=server.port,
                 max_sequences=settings.max_sequences,
-                data_addresses=[data_address],
+                data_addresses=data_addresses,
                 data_token=instance.identity.token,
             ),
             heartbeat=instance.heartbeat,

@@ -1,47 +1,84 @@
 """Decides which sequences the next decode step works on.
 
-Owns the running batch and the order in which sequences join it. Knows nothing of tensors, threads
-or block ids. Every sequence here has its whole KV reserved, so none is ever preempted.
+Owns the running batch of each dp rank and the order in which sequences join it. Knows nothing of
+tensors, threads or block ids. Every sequence here has its whole KV reserved, so none is ever
+preempted.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+Step = tuple[tuple[int, ...], ...]  # request ids, of each dp rank
 
 
 @dataclass(kw_only=True)
+class _Share:
+    """The sequences of one dp rank; those of steps under way are in `running` and not `idle`."""
+
+    waiting: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    running: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    idle: OrderedDict[int, None] = field(default_factory=OrderedDict)
+
+
 class Scheduler:
     """Sequences join when they are ready and there is room, and leave when they end.
 
-    Attributes:
-        max_batch: Sequences one step works on at most.
+    A sequence's next token needs the one before. So where several steps are under way at once,
+    each has a part of the sequences: as equal as may be, and the same ones stay together.
+
+    Args:
+        max_batch: Sequences of one dp rank that are stepped with at most.
+        dp: How many dp ranks there are; each sequence is one's.
+        depth: How many steps may be under way at once.
     """
 
-    max_batch: int
-    _waiting: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    _running: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    def __init__(self, *, max_batch: int, dp: int = 1, depth: int = 1) -> None:
+        self._max_batch = max_batch
+        self._depth = depth
+        self._shares = [_Share() for _ in range(dp)]
+        self._dp_rank_of: dict[int, int] = {}
 
-    def add(self, request_id: int) -> None:
+    def add(self, request_id: int, dp_rank: int = 0) -> None:
         """A sequence's KV and its first token are here."""
-        self._waiting[request_id] = None
+        self._dp_rank_of[request_id] = dp_rank
+        self._shares[dp_rank].waiting[request_id] = None
 
     def remove(self, request_id: int) -> None:
-        """A sequence has ended, wherever it is."""
-        self._waiting.pop(request_id, None)
-        self._running.pop(request_id, None)
+        """A sequence has ended, wherever it is; not while a step with it is under way."""
+        dp_rank = self._dp_rank_of.pop(request_id, None)
+        if dp_rank is not None:
+            share = self._shares[dp_rank]
+            for group in (share.waiting, share.running, share.idle):
+                group.pop(request_id, None)
 
     @property
     def running(self) -> int:
-        """Sequences in the batch."""
-        return len(self._running)
+        """Sequences in the batches."""
+        return sum(len(share.running) for share in self._shares)
 
     @property
     def waiting(self) -> int:
         """Sequences that are ready but find no room."""
-        return len(self._waiting)
+        return sum(len(share.waiting) for share in self._shares)
 
-    def schedule(self) -> tuple[int, ...]:
-        """The request ids of the next step's batch, longest running first."""
-        while self._waiting and len(self._running) < self.max_batch:
-            request_id, _ = self._waiting.popitem(last=False)
-            self._running[request_id] = None
-        return tuple(self._running)
+    def schedule(self) -> Step:
+        """The next step, which is under way from here on; empty where nothing can step now.
+
+        Of each dp rank, those whose latest step is longest ago.
+        """
+        step = tuple(tuple(self._begin(share)) for share in self._shares)
+        return step if any(step) else ()
+
+    def finished(self, step: Step) -> None:
+        """A step is over; its sequences may step again."""
+        for share, request_ids in zip(self._shares, step, strict=True):
+            share.idle.update((r, None) for r in request_ids if r in share.running)
+
+    def _begin(self, share: _Share) -> Iterable[int]:
+        while share.waiting and len(share.running) < self._max_batch:
+            request_id, _ = share.waiting.popitem(last=False)
+            share.running[request_id] = share.idle[request_id] = None
+        most = -(-len(share.running) // self._depth)
+        for _ in range(min(most, len(share.idle))):
+            yield share.idle.popitem(last=False)[0]

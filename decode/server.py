@@ -13,7 +13,9 @@ from typing import Any
 from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
 from decode.admission import Admission, NoRoom, Reservation, SequenceRecord, StillOpen
+from decode.compute import Compute
 from decode.metrics import Metrics
+from decode.receiver import Receiver
 from decode.worker import Step, Token, Worker
 from engine.config import ModelConfig
 from kvtransfer import (
@@ -21,7 +23,6 @@ from kvtransfer import (
     Closed,
     Completed,
     Failed,
-    ReceiveAgent,
     ReceiveGrant,
     Span,
     TransferEvent,
@@ -66,7 +67,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         max_sequence_tokens: int,
         admission: Admission,
         worker: Worker,
-        agent: ReceiveAgent,
+        compute: Compute,
+        receiver: Receiver,
         metrics: Metrics,
     ) -> None:
         self._name = name
@@ -75,7 +77,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._max_sequence_tokens = max_sequence_tokens
         self._admission = admission
         self._worker = worker
-        self._agent = agent
+        self._compute = compute
+        self._receiver = receiver
         self._metrics = metrics
         self._routers: dict[str, _RouterStream] = {}
         self.draining = False
@@ -96,7 +99,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             )
         source = layout_from_wire(request.prefill_layout)
         record = self._reserve(self._reservation(request))
-        grant = self._open(record, source, request.prefill_instance)
+        self._compute.add(record)
+        grant = await self._open(record, source, request.prefill_instance)
         return worker_pb2.ReserveResponse(grant=grant, blocks=len(record.blocks))
 
     async def Regrant(
@@ -112,7 +116,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             return worker_pb2.RegrantResponse()
         self._metrics.resumed()
         return worker_pb2.RegrantResponse(
-            grant=self._open(record, source, request.prefill_instance)
+            grant=await self._open(record, source, request.prefill_instance)
         )
 
     async def Run(
@@ -239,16 +243,16 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             over = asyncio.wrap_future(transfer.over)
             await asyncio.wait({over}, timeout=_LAST_PIECES_S)
             if not over.done():
-                self._agent.revoke(transfer.transfer_id)
+                self._receiver.revoke(transfer.transfer_id)
                 await over
 
-    def _open(
+    async def _open(
         self, record: SequenceRecord, source: CacheLayout, source_instance: str
     ) -> kv_pb2.Grant:
         """Let the agent take what comes under the sequence's transfer; the grant to hand out."""
         transfer, ttl_s = record.transfer, self._admission.remaining_s(record)
         tokens = Span(0, record.reservation.prompt_tokens)
-        self._agent.open(
+        await self._receiver.open(
             ReceiveGrant(
                 transfer_id=transfer.transfer_id,
                 epoch=self._epoch,
@@ -260,7 +264,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                 source_instance=source_instance,
                 ttl_s=ttl_s,
                 kept=transfer.kept,
-            )
+            ),
+            record.dp_rank,
         )
         return kv_pb2.Grant(
             transfer_id=transfer.transfer_id,

@@ -1,21 +1,22 @@
 """The decode engine's thread: one step of the whole batch after another.
 
-Owns the model runner and the running batch. What a sequence holds is `Admission`'s. Knows nothing
-of gRPC: sequences are announced through `ready` and `abort` from any thread, and each step's tokens
-go out through one callback, grouped by router.
+Owns the running batch. What a sequence holds is `Admission`'s. Knows nothing of gRPC, nor of how
+many ranks compute: sequences are announced through `ready` and `abort` from any thread, and each
+step's tokens go out through one callback, grouped by router.
 """
 
 import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from decode.admission import Admission, SequenceRecord
+from decode.compute import Compute, Part, Row
 from decode.scheduler import Scheduler
-from engine.runner import Chunk, ModelRunner
-from engine.sampling import Sampled, sample
+from decode.scheduler import Step as Batch
+from engine.sampling import Sampled
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +32,34 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of the batch: its tokens by router id, and how long it took."""
+    """One step: its tokens by router id, and how long it took, all in all and for parts.
+
+    Attributes:
+        forward_s: The model on all ranks.
+        sample_s: Choosing the tokens, on the dp rank where it took longest.
+        gap_s: From the end of the step before, where there was no lack of sequences, to this one's
+            beginning: 0 where steps overlap.
+    """
 
     tokens: Mapping[str, list[Token]]
     seconds: float
+    forward_s: float
+    sample_s: float
+    gap_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Abort:
     request_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Computed:
+    batch: Batch
+    began_s: float
+    gap_s: float
+    ended_s: float
+    parts: Sequence[Part]
 
 
 class Worker:
@@ -53,20 +73,25 @@ class Worker:
     def __init__(
         self,
         *,
-        runner: ModelRunner,
+        compute: Compute,
         admission: Admission,
         scheduler: Scheduler,
         emit: Callable[[Step], None],
         on_fatal: Callable[[BaseException], None],
     ) -> None:
-        self._runner = runner
+        self._compute = compute
         self._admission = admission
         self._scheduler = scheduler
         self._emit = emit
         self._on_fatal = on_fatal
-        self._inbox: deque[int | _Abort] = deque()
+        self._inbox: deque[int | _Abort | _Computed] = deque()
         self._wake = threading.Condition()
         self._stopping = False
+        self._under_way = 0
+        self._stepping: set[int] = set()
+        # Sequences that were aborted during a step of theirs: they end with it.
+        self._leaving: set[int] = set()
+        self._idle_since_s: float | None = None
         self._thread = threading.Thread(target=self._main, name="decode-engine", daemon=True)
 
     # ---- any thread
@@ -80,7 +105,7 @@ class Worker:
         self._post(request_id)
 
     def abort(self, request_id: int) -> None:
-        """End a running sequence before the next step; no more of its tokens are emitted then."""
+        """End a running sequence before its next step; no more of its tokens are emitted then."""
         self._post(_Abort(request_id=request_id))
 
     def stop(self) -> None:
@@ -101,7 +126,7 @@ class Worker:
         """Sequences that are ready but find no room in the batch."""
         return self._scheduler.waiting
 
-    def _post(self, item: int | _Abort) -> None:
+    def _post(self, item: int | _Abort | _Computed) -> None:
         with self._wake:
             self._inbox.append(item)
             self._wake.notify()
@@ -112,10 +137,7 @@ class Worker:
         try:
             while not self._stopping:
                 self._take_inbox()
-                batch = self._scheduler.schedule()
-                if batch:
-                    self._step(batch)
-                else:
+                if not self._begin():
                     self._wait()
         except BaseException as error:
             log.exception("the decode engine broke")
@@ -129,35 +151,86 @@ class Worker:
     def _take_inbox(self) -> None:
         while self._inbox:
             item = self._inbox.popleft()
-            if isinstance(item, _Abort):
+            if isinstance(item, _Computed):
+                self._finish(item)
+            elif isinstance(item, _Abort):
                 self._end(item.request_id)
             elif self._admission.holds(item):  # else an abort overtook the announcement
                 self._scheduler.add(item)
 
-    def _step(self, batch: tuple[int, ...]) -> None:
+    def _begin(self) -> bool:
+        """Begin a step, if there may be another one and there is a sequence for it."""
+        if self._under_way == self._compute.depth:
+            return False
+        batch = self._scheduler.schedule()
+        if not batch:
+            return False
         began_s = time.monotonic()
-        records = [self._admission.running(request_id) for request_id in batch]
-        logits_SV = self._runner.forward([_next_chunk(record) for record in records])
-        sampled = sample(logits_SV, [record.sampling for record in records])
+        gap_s = began_s - self._idle_since_s if self._idle_since_s is not None else 0.0
+        rows = [[_row(self._admission.running(r)) for r in of_rank] for of_rank in batch]
+        self._stepping.update(*batch)
+        self._under_way += 1
+        self._idle_since_s = None
+        self._compute.run(
+            rows,
+            lambda parts: self._post(
+                _Computed(
+                    batch=batch,
+                    began_s=began_s,
+                    gap_s=gap_s,
+                    ended_s=time.monotonic(),
+                    parts=parts,
+                )
+            ),
+        )
+        return True
+
+    def _finish(self, step: _Computed) -> None:
+        self._under_way -= 1
+        self._scheduler.finished(step.batch)
         tokens: dict[str, list[Token]] = defaultdict(list)
-        for record, choice in zip(records, sampled, strict=True):
-            record.append(choice.token_id)
-            reservation = record.reservation
-            finish = reservation.stop.check(choice.token_id, record.sampling.output_len)
-            token = Token(request_id=record.request_id, sampled=choice, finish=finish)
-            tokens[reservation.router_id].append(token)
-            if finish is not None:
-                # Before the router hears of it: it may give these blocks to another at once.
-                self._end(record.request_id)
-        self._emit(Step(tokens=tokens, seconds=time.monotonic() - began_s))
+        for request_ids, part in zip(step.batch, step.parts, strict=True):
+            self._stepping.difference_update(request_ids)
+            for request_id, sampled in zip(request_ids, part.sampled, strict=True):
+                if request_id in self._leaving:
+                    self._leaving.remove(request_id)
+                    self._end(request_id)
+                    continue
+                router_id, token = self._next_token(request_id, sampled)
+                tokens[router_id].append(token)
+        now = time.monotonic()
+        sample_s = max(part.sample_s for part in step.parts)
+        if not self._under_way and self._scheduler.running:
+            self._idle_since_s = step.ended_s
+        self._emit(
+            Step(
+                tokens=tokens,
+                seconds=now - step.began_s,
+                forward_s=step.ended_s - step.began_s - sample_s,
+                sample_s=sample_s,
+                gap_s=step.gap_s,
+            )
+        )
+
+    def _next_token(self, request_id: int, sampled: Sampled) -> tuple[str, Token]:
+        record = self._admission.running(request_id)
+        reservation = record.reservation
+        record.append(sampled.token_id)
+        finish = reservation.stop.check(sampled.token_id, record.sampling.output_len)
+        if finish is not None:
+            # Before the router hears of it: it may give these blocks to another at once.
+            self._end(request_id)
+        return reservation.router_id, Token(request_id=request_id, sampled=sampled, finish=finish)
 
     def _end(self, request_id: int) -> None:
+        if request_id in self._stepping:
+            self._leaving.add(request_id)
+            return
         self._scheduler.remove(request_id)
         self._admission.end(request_id)
 
 
-def _next_chunk(record: SequenceRecord) -> Chunk:
+def _row(record: SequenceRecord) -> Row:
     assert record.last_token_id is not None  # or it would not be running
     # All but the last token are in the cache.
-    written = record.sampling.position - 1
-    return Chunk(token_ids=[record.last_token_id], start=written, block_table=record.blocks)
+    return Row(record.request_id, record.last_token_id, record.sampling.position - 1)

@@ -74,6 +74,7 @@ class Layout:
     tp_rank: int = 0
     cp_rank: int = 0
     pp_rank: int = 0
+    dp_rank: int = 0
     cp_grain: int = 0
     sequence_parallel: bool = False
 
@@ -114,11 +115,6 @@ class Layout:
                 f"pp={self.pp} needs a layer for each stage; the model has {config.num_layers}: "
                 f"use pp=1 to {config.num_layers}"
             )
-
-    @property
-    def ranks(self) -> int:
-        """Ranks of the instance."""
-        return self.tp * self.cp * self.pp
 
     def layers(self, num_layers: int) -> range:
         """Return which layers this rank's stage has; stages differ by one at most."""

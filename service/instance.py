@@ -182,6 +182,7 @@ def load_model(
             tp=part.layout.tp,
             pp=part.layout.pp,
             cp=part.layout.cp,
+            dp=part.layout.dp,
             cp_order="cyclic",
             cp_grain=part.layout.cp_grain or None,
         ),

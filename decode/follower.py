@@ -1,0 +1,98 @@
+"""A rank of a decode instance that is not its first: its part of each step and each transfer.
+
+Decides nothing.
+"""
+
+import asyncio
+from functools import partial
+
+from twinpool.v1 import rank_pb2
+
+from decode.compute import InOrder, Part, Rows
+from decode.config import DecodeConfig
+from decode.rank import Rank, load
+from decode.rank_wire import part_to_wire, receive_from_wire, rows_from_wire, sequence_from_wire
+from kvtransfer import Closed, Completed, Failed, TransferEvent
+from service.instance import Incarnation, Model, die, make_identity
+from service.instance import Part as ModelPart
+from service.ranks.follower import Orders, Say
+from service.ranks.wire import end_to_wire, heartbeat_to_wire
+
+
+class Follower:
+    """Acts on what the first rank says, in order: transfers at once, and on a thread the steps and
+    the comings and goings of sequences. See service.ranks.follower.Member.
+    """
+
+    def __init__(self, settings: DecodeConfig, model: Model, who: Incarnation, say: Say) -> None:
+        self._model = model
+        self._epoch = who.epoch
+        self._say = say
+        self._rank = Rank(settings, model, make_identity(model, who), self._on_event)
+        self._dp_rank = model.part.layout.dp_rank
+        self._orders = Orders("decode-rank")
+        self._rest = InOrder(settings.pp, die)
+
+    def start(self) -> rank_pb2.RankReady:
+        """See Member."""
+        host, port = self._rank.agent.start()
+        self._orders.start()
+        return rank_pb2.RankReady(
+            blocks=self._model.num_blocks,
+            fingerprint=self._model.description.fingerprint,
+            data_host=host,
+            data_port=port,
+        )
+
+    def beat(self) -> rank_pb2.RankHeartbeat:
+        """See Member."""
+        return heartbeat_to_wire(self._rank.agent.stats(), self._rank.links)
+
+    def close(self) -> None:
+        """See Member."""
+        self._orders.stop()
+        self._rest.close()
+        self._rank.agent.close()
+
+    def act(self, message: rank_pb2.FollowResponse) -> None:
+        """See Member."""
+        compute, put = self._rank.compute, self._orders.put
+        match message.WhichOneof("kind"):
+            case "decode":
+                step = message.decode
+                put(partial(self._step, step.number, rows_from_wire(step)))
+            case "sequence":
+                sequence = message.sequence
+                put(partial(compute.add, sequence.request_id, sequence_from_wire(sequence)))
+            case "forget":
+                put(partial(compute.remove, message.forget.request_id))
+            case "receive":
+                receive = message.receive
+                self._rank.agent.open(receive_from_wire(receive, self._epoch))
+                opened = rank_pb2.RankOpened(transfer_id=receive.transfer_id)
+                self._say(rank_pb2.FollowRequest(opened=opened))
+            case "revoke":
+                self._rank.agent.revoke(message.revoke.transfer_id)
+
+    def _step(self, number: int, rows: Rows) -> None:
+        finish = self._rank.compute.begin(rows)
+        answers = self._rank.samples and self._dp_rank > 0 and bool(rows[self._dp_rank])
+
+        def rest() -> None:
+            part: Part = finish()
+            if answers:
+                self._say(rank_pb2.FollowRequest(sampled=part_to_wire(number, part)))
+
+        self._rest.put(rest)
+
+    def _on_event(self, event: TransferEvent) -> None:
+        if isinstance(event, Completed | Failed | Closed):
+            self._say(rank_pb2.FollowRequest(transfer_end=end_to_wire(event)))
+
+
+async def make_follower(
+    settings: DecodeConfig, part: ModelPart, who: Incarnation, say: Say
+) -> Follower:
+    """Load the model's part, and make the rank that has it."""
+    model = await asyncio.to_thread(load, settings, part)
+    return Follower(settings, model, who, say)

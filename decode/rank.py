@@ -1,0 +1,58 @@
+"""What every rank of a decode instance has: its part of the model, and the agent that takes KV."""
+
+import logging
+from collections.abc import Callable
+
+from decode.compute import RankCompute
+from decode.config import DecodeConfig
+from engine.ring.comm import Traffic
+from kvtransfer import Identity, ReceiveAgent, TransferEvent, TransferSettings
+from kvtransfer.hardware import describe_rdma
+from kvtransfer.network import NetworkTransport
+from service.instance import Model, Part, load_model
+
+log = logging.getLogger(__name__)
+
+
+class Rank:
+    """One rank's compute, and the transfers of what it computes with.
+
+    Args:
+        on_event: Told what the agent has to say, in the agent's thread.
+    """
+
+    def __init__(
+        self,
+        settings: DecodeConfig,
+        model: Model,
+        identity: Identity,
+        on_event: Callable[[TransferEvent], None],
+    ) -> None:
+        layout, rank = model.part.layout, model.part.rank
+        transport = NetworkTransport()
+        log.info(describe_rdma(driven=transport.rdma))
+        self.agent = ReceiveAgent(
+            transport=transport,
+            memories=(model.runner.cache.tensor,),
+            layout=model.layout.dp_rank(layout.dp_rank, layout.dp),
+            rank=rank,
+            identity=identity,
+            settings=TransferSettings(
+                host=settings.data_host,
+                port=settings.data_port + rank if settings.data_port else 0,
+                lane=settings.kv_lane,
+                checksum=settings.checksum,
+            ),
+            on_event=on_event,
+        )
+        self.samples = layout.pp_rank == layout.tp_rank == 0
+        self.compute = RankCompute(model.runner, dp_rank=layout.dp_rank, samples=self.samples)
+        # What it exchanges with other ranks in steps, by the sort of link.
+        self.links: dict[str, Traffic] = {
+            name: wire.traffic for name, wire in model.part.wires.items()
+        }
+
+
+def load(settings: DecodeConfig, part: Part) -> Model:
+    """Load a rank's part of the model; see service.instance."""
+    return load_model(settings, None, part, settings.rank_threads)

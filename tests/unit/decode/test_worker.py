@@ -1,0 +1,188 @@
+"""The step loop: whose tokens go out, and when a sequence that is in a step may end."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from decode.admission import Admission, Reservation
+from decode.compute import Done, Part, Rows
+from decode.scheduler import Scheduler
+from decode.worker import Step, Worker
+from engine.blocks import BlockPool
+from engine.sampling import Sampled, SamplingParams
+from engine.stopping import StopCriteria
+
+WAIT_S = 5.0
+
+
+class Controlled:
+    """A compute whose steps end when the test says so: the next token is the latest plus one."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.begun: list[Rows] = []
+        self.removed: list[int] = []
+        self._done: list[tuple[Rows, Done]] = []
+        self._changed = threading.Condition()
+
+    def add(self, record: object) -> None:
+        pass
+
+    def remove(self, request_id: int) -> None:
+        self.removed.append(request_id)
+
+    def run(self, rows: Rows, done: Done) -> None:
+        with self._changed:
+            self.begun.append(rows)
+            self._done.append((rows, done))
+            self._changed.notify_all()
+
+    def wait_begun(self, steps: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.begun) >= steps, WAIT_S)
+
+    def end_step(self) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: bool(self._done), WAIT_S)
+            rows, done = self._done.pop(0)
+        done([Part(sampled=[Sampled(token_id=r.token_id + 1) for r in of]) for of in rows])
+
+
+class System:
+    """A worker with everything but a model."""
+
+    def __init__(self, depth: int = 1) -> None:
+        self.compute = Controlled(depth)
+        self.admission = Admission(
+            pool=BlockPool(64),
+            block_size=4,
+            max_sequences=16,
+            revoke=lambda _: None,
+            on_end=lambda record: self.compute.remove(record.request_id),
+        )
+        self.steps: list[Step] = []
+        self.fatal: list[BaseException] = []
+        self._emitted = threading.Condition()
+        self.worker = Worker(
+            compute=self.compute,
+            admission=self.admission,
+            scheduler=Scheduler(max_batch=8, depth=depth),
+            emit=self._emit,
+            on_fatal=self.fatal.append,
+        )
+
+    def _emit(self, step: Step) -> None:
+        with self._emitted:
+            self.steps.append(step)
+            self._emitted.notify_all()
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        with self._emitted:
+            assert self._emitted.wait_for(condition, WAIT_S)
+
+    def run(self, request_id: int, max_new_tokens: int = 4, router_id: str = "r") -> None:
+        record = self.admission.reserve(
+            Reservation(
+                request_id=request_id,
+                router_id=router_id,
+                prompt_tokens=5,
+                prompt_ids=(),
+                sampling=SamplingParams(),
+                stop=StopCriteria(max_new_tokens=max_new_tokens),
+                ttl_s=60,
+            )
+        )
+        self.admission.activate(request_id, 100 * request_id)
+        self.admission.complete(record.transfer.transfer_id)
+        self.worker.ready(request_id)
+
+    def tokens(self, request_id: int) -> list[int]:
+        return [
+            token.sampled.token_id
+            for step in self.steps
+            for of_router in step.tokens.values()
+            for token in of_router
+            if token.request_id == request_id
+        ]
+
+
+@pytest.fixture
+def system() -> System:
+    return System()
+
+
+def finish(system: System, steps: int) -> None:
+    for number in range(steps):
+        system.compute.end_step()
+        system.wait(lambda number=number: len(system.steps) > number)  # type: ignore[misc]
+    system.worker.stop()
+    assert not system.fatal
+    system.admission.check_integrity()
+
+
+def test_tokens_go_to_their_router_until_the_last(system: System) -> None:
+    system.run(1)
+    system.run(2, max_new_tokens=3, router_id="other")
+    system.worker.start()
+    finish(system, 3)
+    assert system.tokens(1) == [101, 102, 103]
+    assert system.tokens(2) == [201, 202]
+    assert [sorted(step.tokens) for step in system.steps] == [["other", "r"], ["other", "r"], ["r"]]
+    assert system.admission.held == 0
+
+
+def test_rows_say_what_is_in_the_cache(system: System) -> None:
+    system.run(1)
+    system.worker.start()
+    finish(system, 3)
+    rows: Sequence[Rows] = system.compute.begun
+    assert [tuple(of[0][0]) for of in rows] == [(1, 100, 5), (1, 101, 6), (1, 102, 7)]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_sequence_aborted_in_its_step_keeps_its_blocks_until_the_end(depth: int) -> None:
+    system = System(depth)
+    for request_id in (1, 2, 3, 4):
+        system.run(request_id, max_new_tokens=2)
+    system.worker.start()
+    system.compute.wait_begun(depth)
+    system.worker.abort(1)
+    system.run(5, max_new_tokens=2)  # proves that the loop has seen the abort, with depth 2
+    assert system.admission.holds(1)
+    finish(system, 2 if depth == 1 else 3)
+    assert system.tokens(1) == []
+    assert [system.tokens(r) for r in (2, 3, 4, 5)] == [[201], [301], [401], [501]]
+    assert sorted(system.compute.removed) == [1, 2, 3, 4, 5]
+    assert system.admission.held == 0
+
+
+def test_abort_between_steps_ends_at_once(system: System) -> None:
+    system.run(1, max_new_tokens=50)
+    system.worker.start()
+    system.compute.wait_begun(1)
+    system.compute.end_step()
+    system.wait(lambda: len(system.steps) == 1)
+    system.compute.wait_begun(2)
+    system.worker.abort(1)
+    system.run(2, max_new_tokens=2)
+    system.compute.end_step()
+    system.wait(lambda: len(system.steps) == 2)
+    system.compute.end_step()
+    system.wait(lambda: len(system.steps) == 3)
+    system.worker.stop()
+    assert system.tokens(1) == [101]
+    assert system.tokens(2) == [201]
+
+
+def test_error_of_a_step_brings_the_instance_down(system: System) -> None:
+    system.run(1)
+
+    def broken(rows: Rows, done: Done) -> None:
+        raise RuntimeError("no step")
+
+    system.compute.run = broken  # type: ignore[method-assign]
+    system.worker.start()
+    system.wait(lambda: True)
+    system.worker._thread.join(WAIT_S)
+    assert [str(error) for error in system.fatal] == ["no step"]
