@@ -50,7 +50,7 @@ def test_requests_side_by_side_equal_a_single_ranks(split: Cluster, expected: Re
     rng = random.Random(7)
     wanted = [(prompt_of(rng.choice((3, 40, 333)), s), rng.randrange(2, 40)) for s in range(16)]
     with ThreadPoolExecutor(len(wanted)) as pool:
-        answers = list(pool.map(lambda want: answer(split, *want, 0.9), wanted))
+        answers = list(pool.map(lambda want: answer(split, want[0], want[1], 0.9), wanted))
     assert answers == [
         expected.tokens(prompt, tokens, temperature=0.9, seed=11) for prompt, tokens in wanted
     ]
