@@ -8,13 +8,12 @@ from functools import partial
 
 from twinpool.v1 import rank_pb2
 
-from decode.compute import InOrder, Part, Rows
+from decode.compute import Rows
 from decode.config import DecodeConfig
 from decode.rank import Rank, load
 from decode.rank_wire import part_to_wire, receive_from_wire, rows_from_wire, sequence_from_wire
 from kvtransfer import Closed, Completed, Failed, TransferEvent
-from service.instance import Incarnation, Model, die, make_identity
-from service.instance import Part as ModelPart
+from service.instance import Incarnation, Model, Part, make_identity
 from service.ranks.follower import Orders, Say
 from service.ranks.wire import end_to_wire, heartbeat_to_wire
 
@@ -29,9 +28,7 @@ class Follower:
         self._epoch = who.epoch
         self._say = say
         self._rank = Rank(settings, model, make_identity(model, who), self._on_event)
-        self._dp_rank = model.part.layout.dp_rank
         self._orders = Orders("decode-rank")
-        self._rest = InOrder(settings.pp, die)
 
     def start(self) -> rank_pb2.RankReady:
         """See Member."""
@@ -51,7 +48,6 @@ class Follower:
     def close(self) -> None:
         """See Member."""
         self._orders.stop()
-        self._rest.close()
         self._rank.agent.close()
 
     def act(self, message: rank_pb2.FollowResponse) -> None:
@@ -75,24 +71,16 @@ class Follower:
                 self._rank.agent.revoke(message.revoke.transfer_id)
 
     def _step(self, number: int, rows: Rows) -> None:
-        finish = self._rank.compute.begin(rows)
-        answers = self._rank.samples and self._dp_rank > 0 and bool(rows[self._dp_rank])
-
-        def rest() -> None:
-            part: Part = finish()
-            if answers:
-                self._say(rank_pb2.FollowRequest(sampled=part_to_wire(number, part)))
-
-        self._rest.put(rest)
+        part = self._rank.compute.run(rows)
+        if part is not None:
+            self._say(rank_pb2.FollowRequest(sampled=part_to_wire(number, part)))
 
     def _on_event(self, event: TransferEvent) -> None:
         if isinstance(event, Completed | Failed | Closed):
             self._say(rank_pb2.FollowRequest(transfer_end=end_to_wire(event)))
 
 
-async def make_follower(
-    settings: DecodeConfig, part: ModelPart, who: Incarnation, say: Say
-) -> Follower:
+async def make_follower(settings: DecodeConfig, part: Part, who: Incarnation, say: Say) -> Follower:
     """Load the model's part, and make the rank that has it."""
     model = await asyncio.to_thread(load, settings, part)
     return Follower(settings, model, who, say)

@@ -63,7 +63,7 @@ class Instance:
         self._rank = Rank(settings, model, self.identity, lambda event: self._on_event(event))
         self._followers = followers
         receiver, others = self._join(settings)
-        self._steps = Steps(self._rank.compute, depth=settings.pp, others=others, on_fatal=die)
+        self._steps = Steps(self._rank.compute, depth=settings.pp, others=others)
         self._admission = Admission(
             pool=BlockPool(model.num_blocks),
             block_size=settings.block_size,
@@ -123,7 +123,6 @@ class Instance:
     def close(self) -> None:
         """Stop the threads."""
         self._worker.stop()
-        self._steps.close()
         self._rank.agent.close()
 
     def _transfer_stats(self) -> AgentStats:

@@ -1,7 +1,7 @@
 """The first rank of a decode instance and the others: what they are told, and what they say.
 
 All ranks of a dp rank do the same with the same sequences in the same order. When their parts in a
-transfer end they tell, and the first rank of each dp rank says which tokens it chose.
+transfer end they tell, and one rank of each dp rank says which tokens were chosen.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ class OtherRanks:
         self._followers.tell(Message(decode=step_to_wire(number, rows)))
 
     def sampled(self, rank: int, message: rank_pb2.RankSampled) -> None:
-        """A dp rank's first rank has chosen tokens."""
+        """A rank says which tokens its dp rank has chosen."""
         dp_rank = rank // len(self._settings.dp_ranks(0))
         self._take(message.number, dp_rank, part_from_wire(message))
 

@@ -45,8 +45,7 @@ class Rank:
             ),
             on_event=on_event,
         )
-        self.samples = layout.pp_rank == layout.tp_rank == 0
-        self.compute = RankCompute(model.runner, dp_rank=layout.dp_rank, samples=self.samples)
+        self.compute = RankCompute(model.runner)
         # What it exchanges with other ranks in steps, by the sort of link.
         self.links: dict[str, Traffic] = {
             name: wire.traffic for name, wire in model.part.wires.items()
@@ -55,4 +54,4 @@ class Rank:
 
 def load(settings: DecodeConfig, part: Part) -> Model:
     """Load a rank's part of the model; see service.instance."""
-    return load_model(settings, None, part, settings.rank_threads)
+    return load_model(settings, None, part, settings.rank_threads, keeps_logits=True)

@@ -77,16 +77,25 @@ class Pipeline:
         width: Columns of the stream, D.
         vocab_size: Columns of the logits, V.
         leads: Whether this rank takes or gives logits: of a stage's ranks one does.
+        keeps_logits: Whether they stay in the last stage, on all of its ranks.
     """
 
     def __init__(
-        self, wire: Wire, *, width: int, vocab_size: int, leads: bool, device: torch.device
+        self,
+        wire: Wire,
+        *,
+        width: int,
+        vocab_size: int,
+        leads: bool,
+        device: torch.device,
+        keeps_logits: bool = False,
     ) -> None:
         self._wire = wire
         self._last = wire.size - 1
         self._width = width
         self._vocab_size = vocab_size
         self._leads = leads
+        self._keeps_logits = keeps_logits
         self._device = device
         self._tags = range(0)
         self._leaving: tuple[Pending, Tensor] | None = None
@@ -105,10 +114,12 @@ class Pipeline:
         """See Stages."""
         wire = self._wire
         if wire.rank == self._last:
+            if self._keeps_logits:
+                return _Here(result)
             self._send(result if self._leads else result[:0], 0)
             return _Here(result[:0])
         self._send(result, wire.rank + 1)
-        if wire.rank:
+        if wire.rank or self._keeps_logits:
             return _Here(self._empty(0, self._vocab_size))
         logits_SV = self._empty(sequences if self._leads else 0, self._vocab_size)
         return _Arriving(logits_SV, wire.receive(logits_SV, self._last, self._tags[self._last]))

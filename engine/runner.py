@@ -26,6 +26,7 @@ from engine.ring.choose import Variant
 from engine.ring.comm import Wire
 from engine.ring.cyclic import Dealing
 from engine.ring.passes import AUTO, Ring
+from engine.vocabulary import Vocabulary
 from engine.weights import Progress, load_weights
 
 __all__ = ["Chunk", "ModelRunner"]
@@ -56,6 +57,7 @@ class ModelRunner:
         ring: Wire | None = None,
         ring_mode: str = AUTO,
         stages: Wire | None = None,
+        keeps_logits: bool = False,
         choose_grain: Callable[[Trial], int] | None = None,
         progress: Progress | None = None,
         allocate: Allocate | None = None,
@@ -65,13 +67,20 @@ class ModelRunner:
 
         With a layout of several ranks, `ranks` joins those of tp, `ring` those of cp, in the way
         `ring_mode` says (engine.ring.passes.MODES), and `stages` those of pp: all must run the same
-        passes.
+        passes. With `keeps_logits` all ranks of the last stage get logits, each those of its part
+        of the `vocabulary`.
         """
         layout = layout or Layout()
         layout.check(config)
         self.config = config
         with torch.inference_mode():
-            placement = Placement(dtype=dtype, device=device, layout=layout, ranks=ranks or Alone())
+            placement = Placement(
+                dtype=dtype,
+                device=device,
+                layout=layout,
+                ranks=ranks or Alone(),
+                whole_logits=not keeps_logits,
+            )
             self._stream = placement.stream
             self._model = MODELS[config.architecture](config, placement)
             load_weights(
@@ -115,6 +124,7 @@ class ModelRunner:
                 vocab_size=config.vocab_size,
                 leads=layout.cp_rank == layout.tp_rank == 0,
                 device=device,
+                keeps_logits=keeps_logits,
             )
 
     @property
@@ -126,6 +136,18 @@ class ModelRunner:
     def block_tokens(self) -> int:
         """Tokens of a block of the instance, over all of its cp ranks."""
         return self._dealing.round
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Which part of the vocabulary this rank has, and how to choose tokens with the others."""
+        layout, size = self.layout, self.config.vocab_size
+        return Vocabulary(
+            part=layout.ragged_part(size),
+            size=size,
+            rank=layout.tp_rank,
+            degree=layout.tp,
+            ranks=self._placement.ranks,
+        )
 
     def local_blocks(self, table: Sequence[int]) -> Sequence[int]:
         """Return the blocks of this rank's cache that blocks of the instance stand for."""

@@ -122,22 +122,32 @@ class SequenceState:
         """Tell whether the next token is the most likely one of the unmodified logits."""
         return not (self.params.temperature or self.params.penalises or self.suppresses)
 
-    def adjust(self, logits_V: Tensor) -> None:
-        """Apply penalties and the suppression of end tokens in place."""
+    def adjust(self, logits_V: Tensor, first_id: int = 0) -> None:
+        """Apply penalties and the suppression of end tokens in place.
+
+        `logits_V` may be those of a part of the vocabulary, from token `first_id` on.
+        """
         params = self.params
         if params.needs_prompt:
             # An id in both prompt and output gets the same value twice.
             seen = torch.cat((self._prompt_ids, torch.tensor(list(self._output_counts)))).long()
+            seen, _ = _inside(seen - first_id, len(logits_V))
             values = logits_V[seen]
             factor = params.repetition_penalty
             logits_V[seen] = torch.where(values > 0, values / factor, values * factor)
         if self._output_counts and (params.presence_penalty or params.frequency_penalty):
-            ids = torch.tensor(list(self._output_counts))
-            counts = torch.tensor(list(self._output_counts.values()), dtype=logits_V.dtype)
+            ids, inside = _inside(torch.tensor(list(self._output_counts)) - first_id, len(logits_V))
+            counts = torch.tensor(list(self._output_counts.values()), dtype=logits_V.dtype)[inside]
             logits_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
         if self.suppresses:
-            known = [i for i in self._suppressed_ids if i < len(logits_V)]
-            logits_V[known] = -torch.inf
+            suppressed, _ = _inside(torch.tensor(self._suppressed_ids) - first_id, len(logits_V))
+            logits_V[suppressed] = -torch.inf
+
+
+def _inside(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return those of some ids that are from 0 to below `size`, and where they are among all."""
+    inside = (ids >= 0) & (ids < size)
+    return ids[inside], inside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +204,16 @@ def _draw(logits_RV: Tensor, states: Sequence[SequenceState], filtered: bool) ->
         weights_RC, ids_RC = _candidates(scaled_RV, params)
     else:
         weights_RC, ids_RC = scaled_RV.exp(), None
-    min_p_R1 = _column(logits_RV, [p.min_p for p in params])
+    return pick(weights_RC, ids_RC, states)
+
+
+def pick(weights_RC: Tensor, ids_RC: Tensor | None, states: Sequence[SequenceState]) -> list[int]:
+    """Draw a token of each row by the candidates' weights, fp64, in the order of token ids.
+
+    min_p is applied here. Without `ids_RC` the candidates are all tokens.
+    """
+    params = [state.params for state in states]
+    min_p_R1 = _column(weights_RC, [p.min_p for p in params])
     weights_RC = weights_RC.where(weights_RC >= min_p_R1 * weights_RC.amax(-1, keepdim=True), 0)
 
     steps_RC = weights_RC.cumsum(-1)

@@ -116,8 +116,12 @@ def load_model(
     allocate: Allocate | None = None,
     part: Part | None = None,
     threads: int | None = None,
+    *,
+    keeps_logits: bool = False,
 ) -> Model:
     """Read a model folder and get it ready to run; `allocate` gives the cache its memory.
+
+    `keeps_logits` is ModelRunner's.
 
     With a `part` all ranks of the instance must do this, since they warm up together.
 
@@ -148,6 +152,7 @@ def load_model(
                 ring=part.ring,
                 ring_mode=part.ring_mode,
                 stages=part.stages,
+                keeps_logits=keeps_logits,
                 choose_grain=partial(_choose_grain, settings, config, dtype, part),
                 progress=progress,
                 allocate=allocate,

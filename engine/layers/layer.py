@@ -14,12 +14,16 @@ from engine.weights import WeightSlot
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """The dtype and device of a model's tensors, and how the model is split over ranks."""
+    """The dtype and device of a model's tensors, and how the model is split over ranks.
+
+    With `whole_logits` each tp rank gets those of all tokens, else those of its own part.
+    """
 
     dtype: torch.dtype
     device: torch.device
     layout: Layout
     ranks: Collectives
+    whole_logits: bool = True
 
     @property
     def stream(self) -> Stream:

@@ -149,7 +149,7 @@ class _End:
             self._head = ColumnLinear([(_HEAD, vocab, part)], hidden, placement)
         self._vocab_size = vocab
         self._whole = placement.stream.whole
-        self._all_gather = placement.ranks.all_gather
+        self._all_gather = placement.ranks.all_gather if placement.whole_logits else None
 
     def parts(self) -> Iterator[Layer]:
         yield self._norm
@@ -157,7 +157,10 @@ class _End:
 
     def __call__(self, x_sD: Tensor, more_sD: Tensor, rows: int) -> Tensor:
         x_SD = self._whole(self._norm(x_sD, more_sD), rows)
-        return self._all_gather(self._head(x_SD), self._vocab_size).float()
+        logits_SW = self._head(x_SD)
+        if self._all_gather is None:
+            return logits_SW.float()
+        return self._all_gather(logits_SW, self._vocab_size).float()
 
 
 def _embedding(config: ModelConfig, placement: Placement) -> Embedding:
