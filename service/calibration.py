@@ -23,6 +23,7 @@ from engine.ring.calibrate import Greatest, Stopwatch, Subject, Trial, grain_for
 from engine.ring.comm import Wire
 from engine.ring.model import SplitCosts
 from engine.weights import fingerprint
+from native import NativeError, cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +86,10 @@ class Calibration:
         )
         key = hashlib.sha256(json.dumps(named_after).encode()).hexdigest()[:32]
         try:
-            root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        except RuntimeError as error:  # there is no home
+            return cache_folder("calibration") / f"{key}.json"
+        except NativeError as error:
             log.warning("the costs of a split are measured at each start: %s", error)
             return None
-        return Path(root) / "twinpool" / "calibration" / f"{key}.json"
 
 
 def read(path: Path) -> SplitCosts | None:

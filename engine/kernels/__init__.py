@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.errors import UnsupportedError
-from engine.kernels import attention_cpu, attention_native, experts_cpu, linear_cpu, rows_cpu
+from engine.kernels import attention_cpu, experts_cpu, linear_cpu, rows_cpu
 from engine.kernels.experts import ExpertsKernel
 from engine.kernels.rows import RowKernels
 
@@ -20,7 +20,9 @@ from engine.kernels.rows import RowKernels
 class AttentionKernel(Protocol):
     """Causal attention of a pass's new tokens over all tokens of their sequences."""
 
-    def __call__(self, qkv_TNH: Tensor, cache_runs: Tensor, batch: Batch, num_heads: int) -> Tensor:
+    def __call__(
+        self, qkv_TNH: Tensor, cache_runs: Tensor, batch: Batch, num_heads: int, /
+    ) -> Tensor:
         """Return [T, num_heads * H].
 
         `qkv_TNH` holds the query heads, scaled already, then the K and the V heads of the new
@@ -33,7 +35,7 @@ class AttentionKernel(Protocol):
 Product = Callable[[Tensor], Tensor]
 ProductKernel = Callable[[Tensor], Product]  # a constant weight [O, I] -> x [T, I] -> [T, O]
 
-_ATTENTION: Mapping[str, AttentionKernel] = {"cpu": attention_cpu.attend}
+_ATTENTION: Mapping[str, Callable[[], AttentionKernel]] = {"cpu": attention_cpu.attention}
 _PRODUCT: Mapping[str, ProductKernel] = {"cpu": linear_cpu.product}
 _EXPERTS: Mapping[str, ExpertsKernel] = {"cpu": experts_cpu.experts}
 _ROWS: Mapping[str, Callable[[torch.dtype], RowKernels]] = {"cpu": rows_cpu.rows}
@@ -44,10 +46,7 @@ def attention_kernel(device: torch.device) -> AttentionKernel:
 
     What has to be compiled is compiled here, so that no pass waits for it.
     """
-    name = _supported(device)
-    if name == "cpu":
-        attention_native.attention()
-    return _ATTENTION[name]
+    return _ATTENTION[_supported(device)]()
 
 
 def product_kernel(device: torch.device) -> ProductKernel:

@@ -42,8 +42,6 @@ constexpr float kHidden = -1e38f;
 constexpr float kLowest = -1e36f;
 constexpr float kLog2e = 1.44269504f;
 
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
-
 }  // namespace
 
 extern "C" {
@@ -428,8 +426,7 @@ void attend_tile(Tile& tile, const Head& head, Index number) {
 
 // Takes one item of work after another until there are none: first K and V are packed, then tiles
 // are attended, of each head those with the most keys first.
-void work(void* data) {
-  Round& round = *static_cast<Round*>(data);
+void work(Round& round) {
   const Index all = round.chunks + round.tiles;
   Tile tile;
   for (Index item; (item = round.next.fetch_add(1, std::memory_order_relaxed)) < all;) {
@@ -456,12 +453,9 @@ void work(void* data) {
   }
 }
 
-void run(Round& round, Index threads, Parallel parallel) {
-  if (threads == 1) {
-    work(&round);
-  } else {
-    parallel(work, &round, static_cast<unsigned>(threads), 0);
-  }
+void run(Round& round, int threads) {
+#pragma omp parallel num_threads(threads)
+  work(round);
 }
 
 }  // namespace
@@ -476,7 +470,7 @@ Index twinpool_attention_packed(Index keys, Index head_size) {
 // Attends all pieces. `packed`, aligned to 64 bytes, has room for some of the heads, and at least
 // for each one alone.
 void twinpool_attend(const TwinpoolAttention* pieces, Index count, Bf16* packed, Index room,
-                     Index threads, Parallel parallel) {
+                     int threads) {
   auto round = std::make_unique<Round>();
   Index used = 0;
   for (Index i = 0; i < count; ++i) {
@@ -486,7 +480,7 @@ void twinpool_attend(const TwinpoolAttention* pieces, Index count, Bf16* packed,
     const Index size = packed_size(keys, p.head_size);
     for (Index head = 0; head < p.kv_heads; ++head) {
       if (used + 2 * size > room) {
-        run(*round, threads, parallel);
+        run(*round, threads);
         round = std::make_unique<Round>();
         used = 0;
       }
@@ -494,7 +488,7 @@ void twinpool_attend(const TwinpoolAttention* pieces, Index count, Bf16* packed,
       used += 2 * size;
     }
   }
-  run(*round, threads, parallel);
+  run(*round, threads);
 }
 
 }  // extern "C"

@@ -14,7 +14,7 @@ torch's: batched matmuls over slices of the queries, which skip the keys after e
 in fp32 and rounds once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -31,6 +31,12 @@ _SLICE_QUERIES = 128
 _SLICE_SCORES = 1 << 24
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attention() -> Callable[[Tensor, Tensor, Batch, int], Tensor]:
+    """Return `attend`; what it calls is compiled by now, where it can be."""
+    attention_native.attention()
+    return attend
 
 
 def attend(qkv_TNH: Tensor, cache_runs: Tensor, batch: Batch, num_heads: int) -> Tensor:

@@ -5,7 +5,6 @@ T tokens, N query heads, G KV heads, X = 2G (the K heads, then the V heads), L k
 """
 
 import ctypes
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,10 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.errors import UnsupportedError
-from engine.kernels import native
-
-logger = logging.getLogger(__name__)
+from native import OPENMP, load_if_possible
 
 _SOURCE = Path(__file__).with_name("attention_cpu.cpp")
 _CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"))
@@ -101,15 +97,13 @@ class _Problem(ctypes.Structure):
 class NativeAttention:
     """The compiled kernel. It computes with as many threads as torch, which are torch's own."""
 
-    def __init__(self, library: ctypes.CDLL, parallel: int) -> None:
-        """`parallel` is the address of GOMP_parallel in the runtime that torch uses."""
+    def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._attend = library.twinpool_attend
-        self._attend.argtypes = (pointer, number, pointer, number, number, pointer)
+        self._attend.argtypes = (pointer, number, pointer, number, ctypes.c_int)
         self._attend.restype = None
         self._packed = library.twinpool_attention_packed
         self._packed.argtypes, self._packed.restype = (number, number), number
-        self._parallel = parallel
 
     def __call__(self, pieces: Sequence[Piece]) -> None:
         """Attend all pieces, which have queries and which `fits` is true of.
@@ -131,7 +125,7 @@ class NativeAttention:
         assert packed.data_ptr() % 64 == 0
         work += _PACKING * all_heads
         threads = torch.get_num_threads() if work > _THREADED else 1
-        self._attend(problems, len(pieces), packed.data_ptr(), size, threads, self._parallel)
+        self._attend(problems, len(pieces), packed.data_ptr(), size, threads)
 
 
 def _describe(piece: Piece, problem: _Problem) -> None:
@@ -175,19 +169,6 @@ def fits(*tensors: Tensor) -> bool:
 @cache
 def attention() -> NativeAttention | None:
     """Return the kernel, compiled if it has to be, or None where there can be none."""
-    try:
-        return NativeAttention(native.load(_SOURCE, _CPU_FLAGS), _parallel())
-    except UnsupportedError as exc:
-        logger.info("attention is computed with torch's operators: %s", exc)
-        return None
-
-
-def _parallel() -> int:
-    """Return GOMP_parallel as torch finds it: a second runtime would have threads of its own."""
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        found = ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
-    except (OSError, AttributeError) as exc:
-        raise UnsupportedError(f"torch's threads cannot be used: {exc}") from exc
-    assert found is not None
-    return found
+    otherwise = "attention is computed with torch's operators"
+    compiled = load_if_possible(_SOURCE, _CPU_FLAGS, OPENMP, otherwise)
+    return None if compiled is None else NativeAttention(compiled)

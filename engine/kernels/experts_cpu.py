@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.kernels import linear_cpu, native, rows_cpu
+from engine.kernels import linear_cpu, rows_cpu
 from engine.kernels.experts import Experts, ProductExperts
 from engine.kernels.rows import Routes
+from native import OPENMP, load_if_possible
 
 _SOURCE = Path(__file__).with_name("experts_cpu.cpp")
 _CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512_bf16"))
 _PANEL = 64  # as in experts_cpu.cpp
 # Multiplications below which waking another thread costs more than it brings.
 _THREADED = 1 << 20
+_OTHERWISE = "each expert is a product of torch's operators"
 
 
 class NativeExperts:
@@ -69,7 +71,7 @@ def experts(gate_up: Tensor, down: Tensor) -> Experts:
 
 
 def _native() -> Callable[..., Any] | None:
-    compiled = native.load_if_possible(_SOURCE, _CPU_FLAGS, native.OPENMP)
+    compiled = load_if_possible(_SOURCE, _CPU_FLAGS, OPENMP, _OTHERWISE)
     if compiled is None:
         return None
     run = compiled.twinpool_experts

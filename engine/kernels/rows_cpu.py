@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels import native
 from engine.kernels.rows import NormWeight, Routes, RowKernels, TorchRows
+from native import OPENMP, load_if_possible
 
 _SOURCE = Path(__file__).with_name("rows_cpu.cpp")
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 Foreign = Callable[..., Any]
 _MOST_HEAD = 1024  # as in rows_cpu.cpp
+_OTHERWISE = "torch's operators do what is done to rows"
 
 
 class NativeRows:
@@ -126,7 +127,7 @@ class NativeRows:
 def rows(dtype: torch.dtype) -> RowKernels:
     """Return the fastest form for models of this dtype; see `RowKernels`."""
     if dtype == torch.bfloat16:
-        compiled = native.load_if_possible(_SOURCE, frozenset(), native.OPENMP)
+        compiled = load_if_possible(_SOURCE, frozenset(), OPENMP, _OTHERWISE)
         if compiled is not None:
             return NativeRows(compiled)
     return TorchRows(dtype)

@@ -17,7 +17,8 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cached = native.loop
     cached.cache_clear()
-    yield tmp_path / "twinpool"
+    monkeypatch.delenv("TWINPOOL_NATIVE", raising=False)
+    yield tmp_path / "twinpool" / "native"
     cached.cache_clear()
 
 
@@ -106,6 +107,11 @@ def test_it_is_built_once_and_kept(fresh: Path) -> None:
 def test_without_a_compiler_there_is_none(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CC", "no-such-compiler")
+    assert native.loop() is None
+
+
+def test_switch_leaves_it_out(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWINPOOL_NATIVE", "0")
     assert native.loop() is None
 
 

@@ -19,6 +19,7 @@ from engine.kernels.attention_native import NativeAttention
 from engine.kvcache import KVCache
 from engine.parallel import Layout
 from engine.ring import block
+from native import load_if_possible
 from tests.unit.engine.ring.exact import attention, inputs
 
 CPU = torch.device("cpu")
@@ -235,7 +236,7 @@ def test_other_tensors_are_left_to_torch(bad: Tensor) -> None:
     assert not attention_native.fits(good, bad)
 
 
-@pytest.mark.parametrize("lack", ["switch", "compiler", "source", "runtime"])
+@pytest.mark.parametrize("lack", ["switch", "compiler", "source"])
 def test_without_compiled_code_torch_computes_and_it_is_said_once(
     lack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -245,12 +246,11 @@ def test_without_compiled_code_torch_computes_and_it_is_said_once(
     elif lack == "compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
-    elif lack == "source":
-        monkeypatch.setattr(attention_native, "_SOURCE", tmp_path / "missing.cpp")
     else:
-        monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+        monkeypatch.setattr(attention_native, "_SOURCE", tmp_path / "missing.cpp")
     lookup = attention_native.attention
     lookup.cache_clear()
+    load_if_possible.cache_clear()
     try:
         with caplog.at_level(logging.INFO):
             paged = Paged([(20, 40), (0, 9)], 4, 2, 64, 16)
@@ -263,3 +263,4 @@ def test_without_compiled_code_torch_computes_and_it_is_said_once(
         assert said[0].startswith("attention is computed with torch's operators: ")
     finally:
         lookup.cache_clear()
+        load_if_possible.cache_clear()

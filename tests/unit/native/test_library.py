@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import UnsupportedError
-from engine.kernels import native
+import native
+from native import NativeError, library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 
@@ -87,7 +87,7 @@ def test_library_that_others_can_write_is_refused(source: Path) -> None:
     native.load(source, NONE)
     [path] = kept(source)
     path.chmod(0o720)
-    with pytest.raises(UnsupportedError, match="written to by others"):
+    with pytest.raises(NativeError, match="written to by others"):
         native.load(source, NONE)
 
 
@@ -95,7 +95,7 @@ def test_folder_that_others_can_write_is_refused(source: Path) -> None:
     folder = source.parent / "cache" / "twinpool" / "native"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    with pytest.raises(UnsupportedError, match="written to by others"):
+    with pytest.raises(NativeError, match="written to by others"):
         native.load(source, NONE)
     assert not list(kept(source))
 
@@ -103,7 +103,7 @@ def test_folder_that_others_can_write_is_refused(source: Path) -> None:
 def test_library_of_another_user_is_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     native.load(source, NONE)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with pytest.raises(UnsupportedError, match="belongs to another user"):
+    with pytest.raises(NativeError, match="belongs to another user"):
         native.load(source, NONE)
 
 
@@ -111,7 +111,7 @@ def test_place_where_nothing_can_be_kept_is_told_of(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(source))  # a file
-    with pytest.raises(UnsupportedError, match="no place for it"):
+    with pytest.raises(NativeError, match="no place for it"):
         native.load(source, NONE)
 
 
@@ -119,13 +119,13 @@ def test_lack_of_a_compiler_is_told_of(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UnsupportedError, match="no C\\+\\+ compiler"):
+    with pytest.raises(NativeError, match="no C\\+\\+ compiler"):
         native.load(source, NONE)
 
 
 def test_source_that_does_not_compile_is_told_of(source: Path) -> None:
     source.write_text("this is no C++")
-    with pytest.raises(UnsupportedError, match="g\\+\\+: "):
+    with pytest.raises(NativeError, match="g\\+\\+: "):
         native.load(source, NONE)
     assert not list(kept(source))
 
@@ -135,9 +135,9 @@ def test_compiler_that_hangs_is_given_up(source: Path, monkeypatch: pytest.Monke
     slow.write_text('#!/bin/sh\n[ "$1" = --version ] || exec /bin/sleep 60\n')
     slow.chmod(0o700)
     monkeypatch.setenv("CXX", str(slow))
-    monkeypatch.setattr(native, "_COMPILE_S", 0.2)
+    monkeypatch.setattr(library, "_COMPILE_S", 0.2)
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UnsupportedError, match="timed out"):
+    with pytest.raises(NativeError, match="timed out"):
         native.load(source, NONE)
 
 
@@ -148,7 +148,7 @@ def test_next_compiler_is_tried(source: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_switch_leaves_it_out(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TWINPOOL_NATIVE", "0")
-    with pytest.raises(UnsupportedError, match="TWINPOOL_NATIVE is 0"):
+    with pytest.raises(NativeError, match="TWINPOOL_NATIVE is 0"):
         native.load(source, NONE)
 
 
@@ -157,9 +157,9 @@ def test_processor_that_lacks_something_is_told_of(
 ) -> None:
     info = tmp_path / "cpuinfo"
     info.write_text("processor : 0\nflags\t\t: fpu avx512f\n\nprocessor : 1\nflags : avx512_bf16\n")
-    monkeypatch.setattr(native, "_CPU_INFO", info)
-    with pytest.raises(UnsupportedError, match="has no avx512_bf16"):
+    monkeypatch.setattr(library, "_CPU_INFO", info)
+    with pytest.raises(NativeError, match="has no avx512_bf16"):
         native.load(source, frozenset(("avx512f", "avx512_bf16")))
     info.unlink()
-    with pytest.raises(UnsupportedError, match="has no avx512f"):
+    with pytest.raises(NativeError, match="has no avx512f"):
         native.load(source, frozenset(("avx512f",)))
