@@ -65,7 +65,9 @@ class OtherRanks:
 
 
 class GroupReceiver:
-    """The receiving agents of an instance's ranks as one; `emit` is told of each transfer's end.
+    """The receiving agents of an instance's ranks as one; see receiver.Receiver.
+
+    `emit` is told of each transfer's end.
 
     A transfer ends when no rank has a part in it any more, and as one: what is kept of one that
     failed is what all of its ranks have.
@@ -87,9 +89,13 @@ class GroupReceiver:
         self._ranks_of: dict[int, range] = {}
         self._opening: dict[int, tuple[set[int], asyncio.Event]] = {}
 
+    def ranks_of(self, dp_rank: int) -> range:
+        """See Receiver."""
+        return self._settings.dp_ranks(dp_rank)
+
     async def open(self, grant: ReceiveGrant, dp_rank: int) -> None:
-        """Let a dp rank's ranks take KV; returns when all of them will."""
-        ranks = self._settings.dp_ranks(dp_rank)
+        """See Receiver."""
+        ranks = self.ranks_of(dp_rank)
         with self._lock:
             self._ends.begin(grant.transfer_id)
             self._ranks_of[grant.transfer_id] = ranks
@@ -113,7 +119,7 @@ class GroupReceiver:
             all_open.set()
 
     def revoke(self, transfer_id: int) -> None:
-        """End a transfer, if it has not ended; from any thread."""
+        """See Receiver."""
         with self._lock:
             ranks = self._ranks_of.get(transfer_id)
             if ranks is not None:

@@ -1,5 +1,6 @@
 """The seam between the service and what takes KV: the agent of one rank, or those of all as one."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from kvtransfer import ReceiveAgent, ReceiveGrant
@@ -10,6 +11,10 @@ class Receiver(Protocol):
 
     async def open(self, grant: ReceiveGrant, dp_rank: int) -> None:
         """Take KV for a sequence of a dp rank; returns when it may come."""
+        ...
+
+    def ranks_of(self, dp_rank: int) -> Sequence[int]:
+        """Return the ranks that a dp rank's sequences are on."""
         ...
 
     def revoke(self, transfer_id: int) -> None:
@@ -26,6 +31,10 @@ class OwnReceiver:
     async def open(self, grant: ReceiveGrant, dp_rank: int) -> None:
         """See Receiver."""
         self._agent.open(grant)
+
+    def ranks_of(self, dp_rank: int) -> Sequence[int]:
+        """See Receiver."""
+        return (0,)
 
     def revoke(self, transfer_id: int) -> None:
         """See Receiver."""

@@ -275,6 +275,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             ttl_ms=int(ttl_s * 1000),
             instance=self._name,
             kept=kept_to_wire(transfer.kept),
+            ranks=self._receiver.ranks_of(record.dp_rank),
         )
 
     async def _read(

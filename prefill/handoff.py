@@ -15,7 +15,7 @@ from kvtransfer import CacheLayout, Kept, SendAgent, SendTransfer, Span
 
 @dataclass(frozen=True, kw_only=True)
 class Grant:
-    """Leave to write one request's KV to one decode instance, and that instance's layout.
+    """Leave to write one request's KV to one decode instance, and the layout of its `ranks`.
 
     What is `kept` there has arrived from elsewhere and is not sent.
     """
@@ -28,6 +28,7 @@ class Grant:
     instance: str
     layout: CacheLayout
     kept: Kept = ()
+    ranks: tuple[int, ...] = ()
 
 
 class Transfers(Protocol):

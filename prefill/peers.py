@@ -47,7 +47,8 @@ class Peers:
         """A grant with the layout of the instance that gave it.
 
         Raises:
-            WorkFailed: The router has not named this instance, or not this epoch of it.
+            WorkFailed: The router has not named this instance, or not this epoch of it, or not the
+                ranks of the grant.
         """
         epoch, layout = self._known.get(message.instance, (None, None))
         if layout is None or epoch != message.epoch:
@@ -63,9 +64,24 @@ class Peers:
             tokens=span_from_wire(message.tokens),
             ttl_s=message.ttl_ms / 1000,
             instance=message.instance,
-            layout=layout,
+            layout=_part(layout, message),
             kept=kept_from_wire(message.kept),
+            ranks=tuple(message.ranks),
         )
+
+
+def _part(layout: CacheLayout, grant: kv_pb2.Grant) -> CacheLayout:
+    """Return the layout of the ranks that a grant is for."""
+    if not grant.ranks:
+        return layout
+    try:
+        return layout.of_ranks(set(grant.ranks))
+    except ValueError as error:
+        raise WorkFailed(
+            f"decode instance {grant.instance!r} grants to ranks that do not hold a whole cache",
+            reason="LayoutMismatch",
+            retryable=False,
+        ) from error
 
 
 def grant_to_wire(grant: Grant) -> kv_pb2.Grant:
@@ -78,4 +94,5 @@ def grant_to_wire(grant: Grant) -> kv_pb2.Grant:
         ttl_ms=max(1, int(grant.ttl_s * 1000)),
         instance=grant.instance,
         kept=kept_to_wire(grant.kept),
+        ranks=grant.ranks,
     )

@@ -214,6 +214,7 @@ class Grant(_message.Message):
     TTL_MS_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.int
     epoch: _builtins.int
     """The decode instance's epoch; data of any other is refused."""
@@ -233,6 +234,10 @@ class Grant(_message.Message):
         again. Empty where nothing is kept.
         """
 
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The decode ranks that take it, one of whose dp ranks the request is on; empty for all."""
+
     def __init__(
         self,
         *,
@@ -243,10 +248,11 @@ class Grant(_message.Message):
         ttl_ms: _builtins.int = ...,
         instance: _builtins.str = ...,
         kept: _abc.Iterable[Global___KeptTokens] | None = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "kept", b"kept", "nonce", b"nonce", "tokens", b"tokens", "transfer_id", b"transfer_id", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "kept", b"kept", "nonce", b"nonce", "ranks", b"ranks", "tokens", b"tokens", "transfer_id", b"transfer_id", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
