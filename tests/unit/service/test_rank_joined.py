@@ -83,3 +83,20 @@ def test_whatever_order_there_is_one_end_and_it_comes_last(
     [end] = found
     expected = "failed" if "failed" in kinds else "closed" if "closed" in kinds else "completed"
     assert type(end).__name__.lower() == expected
+
+
+def test_what_is_kept_is_what_all_ranks_have() -> None:
+    ends = JoinedEnds(3)
+    ends.begin(5)
+    ends.take(0, Failed(5, PeerLost("gone"), retryable=True, kept=((9, 4, 9),)))
+    ends.take(1, Completed(5, TransferStats(1, 1, 0.1, "tcp")))
+    joined = ends.take(2, Closed(5, ((2, 9, 9),)))
+    assert isinstance(joined.end, Failed)
+    assert joined.end.kept == ((2, 4, 9),)
+
+
+def test_nothing_is_kept_where_a_rank_has_nothing() -> None:
+    ends = JoinedEnds(2)
+    ends.begin(5)
+    ends.take(0, Closed(5, ((9, 9),)))
+    assert ends.take(1, Closed(5)).end == Closed(5)
