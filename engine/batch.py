@@ -130,6 +130,22 @@ def make_batch(chunks: Sequence[Chunk], cache: KVCache, vocab_size: int) -> Batc
     )
 
 
+def no_batch(cache: KVCache) -> Batch:
+    """Return the pass of a dp rank that has no tokens while others have."""
+    device = cache.tensor.device
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    return Batch(
+        token_ids_T=none,
+        positions_T=none,
+        slot_mapping_TX=none.view(0, 2 * cache.num_heads),
+        decode=(),
+        prefill=(),
+        rows_of=(),
+        last_rows_S=none,
+        last=None,
+    )
+
+
 def token_ids(chunk: Chunk, vocab_size: int) -> NDArray[np.int64]:
     """Return the chunk's tokens; raises BatchError for one that does not exist."""
     ids = np.asarray(chunk.token_ids, np.int64)

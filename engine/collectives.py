@@ -1,4 +1,9 @@
-"""The collectives of tensor-parallel ranks over a torch process group."""
+"""The collectives of an instance's ranks over torch process groups: tensors and nothing else.
+
+Nobody waits longer than the group's own time-out.
+"""
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,8 +53,51 @@ class GroupCollectives:
             return x
         part = -(-rows // self._size)
         found = x.new_empty(part * self._size, *x.shape[1:])
-        dist.all_gather_into_tensor(found, _padded(x, part), group=self._group)
+        dist.all_gather_single(found, _padded(x, part), group=self._group)
         return found[:rows]
+
+
+class GroupExperts:
+    """See parallel.ExpertGroup; `group` is of the ranks that share experts, None the default."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+
+    def all_to_all(
+        self, x: Tensor, give: Sequence[int] | None = None, take: Sequence[int] | None = None
+    ) -> Tensor:
+        """See ExpertGroup."""
+        found = x.new_empty(len(x) if take is None else sum(take), *x.shape[1:])
+        dist.all_to_all_single(
+            found,
+            x.contiguous(),
+            None if take is None else list(take),
+            None if give is None else list(give),
+            group=self._group,
+        )
+        return found
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """See ExpertGroup."""
+        found = x.new_empty(len(x) * self.size, *x.shape[1:])
+        dist.all_gather_single(found, x.contiguous(), group=self._group)
+        return found
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See ExpertGroup."""
+        x = x.contiguous()
+        dist.all_reduce(x, group=self._group)
+        return x
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """See ExpertGroup."""
+        # An all-to-all sends as many bytes as a reduce-scatter; the order of the sum is then ours.
+        first, *more = self.all_to_all(x).chunk(self.size)
+        for part in more:
+            first += part
+        return first
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

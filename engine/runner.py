@@ -4,28 +4,31 @@ Does not decide what to run, does not own block ids, and does not sample. Not th
 one thread, the step loop's, calls it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.batch import Batch, Chunk, make_batch
+from engine.batch import Batch, Chunk, make_batch, no_batch
 from engine.config import ModelConfig
-from engine.errors import UnsupportedError
+from engine.dispatch import AUTO as AUTO_DISPATCH
+from engine.dispatch import ExpertMap, dispatch_for
+from engine.errors import BatchError, UnsupportedError
 from engine.kernels import attention_kernel
 from engine.kvcache import Allocate, KVCache
 from engine.layers.attention import Attend, Pass
 from engine.layers.layer import Placement
 from engine.models import MODELS
-from engine.parallel import Alone, Collectives, Layout
+from engine.parallel import Alone, Collectives, ExpertGroup, Layout
 from engine.pipeline import Apart, Logits, OneStage, Pipeline, Stages
 from engine.ring.calibrate import Trial
 from engine.ring.choose import Variant
 from engine.ring.comm import Wire
 from engine.ring.cyclic import Dealing
 from engine.ring.passes import AUTO, Ring
+from engine.split_experts import SplitExperts
 from engine.vocabulary import Vocabulary
 from engine.weights import Progress, load_weights
 
@@ -54,6 +57,9 @@ class ModelRunner:
         block_size: int,
         layout: Layout | None = None,
         ranks: Collectives | None = None,
+        experts: ExpertGroup | None = None,
+        dispatch: str = AUTO_DISPATCH,
+        expert_maps: Mapping[int, ExpertMap] | None = None,
         ring: Wire | None = None,
         ring_mode: str = AUTO,
         stages: Wire | None = None,
@@ -67,8 +73,10 @@ class ModelRunner:
 
         With a layout of several ranks, `ranks` joins those of tp, `ring` those of cp, in the way
         `ring_mode` says (engine.ring.passes.MODES), and `stages` those of pp: all must run the same
-        passes. With `keeps_logits` all ranks of the last stage get logits, each those of its part
-        of the `vocabulary`.
+        passes. With ep or dp, `experts` joins those that share the experts, in the way `dispatch`
+        says (engine.dispatch), whose places are `expert_maps`' by layer, else even; all dp ranks
+        have as many blocks. With `keeps_logits` all ranks of the last stage get logits, each those
+        of its part of the `vocabulary`.
         """
         layout = layout or Layout()
         layout.check(config)
@@ -80,7 +88,13 @@ class ModelRunner:
                 layout=layout,
                 ranks=ranks or Alone(),
                 whole_logits=not keeps_logits,
+                dispatch=dispatch_for(
+                    config, layout, ranks or Alone(), experts, device=device, setting=dispatch
+                ),
+                expert_maps=expert_maps or {},
             )
+            if expert_maps and placement.dispatch is None:
+                raise ValueError("maps of experts need a group of the ranks that share them")
             self._stream = placement.stream
             self._model = MODELS[config.architecture](config, placement)
             load_weights(
@@ -88,6 +102,7 @@ class ModelRunner:
             )
             self._model.prepare()
         self._placement = placement
+        self.experts = SplitExperts(self._model.sparse, placement, config.hidden_size)
         self._is_last_stage = layout.pp_rank == layout.pp - 1
         self._num_heads = config.num_heads // layout.tp
         self._stages: Stages = OneStage()
@@ -153,32 +168,49 @@ class ModelRunner:
         """Return the blocks of this rank's cache that blocks of the instance stand for."""
         return self._dealing.blocks(table, self.cache.block_size)
 
-    def forward(self, chunks: Sequence[Chunk], on_layer: OnLayer | None = None) -> Tensor:
+    def forward(
+        self,
+        chunks: Sequence[Chunk],
+        on_layer: OnLayer | None = None,
+        dp_tokens: Sequence[int] | None = None,
+    ) -> Tensor:
         """Compute the chunks, cache their K and V, and return the logits after each chunk.
 
         The result is [S, V] in fp32, in the chunks' order; with cp it is [0, V] on all ranks but
-        cp rank 0, and with pp on all but the instance's first. `on_layer(l)` is called as soon as
-        the K and V of all chunks in layer l, of this rank's, are in the cache. Raises BatchError
-        before anything is written where a chunk cannot be run.
-        """
-        return self.start(chunks, on_layer).wait()
+        cp rank 0, and with pp on all but the first of each dp rank. `on_layer(l)` is called as soon
+        as the K and V of all chunks in layer l, of this rank's, are in the cache.
 
-    def start(self, chunks: Sequence[Chunk], on_layer: OnLayer | None = None) -> Logits:
+        With dp, `dp_tokens` are the tokens that each dp rank has in this pass, its own chunks; all
+        ranks give the same, and one without chunks takes part all the same. Raises BatchError
+        before anything is written where a chunk cannot be run; on a dp rank alone, the others wait
+        for it as long as their group does.
+        """
+        return self.start(chunks, on_layer, dp_tokens).wait()
+
+    def start(
+        self,
+        chunks: Sequence[Chunk],
+        on_layer: OnLayer | None = None,
+        dp_tokens: Sequence[int] | None = None,
+    ) -> Logits:
         """Do as `forward` does, but return when this rank's stage is done with the pass."""
         if self._ring is not None:
             return self._run_ring(self._ring, chunks, on_layer)
+        most_rows = self._most_rows(chunks, dp_tokens)
         batch = self._batch(chunks)
-        return self._run(batch, batch.last_rows_S, self._last_rows_attention(batch), on_layer)
+        attend_last = self._last_rows_attention(batch)
+        return self._run(batch, batch.last_rows_S, attend_last, on_layer, most_rows)
 
     def forward_all(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Do as `forward` does, and return the logits of every token: [T, V] for each chunk.
 
-        For one cp rank and one stage only.
+        For one cp rank, one dp rank and one stage only.
         """
         assert self._ring is None
+        most_rows = self._most_rows(chunks, None)
         batch = self._batch(chunks)
         rows_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
-        logits_TV = self._run(batch, rows_T, None, None).wait()
+        logits_TV = self._run(batch, rows_T, None, None, most_rows).wait()
         return [logits_TV[rows] for rows in batch.rows_of]
 
     def warm_up(self) -> None:
@@ -189,8 +221,10 @@ class ModelRunner:
         for tokens in _WARM_UP_TOKENS:
             tokens = min(tokens * self._dealing.ranks, self.num_blocks * self.block_tokens)
             blocks = range(-(-tokens // self.block_tokens))
-            self.forward([Chunk(token_ids=[0] * tokens, start=0, block_table=blocks)])
+            chunk = Chunk(token_ids=[0] * tokens, start=0, block_table=blocks)
+            self.forward([chunk], dp_tokens=(tokens,) * self.layout.dp)
             self.cache.tensor[:, :, : len(self.local_blocks(blocks))].zero_()
+        self.experts.take_loads()  # those were not requests'
 
     @staticmethod
     def kv_block_bytes(
@@ -201,7 +235,23 @@ class ModelRunner:
         blocks = _dealing(layout, block_size).grain // block_size
         return blocks * KVCache.block_bytes(config, dtype, block_size, layout)
 
+    def _most_rows(self, chunks: Sequence[Chunk], dp_tokens: Sequence[int] | None) -> int:
+        own = sum(len(chunk.token_ids) for chunk in chunks)
+        if dp_tokens is None and self.layout.dp == 1:
+            return own
+        found = None if dp_tokens is None else list(dp_tokens)
+        if found is None or len(found) != self.layout.dp or found[self.layout.dp_rank] != own:
+            raise BatchError(
+                f"dp rank {self.layout.dp_rank} of {self.layout.dp} has {own} tokens; dp_tokens "
+                f"is {found}: it must say how many each dp rank has"
+            )
+        if not any(found):
+            raise BatchError("a pass needs at least one chunk on some dp rank")
+        return max(found)
+
     def _batch(self, chunks: Sequence[Chunk]) -> Batch:
+        if not chunks and self.layout.dp > 1:
+            return no_batch(self.cache)
         return make_batch(chunks, self.cache, self.config.vocab_size)
 
     def _last_rows_attention(self, batch: Batch) -> Attend | None:
@@ -225,6 +275,7 @@ class ModelRunner:
         wanted_S: Tensor,
         attend_last: Attend | None,
         on_layer: OnLayer | None,
+        most_rows: int,
     ) -> Logits:
         def attend(layer: int, qkv_TNH: Tensor) -> Tensor:
             return self._attend(qkv_TNH, self.cache.runs[layer], batch, self._num_heads)
@@ -237,6 +288,7 @@ class ModelRunner:
             attend=attend,
             attend_last=attend_last,
             on_layer=on_layer,
+            most_rows=most_rows,
         )
         return self._stages.pass_on(
             self._model(shared, wanted_S, self._receive(shared)), len(wanted_S)
@@ -253,6 +305,7 @@ class ModelRunner:
             attend=ring.attention(made, self._num_heads),
             attend_last=None,  # every rank's part of the ring is all of its queries
             on_layer=on_layer,
+            most_rows=len(made.token_ids_T),
         )
         rows = [row for _, row in made.last_rows]
         wanted_S = torch.tensor(rows, dtype=torch.long, device=made.token_ids_T.device)

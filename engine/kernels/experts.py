@@ -4,15 +4,37 @@ Legend: T tokens, D hidden size, E experts, K experts of a token, P = T * K pair
 """
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.kernels.rows import Routes, RowKernels
 
-# x [T, D] through the experts of its routes, to the weighted sums [T, D] in fp32, each in the order
-# of its token's choices. T is not zero.
-Experts = Callable[[Tensor, Routes], Tensor]
+
+class Experts(Protocol):
+    """Some experts with their weights."""
+
+    def __call__(self, x_TD: Tensor, routes: Routes) -> Tensor:
+        """Return weighted sums [T, D] in fp32, each in the order of its token's choices.
+
+        T is not zero.
+        """
+        ...
+
+    def pairs(self, x_TD: Tensor, tokens_P: Tensor, experts_P: Tensor) -> Tensor:
+        """Return what each pair's expert makes of its token, [P, D], neither weighted nor added.
+
+        Pairs are in any order; zeros where the expert is -1, none of these. A pair's result
+        depends on its expert's pairs at most, never on other experts'.
+        """
+        ...
+
+    def put(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """Replace an expert's weights, [2I, D] and [D, I]."""
+        ...
+
+
 # Constant weights, gate above up, [E, 2I, D] and [E, D, I].
 ExpertsKernel = Callable[[Tensor, Tensor], Experts]
 
@@ -34,6 +56,7 @@ class ProductExperts:
         rows: RowKernels,
     ) -> None:
         self._rows = rows
+        self._make_product = make_product
         self._gate_up_products = [make_product(weight) for weight in gate_up]
         self._down_products = [make_product(weight) for weight in down]
         small = gate_up.numel() + down.numel() <= _ALL_EXPERTS_WEIGHTS
@@ -43,7 +66,7 @@ class ProductExperts:
         """See `Experts`."""
         if self._together and len(x_TD) * len(routes.loads) <= _ALL_EXPERTS_PAIRS:
             return self._through_all(x_TD, routes, *self._together)
-        y_PD = torch.cat(list(self._through_chosen(x_TD, routes)))
+        y_PD = torch.cat(list(self._through_chosen(x_TD, routes.tokens_P, routes.loads)))
         # One choice after another: torch multiplies bf16 by fp32 an order slower than two fp32.
         choices = zip(routes.place_TK.unbind(1), routes.weights_TK.unbind(1), strict=True)
         place_T, weight_T = next(choices)
@@ -52,8 +75,25 @@ class ProductExperts:
             sum_TD.addcmul_(y_PD.index_select(0, place_T).float(), weight_T[:, None])
         return sum_TD
 
-    def _through_chosen(self, x_TD: Tensor, routes: Routes) -> Iterator[Tensor]:
-        slices = torch.split(routes.tokens_P, routes.loads)
+    def pairs(self, x_TD: Tensor, tokens_P: Tensor, experts_P: Tensor) -> Tensor:
+        """See `Experts`."""
+        order_P, loads = by_expert(experts_P, len(self._down_products))
+        y_PD = x_TD.new_zeros(len(tokens_P), x_TD.shape[1])
+        if len(order_P):
+            sorted_PD = torch.cat(list(self._through_chosen(x_TD, tokens_P[order_P], loads)))
+            y_PD.index_copy_(0, order_P, sorted_PD)
+        return y_PD
+
+    def put(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """See `Experts`."""
+        self._gate_up_products[expert] = self._make_product(gate_up)
+        self._down_products[expert] = self._make_product(down)
+        if self._together:
+            for stacked, weight in zip(self._together, (gate_up, down), strict=True):
+                stacked[expert] = weight
+
+    def _through_chosen(self, x_TD: Tensor, tokens_P: Tensor, loads: list[int]) -> Iterator[Tensor]:
+        slices = torch.split(tokens_P, loads)
         experts = zip(slices, self._gate_up_products, self._down_products, strict=True)
         for tokens, gate_up, down in experts:
             if len(tokens):
@@ -66,3 +106,9 @@ class ProductExperts:
         tokens_T1 = torch.arange(len(x_TD), device=x_TD.device)[:, None]
         y_TKD = y_ETD[routes.experts_TK, tokens_T1].float()
         return y_TKD.mul_(routes.weights_TK[..., None]).sum(1)
+
+
+def by_expert(experts_P: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """Return the order that sorts pairs by expert, without those of -1, and each expert's pairs."""
+    nobody, *loads = torch.bincount(experts_P + 1, minlength=experts + 1).tolist()
+    return experts_P.argsort(stable=True)[nobody:], loads

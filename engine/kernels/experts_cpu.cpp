@@ -114,15 +114,17 @@ struct Sizes {
     i64 padded_inner() const { return inner_panels() * kHalf; }
 };
 
-// One block: x's rows `tokens` to y's rows, by way of `between`.
-void through(const bf16* x_TD, const i64* tokens, i64 rows, const bf16* gate_up_panels,
-             const bf16* down_panels, Sizes sizes, bf16* between, bf16* y) {
+// One block: x's rows `tokens` to y's rows, those that `places` names or else one after another, by
+// way of `between`.
+void through(const bf16* x_TD, const i64* tokens, const i64* places, i64 rows,
+             const bf16* gate_up_panels, const bf16* down_panels, Sizes sizes, bf16* between,
+             bf16* y) {
     const bf16* in[kBlock];
     bf16 *middle[kBlock], *out[kBlock];
     for (i64 r = 0; r < rows; ++r) {
         in[r] = x_TD + tokens[r] * sizes.hidden;
         middle[r] = between + r * sizes.padded_inner();
-        out[r] = y + r * sizes.hidden;
+        out[r] = y + (places ? places[r] : r) * sizes.hidden;
     }
     for (i64 p = 0; p < sizes.inner_panels(); ++p) {
         const bf16* panel = gate_up_panels + p * kPanel * sizes.hidden;
@@ -185,13 +187,56 @@ extern "C" void twinpool_experts(const bf16* x_TD, const bf16* gate_up_panels,
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < work.size(); ++i) {
             Block b = work[i];
-            through(x_TD, tokens_P + b.begin, b.rows, gate_up_panels + b.expert * gate_up_size,
-                    down_panels + b.expert * down_size, sizes, between.data(),
-                    y_PD + b.begin * hidden);
+            through(x_TD, tokens_P + b.begin, nullptr, b.rows,
+                    gate_up_panels + b.expert * gate_up_size, down_panels + b.expert * down_size,
+                    sizes, between.data(), y_PD + b.begin * hidden);
         }
 #pragma omp for schedule(static)
         for (i64 t = 0; t < tokens; ++t)
             combine(y_PD, place_TK + t * top_k, weights_TK + t * top_k, top_k, hidden,
                     out_TD + t * hidden);
     }
+}
+
+// What each pair's expert makes of its token, in the order of the pairs; zeros for expert -1. Returns
+// how many pairs name an expert that there is not; those get zeros too.
+extern "C" i64 twinpool_expert_pairs(const bf16* x_TD, const bf16* gate_up_panels,
+                                     const bf16* down_panels, const i64* tokens_P,
+                                     const i64* experts_P, bf16* y_PD, i64 pairs, i64 experts,
+                                     i64 hidden, i64 inner, int threads) {
+    Sizes sizes{hidden, inner};
+    i64 gate_up_size = sizes.inner_panels() * kPanel * hidden;
+    i64 down_size = sizes.hidden_panels() * kPanel * inner;
+    std::vector<i64> loads_E(experts), next_E(experts), sorted_P(pairs), places_P(pairs);
+    i64 wrong = 0;
+    for (i64 p = 0; p < pairs; ++p) {
+        i64 e = experts_P[p];
+        if (e >= 0 && e < experts) {
+            ++loads_E[e];
+        } else {
+            std::memset(y_PD + p * hidden, 0, hidden * sizeof(bf16));
+            wrong += e != -1;
+        }
+    }
+    for (i64 e = 1; e < experts; ++e) next_E[e] = next_E[e - 1] + loads_E[e - 1];
+    for (i64 p = 0; p < pairs; ++p) {
+        i64 e = experts_P[p];
+        if (e < 0 || e >= experts) continue;
+        i64 at = next_E[e]++;
+        sorted_P[at] = tokens_P[p];
+        places_P[at] = p;
+    }
+    std::vector<Block> work = blocks(loads_E.data(), experts);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<bf16> between(kBlock * sizes.padded_inner());
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < work.size(); ++i) {
+            Block b = work[i];
+            through(x_TD, sorted_P.data() + b.begin, places_P.data() + b.begin, b.rows,
+                    gate_up_panels + b.expert * gate_up_size, down_panels + b.expert * down_size,
+                    sizes, between.data(), y_PD);
+        }
+    }
+    return wrong;
 }

@@ -6,6 +6,7 @@ Owns the packed weights it makes. Legend: as engine.kernels.experts; P panels of
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ _THREADED = 1 << 20
 _OTHERWISE = "each expert is a product of torch's operators"
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """The functions of experts_cpu.cpp."""
+
+    experts: Callable[..., Any]
+    pairs: Callable[..., Any]
+
+
 class NativeExperts:
     """experts_cpu.cpp: all of a layer's experts in one parallel region.
 
@@ -33,8 +42,8 @@ class NativeExperts:
     quarters of the time of oneDNN's products, each of which wakes a thread that slept.
     """
 
-    def __init__(self, run: Callable[..., Any], gate_up: Tensor, down: Tensor) -> None:
-        self._run = run
+    def __init__(self, foreign: Foreign, gate_up: Tensor, down: Tensor) -> None:
+        self._run, self._run_pairs = foreign.experts, foreign.pairs
         self._hidden, self._inner = down.shape[1:]
         self._gate_up = _gate_up_panels(gate_up)
         self._down = _panels(down)
@@ -58,26 +67,51 @@ class NativeExperts:
         )
         return sum_TD
 
+    def pairs(self, x_TD: Tensor, tokens_P: Tensor, experts_P: Tensor) -> Tensor:
+        """See `Experts`; raises IndexError for an expert that is none of these."""
+        x_TD, tokens_P, experts_P = x_TD.contiguous(), tokens_P.contiguous(), experts_P.contiguous()
+        assert x_TD.shape[1] == self._hidden
+        assert tokens_P.dtype == experts_P.dtype == torch.int64
+        pairs, experts = len(tokens_P), len(self._down)
+        y_PD = x_TD.new_empty(pairs, self._hidden)
+        work = pairs * 3 * self._hidden * self._inner
+        wrong = self._run_pairs(
+            *(x_TD.data_ptr(), self._gate_up.data_ptr(), self._down.data_ptr()),
+            *(tokens_P.data_ptr(), experts_P.data_ptr(), y_PD.data_ptr()),
+            *(pairs, experts, self._hidden, self._inner),
+            torch.get_num_threads() if work >= _THREADED else 1,
+        )
+        if wrong:
+            raise IndexError(f"{wrong} pairs name an expert that is none of the {experts}")
+        return y_PD
+
+    def put(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """See `Experts`."""
+        self._gate_up[expert] = _gate_up_panels(gate_up[None])[0]
+        self._down[expert] = _panels(down[None])[0]
+
 
 def experts(gate_up: Tensor, down: Tensor) -> Experts:
     """Return the fastest form of experts with these weights; see `ExpertsKernel`."""
-    run = _native() if gate_up.dtype == torch.bfloat16 else None
+    foreign = _native() if gate_up.dtype == torch.bfloat16 else None
     hidden, inner = down.shape[1:]
     # Inner dimensions are multiplied in pairs.
-    if run is not None and hidden % 2 == 0 and inner % 2 == 0:
-        return NativeExperts(run, gate_up, down)
+    if foreign is not None and hidden % 2 == 0 and inner % 2 == 0:
+        return NativeExperts(foreign, gate_up, down)
     rows = rows_cpu.rows(gate_up.dtype)
     return ProductExperts(gate_up, down, linear_cpu.product, rows)
 
 
-def _native() -> Callable[..., Any] | None:
+def _native() -> Foreign | None:
     compiled = load_if_possible(_SOURCE, _CPU_FLAGS, OPENMP, _OTHERWISE)
     if compiled is None:
         return None
-    run = compiled.twinpool_experts
+    run, pairs = compiled.twinpool_experts, compiled.twinpool_expert_pairs
     run.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 5 + [ctypes.c_int]
     run.restype = None
-    return run
+    pairs.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4 + [ctypes.c_int]
+    pairs.restype = ctypes.c_int64
+    return Foreign(run, pairs)
 
 
 def _panels(weight_EOI: Tensor) -> Tensor:

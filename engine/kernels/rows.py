@@ -73,6 +73,13 @@ class RowKernels(Protocol):
         """
         ...
 
+    def choose(self, logits_TE: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+        """Return only the weights [T, K] and the experts [T, K] that `route` would choose.
+
+        Waits for nothing on the device.
+        """
+        ...
+
 
 class TorchRows:
     """What every device can do, in any dtype."""
@@ -108,9 +115,7 @@ class TorchRows:
 
     def route(self, logits_TE: Tensor, top_k: int, normalise: bool) -> Routes:
         """See `RowKernels`."""
-        weights_TK, experts_TK = logits_TE.softmax(-1).topk(top_k, dim=-1)
-        if normalise:
-            weights_TK /= weights_TK.sum(-1, keepdim=True)
+        weights_TK, experts_TK = self.choose(logits_TE, top_k, normalise)
         experts_P = experts_TK.flatten()
         order_P = experts_P.argsort(stable=True)
         place_P = torch.empty_like(order_P)
@@ -122,3 +127,10 @@ class TorchRows:
             place_TK=place_P.view(experts_TK.shape),
             loads=experts_P.bincount(minlength=logits_TE.shape[1]).tolist(),
         )
+
+    def choose(self, logits_TE: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+        """See `RowKernels`."""
+        weights_TK, experts_TK = logits_TE.softmax(-1).topk(top_k, dim=-1)
+        if normalise:
+            weights_TK /= weights_TK.sum(-1, keepdim=True)
+        return weights_TK, experts_TK

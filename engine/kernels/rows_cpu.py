@@ -123,6 +123,11 @@ class NativeRows:
             loads=list(loads),
         )
 
+    def choose(self, logits_TE: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+        """See `RowKernels`."""
+        routes = self.route(logits_TE, top_k, normalise)  # sorting the pairs costs next to nothing
+        return routes.weights_TK, routes.experts_TK
+
 
 def rows(dtype: torch.dtype) -> RowKernels:
     """Return the fastest form for models of this dtype; see `RowKernels`."""

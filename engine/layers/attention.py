@@ -29,7 +29,7 @@ class Pass:
     `attend(l, qkv)` is causal attention of the new tokens, [T, N + X, H] to [T, N * H], once their
     K and V are in layer l of the cache; `on_layer(l)` is told when they are. `attend_last(l, q)`
     does the same for the wanted rows alone, of their queries, [S, N, H] to [S, N * H]; None where
-    attention needs those of all tokens.
+    attention needs those of all tokens. No dp rank has more than `most_rows` tokens.
     """
 
     token_ids_T: Tensor
@@ -39,6 +39,7 @@ class Pass:
     attend: Attend
     attend_last: Attend | None
     on_layer: Callable[[int], None] | None
+    most_rows: int
 
 
 class Attention:

@@ -1,12 +1,13 @@
 """What every layer is, and where its tensors live."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from engine.dispatch import Dispatch, ExpertMap
 from engine.layers.stream import Stream, stream_of
 from engine.parallel import Collectives, Layout
 from engine.weights import WeightSlot
@@ -17,6 +18,8 @@ class Placement:
     """The dtype and device of a model's tensors, and how the model is split over ranks.
 
     With `whole_logits` each tp rank gets those of all tokens, else those of its own part.
+    Without `dispatch` the experts' inner size is split like a dense MLP's. `expert_maps` are by
+    layer; those of others are even.
     """
 
     dtype: torch.dtype
@@ -24,6 +27,8 @@ class Placement:
     layout: Layout
     ranks: Collectives
     whole_logits: bool = True
+    dispatch: Dispatch | None = None
+    expert_maps: Mapping[int, ExpertMap] = field(default_factory=dict)
 
     @property
     def stream(self) -> Stream:

@@ -34,5 +34,5 @@ class DenseMLP:
         self._gate_up.prepare()
         self._down.prepare()
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
+    def __call__(self, x_TD: Tensor, most_rows: int) -> Tensor:
         return self._down(self._rows.gated(self._gate_up(x_TD)))

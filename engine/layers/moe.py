@@ -1,47 +1,60 @@
 """A router and its experts: each token goes through the K experts with the highest scores.
 
-Tensor parallelism splits every expert's inner size.
+Without a dispatcher every rank has all experts, and tensor parallelism splits their inner size.
+With one, ranks have some of them; see engine.dispatch.
 
-Legend: T tokens, D hidden size, E experts of this rank, K experts of a token, P = T * K pairs,
-I inner size.
+Legend: T tokens, D hidden size, E experts of the layer, K experts of a token, P = T * K pairs, I
+inner size.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from engine.config import ModelConfig
+from engine.dispatch import Choices, Dispatcher, ExpertMap
+from engine.errors import UnsupportedError
 from engine.kernels import experts_kernel, row_kernels
 from engine.kernels.experts import Experts
 from engine.layers.layer import Placement
 from engine.weights import WeightSlot
 
+_OF_EXPERT = re.compile(r"\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+
 
 class SparseMLP:
     """The experts of one layer; `name` is its place in the checkpoint, "model.layers.0.mlp"."""
 
-    def __init__(self, config: ModelConfig, name: str, placement: Placement) -> None:
+    def __init__(self, config: ModelConfig, layer: int, name: str, placement: Placement) -> None:
         assert config.moe is not None
         self._name = name
         self._num_experts = config.moe.num_experts
         self._top_k = config.moe.top_k
         self._norm_topk_prob = config.moe.norm_topk_prob
-        self._local = placement.layout.expert_part(self._num_experts)
-        experts = self._local.stop - self._local.start
-        hidden = config.hidden_size
+        layout, hidden = placement.layout, config.hidden_size
         self._sizes = (hidden, config.moe.intermediate_size)
-        self._inner = placement.layout.tensor_part(config.moe.intermediate_size)
+        self._inner = layout.expert_inner_part(config.moe.intermediate_size)
         self._add_up = placement.stream.add_up
-        inner = self._inner.stop - self._inner.start
+        self._dispatch = placement.dispatch
+        self._ep_rank, self._dp_rank = layout.ep_rank, layout.dp_rank
+        experts = placement.expert_maps.get(layer) or ExpertMap.even(self._num_experts, layout)
+        self._ep = layout.ep
+        self._check_size(experts)
+        self._held = experts.slots[self._ep_rank]
+        self._device = placement.device
+        self._tables = experts.tables(placement.device)
+        self._loads_E = torch.zeros(self._num_experts, dtype=torch.int64, device=placement.device)
         # The router is small and decides discretely: fp32 whatever the model's dtype.
         self._router_ED = torch.empty(self._num_experts, hidden, device=placement.device)
         self._make_experts = experts_kernel(placement.device)
         self._rows = row_kernels(placement.device, placement.dtype)
+        inner = self._inner.stop - self._inner.start
         self._loading: tuple[Tensor, Tensor] | None = (
-            placement.empty(experts, 2 * inner, hidden),
-            placement.empty(experts, hidden, inner),
+            placement.empty(len(self._held), 2 * inner, hidden),
+            placement.empty(len(self._held), hidden, inner),
         )
         self._experts: Experts
 
@@ -51,7 +64,7 @@ class SparseMLP:
         all_gate_up, all_down = self._loading
         hidden, whole = self._sizes
         inner, rows, columns = all_down.shape[2], (self._inner,), (slice(None), self._inner)
-        for local, expert in enumerate(range(self._local.start, self._local.stop)):
+        for local, expert in enumerate(self._held):
             gate, up = all_gate_up[local, :inner], all_gate_up[local, inner:]
             name = f"experts.{expert}"
             yield self._slot(f"{name}.gate_proj", (whole, hidden), rows, gate)
@@ -64,15 +77,98 @@ class SparseMLP:
         name = f"{self._name}.{name}.weight"
         return WeightSlot(name=name, shape=shape, part=part, target=target)
 
+    def ignores(self, tensor_name: str) -> bool:
+        """Tell whether this is a tensor of an expert that other ranks have."""
+        found = _OF_EXPERT.fullmatch(tensor_name, len(self._name))
+        if found is None or not tensor_name.startswith(self._name):
+            return False
+        expert = int(found[1])
+        return expert < self._num_experts and expert not in self._held
+
     def prepare(self) -> None:
         assert self._loading is not None
         self._experts = self._make_experts(*self._loading)
         self._loading = None  # the experts have what they need
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
+    def __call__(self, x_TD: Tensor, most_rows: int) -> Tensor:
         """Return the experts' weighted sum in fp32, each token's in the order of its choices."""
+        if self._dispatch is not None:
+            return self._dispatch(x_TD, self._choose, self._experts.pairs, most_rows)
         if not len(x_TD):
             return self._add_up(torch.empty_like(x_TD, dtype=torch.float32))
-        logits_TE = F.linear(x_TD.float(), self._router_ED)
-        routes = self._rows.route(logits_TE, self._top_k, self._norm_topk_prob)
+        routes = self._rows.route(self._logits(x_TD), self._top_k, self._norm_topk_prob)
         return self._add_up(self._experts(x_TD, routes))
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The experts in this rank's slots."""
+        return self._held
+
+    def place(self, experts: ExpertMap) -> None:
+        """Route by another map from the next step on; all ranks call it between the same steps.
+
+        `check` must have found nothing.
+        """
+        self._tables = experts.tables(self._device)
+
+    def check(self, experts: ExpertMap) -> None:
+        """Raise UnsupportedError where this rank's slots do not hold what a map says."""
+        self._check_size(experts)
+        wanted = experts.slots[self._ep_rank]
+        if wanted != self._held:
+            raise UnsupportedError(
+                f"{self._name}: a map has the experts {list(wanted)} on ep rank {self._ep_rank}, "
+                f"whose slots hold {list(self._held)}: `put` them first"
+            )
+
+    def _check_size(self, experts: ExpertMap) -> None:
+        if (experts.num_experts, len(experts.slots)) != (self._num_experts, self._ep):
+            raise UnsupportedError(
+                f"{self._name} has {self._num_experts} experts on {self._ep} ep ranks; a map for "
+                f"it is of {experts.num_experts} on {len(experts.slots)}"
+            )
+
+    def put(self, slot: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
+        """Give a slot of this rank another expert: this rank's part of it, [2I, D] and [D, I].
+
+        Nothing may be routed to the slot until `place` says what it holds.
+        """
+        self._experts.put(slot, gate_up, down)
+        self._held = (*self._held[:slot], expert, *self._held[slot + 1 :])
+
+    def take_loads(self) -> Tensor:
+        """Return how many tokens chose each expert since the last call, [E], and begin anew.
+
+        Only with a dispatcher. Every token is counted on one of the ranks that share the experts:
+        the sum over them is the instance's.
+        """
+        found = self._loads_E.clone()
+        self._loads_E.zero_()
+        return found
+
+    def trial(self, dispatcher: Dispatcher, x_TD: Tensor) -> Callable[[], object]:
+        """Return a pass of these rows on every dp rank by a dispatcher, to be timed."""
+
+        def run() -> None:
+            dispatcher(x_TD, self._choose, self._experts.pairs, len(x_TD))
+            if x_TD.device.type == "cuda":
+                torch.cuda.synchronize(x_TD.device)
+
+        return run
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD.float(), self._router_ED)
+
+    def _choose(self, x_TD: Tensor, first: int, counted: slice = slice(None)) -> Choices:
+        """See engine.dispatch.Router."""
+        weights_TK, experts_TK = self._rows.choose(
+            self._logits(x_TD), self._top_k, self._norm_topk_prob
+        )
+        chosen_P = experts_TK[counted].flatten()
+        self._loads_E.scatter_add_(0, chosen_P, torch.ones_like(chosen_P))
+        return Choices(
+            # Dp ranks with a token each are to take different replicas.
+            slots_TK=self._tables.look_up(experts_TK, first + self._dp_rank),
+            weights_TK=weights_TK,
+            width=self._tables.width,
+        )

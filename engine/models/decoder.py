@@ -17,6 +17,7 @@ from engine.layers.attention import Attention, Pass
 from engine.layers.embedding import Embedding, TiedHead
 from engine.layers.layer import Layer, Placement
 from engine.layers.linear import ColumnLinear
+from engine.layers.moe import SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
 from engine.weights import WeightSlot
@@ -28,7 +29,9 @@ _OF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 class MLP(Layer, Protocol):
     """The second half of a decoder layer."""
 
-    def __call__(self, x_TD: Tensor) -> Tensor: ...
+    def __call__(self, x_TD: Tensor, most_rows: int) -> Tensor:
+        """Return what becomes of rows, of which no dp rank has more than `most_rows`."""
+        ...
 
 
 MakeMLP = Callable[[int, str], MLP]  # layer, its place in the checkpoint
@@ -64,13 +67,18 @@ class DecoderLayer:
         attended_tD = self._attention(normed_TD, shared, wanted_S)
         if wanted_S is not None:
             x_tD, rows = stream.pick(x_tD, rows, wanted_S), len(wanted_S)
-        return x_tD, self._mlp(stream.whole(self._mlp_norm(x_tD, attended_tD), rows))
+        normed_TD = stream.whole(self._mlp_norm(x_tD, attended_tD), rows)
+        return x_tD, self._mlp(normed_TD, shared.most_rows)
 
 
 class Decoder:
-    """The model of one rank. Call it with a pass to get what its stage makes of it."""
+    """The model of one rank. Call it with a pass to get what its stage makes of it.
+
+    `sparse` are the stage's layers with experts, by number.
+    """
 
     def __init__(self, config: ModelConfig, make_mlp: MakeMLP, placement: Placement) -> None:
+        self.sparse: dict[int, SparseMLP] = {}
         self._numbers = placement.layout.layers(config.num_layers)
         self._num_layers = config.num_layers
         self._is_tied = config.tie_word_embeddings
@@ -95,11 +103,13 @@ class Decoder:
         # Tied heads are often saved all the same; old checkpoints hold rotary constants.
         tied = self._is_tied and tensor_name == f"{_HEAD}.weight"
         constant = tensor_name.endswith(".rotary_emb.inv_freq")
-        return tied or constant or self._is_of_another_stage(tensor_name)
+        return tied or constant or self._is_of_another_rank(tensor_name)
 
-    def _is_of_another_stage(self, tensor_name: str) -> bool:
+    def _is_of_another_rank(self, tensor_name: str) -> bool:
         if found := _OF_LAYER.match(tensor_name):
             layer = int(found[1])
+            if layer in self.sparse:
+                return self.sparse[layer].ignores(tensor_name)
             return layer < self._num_layers and layer not in self._numbers
         if tensor_name == f"{_EMBEDDING}.weight":
             return self._embedding is None

@@ -16,7 +16,8 @@ class Qwen3Moe(Decoder):
 
         def make_mlp(layer: int, name: str) -> MLP:
             if moe.is_sparse(layer):
-                return SparseMLP(config, name, placement)
+                made = self.sparse[layer] = SparseMLP(config, layer, name, placement)
+                return made
             return DenseMLP(config.hidden_size, config.intermediate_size, name, placement)
 
         super().__init__(config, make_mlp, placement)

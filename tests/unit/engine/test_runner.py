@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -195,12 +194,6 @@ def test_a_chunk_that_cannot_run_is_refused_before_anything_is_written(
 def test_an_empty_pass_is_refused(runner: ModelRunner) -> None:
     with pytest.raises(BatchError, match="at least one chunk"):
         runner.forward([])
-
-
-@pytest.mark.parametrize(("name", "layout"), [("ep", {"ep": 2}), ("dp", {"dp": 2})])
-def test_a_split_that_is_not_there_is_refused_by_name(name: str, layout: Any) -> None:
-    with pytest.raises(UnsupportedError, match=rf"{name}=2.*use {name}=1"):
-        Layout(**layout)
 
 
 def test_more_stages_than_layers_are_refused_with_what_would_do(checkpoint: Path) -> None:
