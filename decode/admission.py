@@ -1,24 +1,32 @@
 """Who holds what on a decode instance: reservations from the promise to the last free block.
 
 Owns every sequence's state and the block pool. Reservations come from the server's thread, transfer
-events from the agent's, steps from the engine's: all go through one lock, held for microseconds.
-Knows nothing of gRPC or of tensors.
+events from the agent's, steps from the engine's: all go through one lock, held for microseconds,
+and for a millisecond where thousands of tokens are looked up or remembered. Knows nothing of gRPC
+or of tensors.
 
 A sequence has two independent conditions to run: its KV is complete, and its first token is known.
 Its blocks have two owners, the sequence and the transfer that may still write to them; they are
 free when both are done. A transfer that fails leaves its sequence waiting for the next one, with
 what has arrived.
+
+A prompt's known beginning is shared with whoever has it too: no transfer and no step writes there.
+Once its KV is complete, a prompt's full blocks may be shared in turn; when its sequence ends, with
+all that it has written, they stay as cache until somebody needs the room.
 """
 
 import secrets
 import threading
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from decode.prefixes import Prefixes
 from engine.blocks import BlockCounts, BlockPool
+from engine.errors import OutOfBlocks
 from engine.sampling import SamplingParams, SequenceState
 from engine.stopping import StopCriteria
 from kvtransfer import Kept
@@ -37,8 +45,9 @@ class Reservation:
     """What a router asks a decode instance to hold for one request.
 
     Attributes:
-        prompt_ids: Empty unless sampling looks at the prompt.
+        prompt_ids: The prompt; may be empty unless sampling looks at it.
         ttl_s: Remaining time of the request.
+        cache_salt: Only requests with the same one share blocks.
     """
 
     request_id: int
@@ -48,6 +57,7 @@ class Reservation:
     sampling: SamplingParams
     stop: StopCriteria
     ttl_s: float
+    cache_salt: bytes = b""
 
     @property
     def max_tokens(self) -> int:
@@ -73,18 +83,27 @@ class SequenceRecord:
     """One sequence on this instance. `Admission` changes it, and `append` the step loop.
 
     `kept` is what of its KV has arrived, while no transfer is open. Its blocks are the dp rank's.
+    The first ones, with the KV of `cached_tokens`, may be others' as well: `own_blocks` are what
+    may be written to.
     """
 
     reservation: Reservation
     transfer: Transfer
     blocks: list[int]
+    own_blocks: list[int]
+    cached_tokens: int
     deadline_s: float
     sampling: SequenceState
     dp_rank: int = 0
     state: State = State.RESERVED
     kv_complete: bool = False
     kept: Kept = ()
-    last_token_id: int | None = None
+    output: "array[int]" = field(default_factory=lambda: array("I"), repr=False)
+
+    @property
+    def last_token_id(self) -> int | None:
+        """The token that the next step begins with; None until the first one is known."""
+        return self.output[-1] if self.output else None
 
     @property
     def request_id(self) -> int:
@@ -93,7 +112,7 @@ class SequenceRecord:
 
     def append(self, token_id: int) -> None:
         """Note the sequence's next token."""
-        self.last_token_id = token_id
+        self.output.append(token_id)
         self.sampling.append(token_id)
 
 
@@ -119,6 +138,7 @@ class Admission:
     """The table of sequences, and the rules by which they come and go.
 
     Args:
+        prefixes: Takes blocks of the pool, and remembers what is in them.
         revoke: Tells the transfer agent to let no more data in for a transfer; its confirmation
             comes back through `writer_closed`.
         on_end: Told of each sequence that ends.
@@ -129,6 +149,7 @@ class Admission:
         self,
         *,
         pool: BlockPool,
+        prefixes: Prefixes,
         block_size: int,
         max_sequences: int,
         revoke: Callable[[int], None],
@@ -136,6 +157,7 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
+        self._prefixes = prefixes
         self._block_size = block_size
         self._max_sequences = max_sequences
         self._revoke = revoke
@@ -159,15 +181,18 @@ class Admission:
             places = self._max_sequences - len(self._by_request)
             if places <= 0:
                 raise NoRoom("SEQUENCES_FULL", needed=1, free=0)
-            free = self._pool.counts().free
-            if needed > free:
-                raise NoRoom("KV_BLOCKS_FULL", needed=needed, free=free)
-            blocks = self._pool.reserve(needed)
-            self._pool.pin(blocks)
+            try:
+                taken = self._prefixes.take(reservation.prompt_ids, reservation.cache_salt, needed)
+            except OutOfBlocks as error:
+                raise NoRoom("KV_BLOCKS_FULL", needed=error.needed, free=error.free) from error
+            own_blocks = taken.blocks[taken.shared :]
+            self._pool.pin(own_blocks)
             record = SequenceRecord(
                 reservation=reservation,
-                transfer=Transfer(),
-                blocks=blocks,
+                transfer=Transfer(kept=self._prefixes.kept(taken.tokens)),
+                blocks=taken.blocks,
+                own_blocks=own_blocks,
+                cached_tokens=taken.tokens,
                 deadline_s=self._clock() + reservation.ttl_s,
                 sampling=SequenceState(
                     reservation.sampling,
@@ -197,7 +222,7 @@ class Admission:
                 return None
             if not record.transfer.over.done():
                 raise StillOpen(record.transfer)
-            self._pool.pin(record.blocks)
+            self._pool.pin(record.own_blocks)
             record.transfer = Transfer(kept=record.kept)
             self._by_transfer[record.transfer.transfer_id] = record
             return record
@@ -218,6 +243,7 @@ class Admission:
             if record is None or record.state is not State.RESERVED:
                 return None
             record.kv_complete = True
+            self._remember(record)
             return record if self._start_if_ready(record) else None
 
     def writer_closed(self, transfer_id: int, kept: Kept = ()) -> SequenceRecord | None:
@@ -230,7 +256,7 @@ class Admission:
             record = self._close_writer(transfer_id)
             if record is None or record.state is State.ENDED:
                 return None
-            record.kept = kept
+            record.kept = self._prefixes.kept(record.cached_tokens, kept)
             return record
 
     def end(self, request_id: int) -> SequenceRecord | None:
@@ -289,12 +315,13 @@ class Admission:
     def check_integrity(self) -> None:
         """Raise where the table and the pool disagree."""
         with self._lock:
-            self._pool.check_integrity()
-            held = sum(len(r.blocks) for r in self._by_request.values())
+            self._prefixes.check_integrity()
+            held = len({i for r in self._by_request.values() for i in r.blocks})
             counts = self._pool.counts()
             assert counts.reserved + counts.used == held, (counts, held)
-            writers = sum(len(r.blocks) for r in self._by_transfer.values())
-            assert counts.quarantined <= writers, (counts, writers)
+            written = [i for r in self._by_transfer.values() for i in r.own_blocks]
+            assert len(set(written)) == len(written), "two transfers write to one block"
+            assert counts.quarantined <= len(written), (counts, written)
 
     def _start_if_ready(self, record: SequenceRecord) -> bool:
         if not record.kv_complete or record.last_token_id is None:
@@ -306,14 +333,23 @@ class Admission:
     def _close_writer(self, transfer_id: int) -> SequenceRecord | None:
         record = self._by_transfer.pop(transfer_id, None)
         if record is not None:
-            self._pool.unpin(record.blocks)
+            self._pool.unpin(record.own_blocks)
             record.transfer.over.set_result(None)
         return record
+
+    def _remember(self, record: SequenceRecord) -> None:
+        """Keep for others what has been written: all but the last token, whose step never came."""
+        reservation = record.reservation
+        self._prefixes.remember(
+            reservation.prompt_ids, record.output[:-1], reservation.cache_salt, record.blocks
+        )
 
     def _end(self, record: SequenceRecord) -> None:
         record.state = State.ENDED
         del self._by_request[record.request_id]
         self._on_end(record)
+        if record.kv_complete:
+            self._remember(record)
         self._pool.release(record.blocks)
         if not record.transfer.over.done():
             self._revoke(record.transfer.transfer_id)

@@ -30,6 +30,11 @@ class DecodeConfig(RanksConfig):
     max_sequences: int = Field(
         default=256, ge=1, description="Sequences held at once, reserved or running."
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Keep the KV of ended sequences while there is room, for prompts that begin"
+        " alike.",
+    )
     data_port: int = Field(
         default=0,
         ge=0,

@@ -17,13 +17,15 @@ from decode.compute import Steps
 from decode.config import DecodeConfig
 from decode.leader import GroupReceiver, OtherRanks
 from decode.metrics import Metrics
+from decode.prefixes import Prefixes
 from decode.rank import Rank, load
 from decode.receiver import OwnReceiver, Receiver
 from decode.scheduler import Scheduler
 from decode.server import DecodeService
 from decode.worker import Worker
 from engine.blocks import BlockPool
-from kvtransfer import AgentStats, TransferEvent
+from engine.prefix_cache import PrefixCache
+from kvtransfer import AgentStats, CacheLayout, TransferEvent
 from service.instance import (
     Incarnation,
     Model,
@@ -38,6 +40,8 @@ from service.lifecycle import Server
 from service.logs import configure_logging
 from service.metrics import new_registry
 from service.pool_metrics import PoolMetrics
+from service.prefix_journal import PrefixJournal
+from service.prefix_keys import PrefixKeys
 from service.ranks.group import led, log_name
 from service.ranks.leader import Followers
 from service.ranks.wire import sum_of_ranks
@@ -64,8 +68,10 @@ class Instance:
         self._followers = followers
         receiver, others = self._join(settings)
         self._steps = Steps(self._rank.compute, depth=settings.pp, others=others)
+        pool = BlockPool(model.num_blocks)
         self._admission = Admission(
-            pool=BlockPool(model.num_blocks),
+            pool=pool,
+            prefixes=self._prefixes(settings, model, pool),
             block_size=settings.block_size,
             max_sequences=settings.max_sequences,
             revoke=receiver.revoke,
@@ -87,7 +93,7 @@ class Instance:
             worker=self._worker,
             compute=self._steps,
             receiver=receiver,
-            metrics=Metrics(registry),
+            metrics=Metrics(registry, token_bytes=_token_bytes(model.layout)),
         )
         PoolMetrics("decode", registry, heartbeat=self.heartbeat, transfer=self._transfer_stats)
 
@@ -114,6 +120,23 @@ class Instance:
         self._followers.on_word = heard
         return group, others
 
+    def _prefixes(self, settings: DecodeConfig, model: Model, pool: BlockPool) -> Prefixes:
+        # None where there is no prefix cache: routers are then told nothing of one.
+        self.journal = PrefixJournal() if settings.prefix_cache else None
+        self.prefix_seed = self.identity.compatibility if settings.prefix_cache else b""
+        cache = (
+            PrefixCache(
+                pool,
+                block_size=model.block_tokens,
+                keys=PrefixKeys(seed=self.prefix_seed),
+                on_insert=self.journal.stored,
+                on_evict=self.journal.removed,
+            )
+            if self.journal is not None
+            else None
+        )
+        return Prefixes(pool, cache=cache, layers=model.config.num_layers)
+
     def start(self) -> tuple[str, int]:
         """Start the threads; return where this rank takes KV."""
         address = self._rank.agent.start()
@@ -137,6 +160,14 @@ class Instance:
             waiting=self._worker.waiting,
             draining=self.service.draining,
         )
+
+
+def _token_bytes(layout: CacheLayout) -> int:
+    shapes = [group.shape for group in layout.groups]
+    return sum(
+        shape.layers * shape.planes * shape.kv_heads * shape.head_size * shape.element_bytes
+        for shape in shapes
+    )
 
 
 async def main(settings: DecodeConfig) -> None:
@@ -180,10 +211,12 @@ async def _serve(
                 max_sequences=settings.max_sequences,
                 data_addresses=data_addresses,
                 data_token=instance.identity.token,
+                prefix_seed=instance.prefix_seed,
             ),
             heartbeat=instance.heartbeat,
             assets=lambda: model.assets.files,
             on_drain=lambda _: server.request_stop(),
+            prefixes=instance.journal,
         )
         await serve_instance(
             settings,

@@ -11,7 +11,9 @@ _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class Metrics:
     """Counts and times of one instance, fed with each step."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, *, token_bytes: int) -> None:
+        """`token_bytes` is what one token's KV takes, over all layers and ranks."""
+        self._token_bytes = token_bytes
         self._step_s = Histogram(
             "twinpool_decode_step_seconds",
             "One step of the whole batch, sampling included.",
@@ -32,6 +34,20 @@ class Metrics:
             "Requests whose KV another prefill instance was let finish.",
             registry=registry,
         )
+
+        self._cached_tokens = Counter(
+            "twinpool_decode_cached_tokens",
+            "Prompt tokens that were not sent: their KV was here from earlier requests.",
+            registry=registry,
+        )
+        self._cached_bytes = Counter(
+            "twinpool_decode_cached_bytes", "The KV of these tokens.", registry=registry
+        )
+
+    def cached(self, tokens: int) -> None:
+        """Take note of a reservation and of how many of its prompt's tokens are here already."""
+        self._cached_tokens.inc(tokens)
+        self._cached_bytes.inc(tokens * self._token_bytes)
 
     def resumed(self) -> None:
         """Take note of a request that another prefill instance goes on with."""

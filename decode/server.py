@@ -6,6 +6,7 @@ become dataclasses here and go no further in.
 
 import asyncio
 import logging
+from array import array
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,9 +100,13 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             )
         source = layout_from_wire(request.prefill_layout)
         record = self._reserve(self._reservation(request))
+        self._metrics.cached(record.cached_tokens)
         self._compute.add(record)
-        grant = await self._open(record, source, request.prefill_instance)
-        return worker_pb2.ReserveResponse(grant=grant, blocks=len(record.blocks))
+        return worker_pb2.ReserveResponse(
+            grant=await self._open(record, source, request.prefill_instance),
+            blocks=len(record.blocks),
+            cached_tokens=record.cached_tokens,
+        )
 
     async def Regrant(
         self, request: worker_pb2.RegrantRequest, context: Any
@@ -209,11 +214,18 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             request_id=request.request_id,
             router_id=request.router_id,
             prompt_tokens=request.prompt_tokens,
-            prompt_ids=tuple(request.prompt_token_ids),
+            prompt_ids=array("I", request.prompt_token_ids),
             sampling=sampling_from_wire(request.sampling),
             stop=stop_from_wire(request.stop, self._config.eos_token_ids),
             ttl_s=request.ttl_ms / 1000,
+            cache_salt=request.cache_salt.encode(),
         )
+        if reservation.prompt_ids and len(reservation.prompt_ids) != reservation.prompt_tokens:
+            raise InvalidRequest(
+                "prompt_token_ids",
+                found=len(reservation.prompt_ids),
+                hint=f"give none, or all {reservation.prompt_tokens} of the prompt",
+            )
         most = self._max_sequence_tokens
         if not 0 < reservation.prompt_tokens < reservation.max_tokens <= most:
             raise InvalidRequest(

@@ -21,7 +21,6 @@ from prefill.config import PrefillConfig
 from prefill.handoff import Transfers
 from prefill.leader import GroupTransfers, peers_message, step_message
 from prefill.metrics import LinkMetrics, Metrics
-from prefill.prefix_journal import PrefixJournal
 from prefill.rank import Rank, load
 from prefill.scheduler import Scheduler
 from prefill.server import PrefillService
@@ -40,6 +39,7 @@ from service.lifecycle import Server
 from service.logs import configure_logging
 from service.metrics import new_registry
 from service.pool_metrics import PoolMetrics
+from service.prefix_journal import PrefixJournal
 from service.prefix_keys import PrefixKeys
 from service.ranks.group import led, log_name
 from service.ranks.leader import Followers

@@ -194,6 +194,7 @@ class Attempt:
             case FirstToken():
                 return self._take_first_token(event)
             case Granted(grant):
+                self._stats.decode_cached_tokens = grant.cached_tokens
                 # One that came after its prefill instance was lost is replaced by a Regrant.
                 if self._leg is not None and self._leg.leg_id == self._id:
                     self._send_grant(self._leg, grant)

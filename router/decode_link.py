@@ -90,7 +90,9 @@ class DecodeLink:
         """
         if not self._up:
             raise self._lost()
-        needs_prompt = request.sampling.repetition_penalty != 1.0
+        # What its prefix cache is looked up by, if it has one.
+        caches = bool(self.instance.prefix_seed)
+        needs_prompt = caches or request.sampling.repetition_penalty != 1.0
         message = worker_pb2.ReserveRequest(
             request_id=request_id,
             router_id=self._stream_id,
@@ -102,6 +104,7 @@ class DecodeLink:
             prefill_epoch=prefill.key.epoch,
             prefill_layout=layout_from(prefill, cp_first),
             prompt_token_ids=request.prompt_token_ids if needs_prompt else (),
+            cache_salt=request.cache_salt,
         )
         try:
             response = await self._stub.Reserve(
@@ -109,7 +112,7 @@ class DecodeLink:
             )
         except grpc.aio.AioRpcError as exc:
             raise worker_error(self.instance, exc) from exc
-        return _grant(response.grant)
+        return _grant(response.grant, response.cached_tokens)
 
     async def regrant(
         self, request_id: int, prefill: Instance, cp_first: int, remaining_s: float
@@ -261,5 +264,9 @@ class DecodeLink:
         self._on_down()
 
 
-def _grant(message: kv_pb2.Grant) -> Grant:
-    return Grant(transfer_id=message.transfer_id, wire=message.SerializeToString())
+def _grant(message: kv_pb2.Grant, cached_tokens: int = 0) -> Grant:
+    return Grant(
+        transfer_id=message.transfer_id,
+        wire=message.SerializeToString(),
+        cached_tokens=cached_tokens,
+    )

@@ -8,10 +8,14 @@ from service.errors import ServiceError
 
 @dataclass(frozen=True, kw_only=True)
 class Grant:
-    """Decode's leave to write one request's KV; the router only hands it on."""
+    """Decode's leave to write one request's KV; the router only hands it on.
+
+    `cached_tokens` of the prompt decode had when it reserved: they are not sent.
+    """
 
     transfer_id: int
     wire: bytes
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,7 @@ class Need:
         return self.max_new_tokens > 1
 
 
-# How many tokens of a request's prompt a prefill instance is thought to have in its prefix cache.
+# How many tokens of a request's prompt an instance is thought to have in its prefix cache.
 CachedTokens = Callable[[InstanceKey], int]
 
 
@@ -77,7 +77,7 @@ CachedTokens = Callable[[InstanceKey], int]
 class Placement:
     """Where a request goes. `decode` is None where prefill alone answers it.
 
-    `cached_tokens` of its prompt are thought to be there already: prefill does not owe them.
+    `cached_tokens` of its prompt are thought to be at prefill already, which does not owe them.
     `cp_first` is the cp rank that is to have its first tokens, None where load is not to say.
     """
 
@@ -102,6 +102,10 @@ class DecodeView:
             and self.sequences < self.capacity.max_sequences
             and self.capacity.blocks_for(need.total_tokens) <= self.free_blocks
         )
+
+    def room(self, cached_tokens: int) -> int:
+        """Returns how many tokens are free, those of a prompt counted that need not be sent."""
+        return self.free_blocks * self.capacity.block_size + cached_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

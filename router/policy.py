@@ -24,15 +24,20 @@ class RoutingPolicy(Protocol):
 
 
 class LeastLoaded:
-    """Prefill that is done with this prompt first, by tokens; decode with the most free blocks.
+    """Prefill that is done with this prompt first, by tokens; decode with the most room.
 
     What a prefill instance has of the prompt in its cache is worth just the tokens that it saves:
     one with a queue longer than that loses against one that is idle. With context parallelism a
     short prompt begins at the rank that is done with it first. Where a longer one begins follows
     from its beginning, so that the next one finds what is cached of it; it needs all ranks anyway.
 
-    Free blocks stand for load to come as well as for load now: each request holds from the start
-    what it will grow into. Among equals, the decode instance with fewer sequences steps faster.
+    Room is free tokens: they stand for load to come as well as for load now, since each request
+    holds from the start what it will grow into. A token of the prompt that a decode instance has
+    already counts as one more. It spares one write over the network, a token that others hold costs
+    one read from memory in each step to come; a link is slower than memory by about as much as
+    answers have steps. So a conversation goes on where it was, and since it needs more room there
+    than its known beginning is worth, a busy instance does not get all that begin alike. Among
+    equals, the decode instance with fewer sequences steps faster.
     """
 
     def choose(
@@ -58,7 +63,11 @@ class LeastLoaded:
             for p in able
             for first in _beginnings(p, need)
         )
-        decode = min(roomy, key=lambda d: (-d.free_blocks, d.sequences, d.key), default=None)
+        decode = min(
+            roomy,
+            key=lambda d: (-d.room(cached_tokens(d.key)), d.sequences, d.key),
+            default=None,
+        )
         return Placement(
             prefill=prefill.key,
             decode=decode.key if decode is not None else None,

@@ -145,8 +145,8 @@ class Pools:
         instance = member.instance
         key = instance.key
         self._links += 1
+        self.prefixes.join(instance)
         if instance.role is Role.PREFILL:
-            self.prefixes.join(instance)
             self._prefills[key] = PrefillLink(instance, on_up=lambda: self._up(member))
         else:
             self._decodes[key] = DecodeLink(

@@ -39,7 +39,7 @@ class _Known:
 
 
 class PrefixIndex:
-    """Which blocks of prompts each prefill instance has."""
+    """Which blocks of prompts each instance has, whatever its role."""
 
     def __init__(self, max_keys: int = MAX_KEYS) -> None:
         """`max_keys` is what is remembered of one instance at most."""

@@ -35,7 +35,7 @@ class QueueFull(Exception):
 class Waiting:
     """One request in the queue. `start_by` is when waiting any longer is of no use, in seconds.
 
-    `cached_tokens` says what of its prompt a prefill instance has.
+    `cached_tokens` says what of its prompt an instance has.
     """
 
     request_id: int

@@ -152,6 +152,7 @@ class Stats:
     decode_instance: str = ""
     retries: int = 0
     cached_tokens: int = 0
+    decode_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,6 +92,7 @@ def response_to_wire(
                 decode_instance=stats.decode_instance,
                 retries=stats.retries,
                 cached_tokens=stats.cached_tokens,
+                decode_cached_tokens=stats.decode_cached_tokens,
             )
         )
     return message

@@ -92,7 +92,8 @@ class RequestStats:
     """How a request went through the pools.
 
     `handoff_s` runs from the end of prefill's compute to the moment decode held the whole KV
-    cache; `kv_transport` is what carried it, as "ucx/tcp".
+    cache; `kv_transport` is what carried it, as "ucx/tcp". Of the prompt's tokens, `cached_tokens`
+    had not to be computed and `decode_cached_tokens` not to be sent.
     """
 
     queue_s: float
@@ -104,6 +105,7 @@ class RequestStats:
     decode_instance: str
     retries: int
     cached_tokens: int
+    decode_cached_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,10 +46,10 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0
 
 
 class Cluster:
-    """A router, prefill instances and a decode instance as processes of their own.
+    """A router, prefill instances and decode instances as processes of their own.
 
     Each can be killed and started again; it then keeps its name and its address. The router is
-    named "router", decode "decode"; `more_flags` are by name.
+    named "router", a single decode instance "decode"; `more_flags` are by name.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Cluster:
         *flags: str,
         router_flags: tuple[str, ...] = (),
         prefills: tuple[str, ...] = ("prefill",),
+        decodes: tuple[str, ...] = ("decode",),
         more_flags: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     ):
         self.address = f"127.0.0.1:{free_port()}"
@@ -66,8 +67,8 @@ class Cluster:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         router_port = self.address.rpartition(":")[2]
         self._commands = {"router": ["router", "--port", router_port, *router_flags]}
-        for name in (*prefills, "decode"):
-            role = "decode" if name == "decode" else "prefill"
+        for name in (*prefills, *decodes):
+            role = "decode" if name in decodes else "prefill"
             options = ["--router", self.address, "--port", str(free_port()), "--name", name]
             options += ["--threads", "1", *flags, *more_flags.get(name, ())]
             self._commands[name] = [role, str(model), *options]

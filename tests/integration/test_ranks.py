@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import load_config
 from launch.builtin import MODEL_DIR, task
 from service.threads import thread_env
 from tests.integration.cluster import ROOT, Cluster, free_port, wait_until
@@ -34,6 +35,8 @@ LAYOUTS = {
     "pp2 x cp2": ("--pp", "2", "--cp", "2", "--cp-grain", "64"),
 }
 FLAGS = ("--dtype", "float32", "--block-size", str(BLOCK))
+CONFIG = load_config(MODEL_DIR)
+BLOCK_BYTES = 2 * 4 * BLOCK * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_size
 METRICS = free_port()
 LENGTHS = (1, 31, 64, 65, 193, 700, 2500)
 
@@ -114,6 +117,19 @@ def test_known_beginning_is_found_on_all_ranks(split: Cluster, expected: Referen
             done = client.complete(prompt, max_new_tokens=6, ignore_eos=True, timeout_s=60)
         assert done.stats.cached_tokens >= 384
         assert list(done.token_ids) == expected.tokens(prompt, 6)
+
+
+def test_no_rank_sends_what_decode_has(split: Cluster, expected: Reference) -> None:
+    beginning = prompt_of(12 * BLOCK, seed=71)
+    answer(split, beginning, 2)
+    for more, blocks in ((0, 0), (1, 1), (7 * BLOCK, 7)):
+        prompt = beginning + prompt_of(more, seed=72)
+        with split.client() as client:
+            done = client.complete(prompt, max_new_tokens=6, ignore_eos=True, timeout_s=60)
+        assert list(done.token_ids) == expected.tokens(prompt, 6)
+        assert done.stats.decode_cached_tokens == len(beginning)
+        assert done.stats.kv_bytes == blocks * BLOCK_BYTES
+    split.wait_idle()
 
 
 def test_metrics_count_all_ranks(split: Cluster, request: pytest.FixtureRequest) -> None:

@@ -58,7 +58,7 @@ def test_lost_prefill_is_replaced_in_mid_transfer(
     twins: Cluster, expected: Reference, how: signal.Signals
 ) -> None:
     with twins.client() as client:
-        whole = client.complete(long_prompt(1), max_new_tokens=TOKENS, ignore_eos=True)
+        whole = client.complete(long_prompt(100 + how), max_new_tokens=TOKENS, ignore_eos=True)
     assert whole.stats.prefill_instance == "a"
     arrived = metric("kv_transfer_bytes_total")
     resumed = metric("resumed_transfers_total")
@@ -80,6 +80,37 @@ def test_lost_prefill_is_replaced_in_mid_transfer(
     assert stats is not None
     assert (stats.prefill_instance, stats.retries) == ("b", 1)
     assert 0 < stats.kv_bytes < whole.stats.kv_bytes
+    twins.wait_ready()
+    twins.wait_idle()
+
+
+def test_what_decode_has_of_a_prompt_stays_kept_when_prefill_is_lost(
+    twins: Cluster, expected: Reference
+) -> None:
+    known = PROMPT // 2
+    prompt = long_prompt(3)
+    with twins.client() as client:
+        first = client.complete(prompt[:known], max_new_tokens=2, ignore_eos=True)
+    assert first.stats.prefill_instance == "a"
+    arrived = metric("kv_transfer_bytes_total")
+    resumed = metric("resumed_transfers_total")
+    reused = metric("cached_tokens_total")
+    attempt = Attempt(twins, prompt, TOKENS)
+    wait_until(
+        lambda: metric("kv_transfer_bytes_total") > arrived, "the first bytes of the transfer"
+    )
+    twins.kill("a")
+    twins.start("a")
+    attempt.join()
+    assert attempt.error is None
+    attempt.check(expected)
+    assert metric("resumed_transfers_total") == resumed + 1
+    assert metric("cached_tokens_total") == reused + known
+    stats = attempt.stats
+    assert stats is not None
+    assert (stats.prefill_instance, stats.decode_cached_tokens) == ("b", known)
+    # The rest of the other half.
+    assert 0 < stats.kv_bytes < first.stats.kv_bytes
     twins.wait_ready()
     twins.wait_idle()
 

@@ -253,6 +253,7 @@ class RequestStats(_message.Message):
     DECODE_INSTANCE_FIELD_NUMBER: _builtins.int
     RETRIES_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    DECODE_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
     prefill_s: _builtins.float
     handoff_s: _builtins.float
@@ -266,6 +267,8 @@ class RequestStats(_message.Message):
     """How often the request was started over on other instances."""
     cached_tokens: _builtins.int
     """Prompt tokens whose keys and values prefill had from earlier prompts."""
+    decode_cached_tokens: _builtins.int
+    """Prompt tokens whose keys and values decode had from earlier requests: they were not sent."""
     def __init__(
         self,
         *,
@@ -278,10 +281,11 @@ class RequestStats(_message.Message):
         decode_instance: _builtins.str = ...,
         retries: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
+        decode_cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_instance", b"decode_instance", "handoff_s", b"handoff_s", "kv_bytes", b"kv_bytes", "kv_transport", b"kv_transport", "prefill_instance", b"prefill_instance", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "retries", b"retries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_cached_tokens", b"decode_cached_tokens", "decode_instance", b"decode_instance", "handoff_s", b"handoff_s", "kv_bytes", b"kv_bytes", "kv_transport", b"kv_transport", "prefill_instance", b"prefill_instance", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "retries", b"retries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -926,6 +926,7 @@ class ReserveRequest(_message.Message):
     PREFILL_EPOCH_FIELD_NUMBER: _builtins.int
     PREFILL_LAYOUT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     router_id: _builtins.str
     """Which router's Run stream the tokens go to, and whose end releases the reservation."""
@@ -934,6 +935,8 @@ class ReserveRequest(_message.Message):
     prefill_instance: _builtins.str
     """The prefill instance that will write, as it registered."""
     prefill_epoch: _builtins.int
+    cache_salt: _builtins.str
+    """As in GenerateRequest."""
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...
     @_builtins.property
@@ -948,7 +951,9 @@ class ReserveRequest(_message.Message):
 
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Only where sampling looks at the prompt (repetition_penalty)."""
+        """Only where sampling looks at the prompt (repetition_penalty), and where the instance has a prefix
+        cache to look it up in.
+        """
 
     def __init__(
         self,
@@ -963,10 +968,11 @@ class ReserveRequest(_message.Message):
         prefill_epoch: _builtins.int = ...,
         prefill_layout: _kv_pb2.KvLayout | None = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefill_layout", b"prefill_layout", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefill_epoch", b"prefill_epoch", "prefill_instance", b"prefill_instance", "prefill_layout", b"prefill_layout", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sampling", b"sampling", "stop", b"stop", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "prefill_epoch", b"prefill_epoch", "prefill_instance", b"prefill_instance", "prefill_layout", b"prefill_layout", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sampling", b"sampling", "stop", b"stop", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -978,7 +984,10 @@ class ReserveResponse(_message.Message):
 
     GRANT_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
+    cached_tokens: _builtins.int
+    """Prompt tokens whose KV is here already, from earlier requests: the grant has them as kept."""
     @_builtins.property
     def grant(self) -> _kv_pb2.Grant: ...
     def __init__(
@@ -986,10 +995,11 @@ class ReserveResponse(_message.Message):
         *,
         grant: _kv_pb2.Grant | None = ...,
         blocks: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "grant", b"grant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "cached_tokens", b"cached_tokens", "grant", b"grant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -60,6 +60,7 @@ STATS = RequestStats(
     decode_instance="d0",
     retries=1,
     cached_tokens=7,
+    decode_cached_tokens=5,
 )
 
 

@@ -64,6 +64,7 @@ def test_complete_gives_the_whole_answer(client: Client) -> None:
             decode_instance="d0",
             retries=1,
             cached_tokens=7,
+            decode_cached_tokens=5,
         ),
         request_id="00000000000000ab",
     )

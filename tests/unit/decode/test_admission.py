@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from decode.admission import Admission, NoRoom, Reservation, State, StillOpen
+from decode.prefixes import Prefixes
 from engine.blocks import BlockPool
 from engine.sampling import SamplingParams
 from engine.stopping import StopCriteria
@@ -30,8 +31,10 @@ def reservation(request_id: int, tokens: int = 6, router_id: str = "r") -> Reser
 
 def make(**changes: Any) -> tuple[Admission, list[int]]:
     revoked: list[int] = []
+    pool = BlockPool(BLOCKS)
     arguments = {
-        "pool": BlockPool(BLOCKS),
+        "pool": pool,
+        "prefixes": Prefixes(pool, layers=2),
         "block_size": BLOCK_SIZE,
         "max_sequences": 4,
         "revoke": revoked.append,

@@ -10,6 +10,7 @@ from decode.admission import Admission, Reservation, SequenceRecord
 from decode.compute import Part, Row
 from decode.config import DecodeConfig
 from decode.leader import GroupReceiver, OtherRanks
+from decode.prefixes import Prefixes
 from decode.rank_wire import (
     part_from_wire,
     part_to_wire,
@@ -138,7 +139,14 @@ async def test_revoking_what_is_over_changes_nothing() -> None:
 
 
 def record() -> SequenceRecord:
-    admission = Admission(pool=BlockPool(8), block_size=4, max_sequences=4, revoke=lambda _: None)
+    pool = BlockPool(8)
+    admission = Admission(
+        pool=pool,
+        prefixes=Prefixes(pool, layers=2),
+        block_size=4,
+        max_sequences=4,
+        revoke=lambda _: None,
+    )
     return admission.reserve(
         Reservation(
             request_id=2**63 + 5,

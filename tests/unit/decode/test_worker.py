@@ -7,6 +7,7 @@ import pytest
 
 from decode.admission import Admission, Reservation
 from decode.compute import Done, Part, Rows
+from decode.prefixes import Prefixes
 from decode.scheduler import Scheduler
 from decode.worker import Step, Worker
 from engine.blocks import BlockPool
@@ -55,7 +56,8 @@ class System:
     def __init__(self, depth: int = 1) -> None:
         self.compute = Controlled(depth)
         self.admission = Admission(
-            pool=BlockPool(64),
+            pool=(pool := BlockPool(64)),
+            prefixes=Prefixes(pool, layers=2),
             block_size=4,
             max_sequences=16,
             revoke=lambda _: None,

@@ -182,6 +182,7 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__(name, **options)
         self.reserves: dict[int, worker_pb2.ReserveRequest] = {}
+        self.cached_tokens = 0
         self.regrants: list[worker_pb2.RegrantRequest] = []
         self.regrant_gate = _open_gate()
         self.regrant_errors: list[ServiceError] = []
@@ -219,7 +220,9 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         task = asyncio.create_task(self._decode(request))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return worker_pb2.ReserveResponse(grant=self._grant(request.request_id), blocks=1)
+        return worker_pb2.ReserveResponse(
+            grant=self._grant(request.request_id), blocks=1, cached_tokens=self.cached_tokens
+        )
 
     async def Regrant(
         self, request: worker_pb2.RegrantRequest, context: Any

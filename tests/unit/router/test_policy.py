@@ -5,8 +5,10 @@ from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from router.ledger import Capacity, DecodeView, InstanceKey, Need, PrefillView
+from router.ledger import Capacity, DecodeView, InstanceKey, Ledger, Need, PrefillView
 from router.policy import LeastLoaded
 
 CAPACITY = Capacity(blocks=10, block_size=16, max_sequences=4, max_sequence_tokens=128)
@@ -116,7 +118,7 @@ def test_full_holder_is_passed_by() -> None:
 
 
 def test_placement_says_what_is_thought_to_be_cached_where_it_goes() -> None:
-    cached = {"a": 4, "b": 16}
+    cached = {"a": 4, "b": 16, "x": 8}
     views = [prefill("a"), prefill("b")]
     placement = LeastLoaded().choose(views, [decode("x")], NEED, lambda key: cached[key.name])
     assert placement is not None
@@ -128,3 +130,65 @@ def test_cache_is_not_asked_where_no_decode_instance_has_room() -> None:
         raise AssertionError(key)
 
     assert LeastLoaded().choose([prefill("a")], [decode("x", free=0)], NEED, never) is None
+
+
+@pytest.mark.parametrize(("used", "winner"), [(0, "holder"), (1, "holder"), (2, "idle")])
+def test_known_beginning_at_decode_is_worth_as_much_room(used: int, winner: str) -> None:
+    """17 tokens known are more than one block of 16 in use, and less than two."""
+    decodes = [decode("idle"), decode("holder", free=10 - used)]
+    assert chosen([prefill("a")], decodes, cached={"holder": 17}) == ("a", winner)
+
+
+def test_holder_without_room_at_decode_is_passed_by() -> None:
+    decodes = [decode("idle"), decode("holder", free=2), decode("full", sequences=4)]
+    cached = {"holder": 20, "full": 20}
+    assert chosen([prefill("a")], decodes, cached=cached) == ("a", "idle")
+
+
+DECODES = st.lists(
+    st.tuples(st.integers(3, 10), st.integers(0, 3), st.integers(0, 20)), min_size=1, max_size=4
+)
+
+
+@given(instances=DECODES)
+def test_no_decode_instance_is_taken_for_more_than_what_it_knows_is_worth(
+    instances: list[tuple[int, int, int]],
+) -> None:
+    views = [decode(str(i), free, n) for i, (free, n, _) in enumerate(instances)]
+    cached = {str(i): tokens for i, (*_, tokens) in enumerate(instances)}
+    found = chosen([prefill("a")], views, cached=cached)
+    assert found is not None
+    [winner] = [view for view in views if view.key.name == found[1]]
+    for view in views:
+        more = (view.free_blocks - winner.free_blocks) * CAPACITY.block_size
+        assert more <= cached[winner.key.name] - cached[view.key.name]
+    knowing_more = {**cached, found[1]: cached[found[1]] + 1}
+    assert chosen([prefill("a")], views, cached=knowing_more) == found
+    if not any(cached.values()):
+        assert winner.free_blocks == max(view.free_blocks for view in views)
+
+
+@given(known=st.integers(0, 60), new_tokens=st.integers(2, 40), requests=st.integers(1, 24))
+def test_prompts_that_all_begin_alike_are_not_all_given_to_their_holder(
+    known: int, new_tokens: int, requests: int
+) -> None:
+    """None of them ends: the holder is at most one of them ahead, and what it knows."""
+    need = Need(prompt_tokens=61, max_new_tokens=new_tokens)
+    large = Capacity(blocks=400, block_size=16, max_sequences=64, max_sequence_tokens=512)
+    ledger = Ledger(max_prefill_requests=64)
+    ledger.add_prefill(InstanceKey("a", 1), large)
+    for name in ("holder", "idle"):
+        ledger.add_decode(InstanceKey(name, 1), large)
+    for request_id in range(requests):
+        placement = LeastLoaded().choose(
+            ledger.prefills(),
+            ledger.decodes(),
+            need,
+            lambda key: known if key.name == "holder" else 0,
+        )
+        assert placement is not None
+        assert ledger.try_reserve(request_id, need, placement)
+    held = {key: 16 * ledger.reserved_blocks(InstanceKey(key, 1)) for key in ("holder", "idle")}
+    one = 16 * large.blocks_for(need.total_tokens)
+    assert held["holder"] - held["idle"] + one >= 0
+    assert held["holder"] - held["idle"] <= known + one

@@ -9,7 +9,7 @@ from twinpool.v1 import worker_pb2
 from router.ledger import InstanceKey
 from router.membership import Role
 from service.prefix_keys import PrefixKeys, prefix_salt, short_key
-from tests.unit.router.fakes import TOKENIZER, FakePrefill
+from tests.unit.router.fakes import TOKENIZER, FakeDecode, FakePrefill
 from tests.unit.router.system import System, collect, running, until
 from tests.unit.router.test_prefix_index import holder as an_instance
 from tests.unit.router.test_prefix_index import received
@@ -69,7 +69,7 @@ async def with_two(system: System, *events: worker_pb2.PrefixEvents) -> tuple[Fa
     return holder, told
 
 
-def key(holder: FakePrefill) -> InstanceKey:
+def key(holder: FakePrefill | FakeDecode) -> InstanceKey:
     return InstanceKey(holder.name, holder.epoch)
 
 
@@ -168,3 +168,46 @@ async def test_news_of_a_stream_that_was_replaced_count_no_more() -> None:
         assert pools.prefixes.known_blocks(instance.key) == 0
         pools.take_prefixes(new, received(news(1, [3])))
         assert pools.prefixes.keys(instance.key) == {3}
+
+
+async def with_two_decodes(system: System, keys: Sequence[int]) -> tuple[FakeDecode, FakeDecode]:
+    """One decode instance by whose name requests go there by default, and one that tells."""
+    await system.add_prefill()
+    first = await system.add_decode("first")
+    holder = await system.add_decode("holder", prefix_seed=SEED, prefixes=Told(news(1, keys)))
+    known_blocks = system.router.pools.prefixes.known_blocks
+    await until(lambda: known_blocks(key(holder)) == len(keys))
+    return first, holder
+
+
+async def decoded(system: System, prompt: str = PROMPT, cache_salt: str = "") -> tuple[str, int]:
+    """Which instance decodes, and how much of the prompt it says that it had."""
+    call = system.generate(prompt, max_new_tokens=2, cache_salt=cache_salt)
+    stats = (await collect(call))[-1].stats
+    await system.settled()
+    return stats.decode_instance, stats.decode_cached_tokens
+
+
+async def test_conversation_goes_on_at_the_decode_instance_that_has_it() -> None:
+    async with running() as system:
+        first, holder = await with_two_decodes(system, keys_of(PROMPT))
+        holder.cached_tokens = 64
+        assert await decoded(system, PROMPT + "?") == ("holder", 64)
+        assert await decoded(system, "another beginning") == ("first", 0)
+        assert await decoded(system, cache_salt="mine") == ("first", 0)
+        [reserve] = holder.reserves.values()
+        assert list(reserve.prompt_token_ids) == list(TOKENIZER.encode(PROMPT + "?"))
+        # One that keeps nothing need not know the prompt.
+        assert not any(reserve.prompt_token_ids for reserve in first.reserves.values())
+        assert [r.cache_salt for r in first.reserves.values()] == ["", "mine"]
+
+
+async def test_decode_instance_that_restarts_has_nothing_any_more() -> None:
+    async with running() as system:
+        _, holder = await with_two_decodes(system, keys_of(PROMPT))
+        assert await decoded(system) == ("holder", 0)
+        await holder.die()
+        again = await system.add_decode("holder", prefix_seed=SEED, prefixes=Told(news(1)))
+        known_blocks = system.router.pools.prefixes.known_blocks
+        assert known_blocks(key(holder)) == known_blocks(key(again)) == 0
+        assert await decoded(system) == ("first", 0)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from engine.blocks import BlockPool
 from engine.prefix_cache import PrefixCache
-from prefill.prefix_journal import PrefixJournal
 from router.prefix_index import PrefixIndex
+from service.prefix_journal import PrefixJournal
 from service.prefix_keys import PrefixKeys, short_key
 from tests.unit.router.test_prefix_index import KEY, holder, received
 

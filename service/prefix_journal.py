@@ -1,7 +1,7 @@
 """What routers are to hear of the prefix cache: its keys, and which of them have changed since.
 
-Owns its own copy of the keys, so that nobody else has to ask the cache, which belongs to the
-worker's thread. Knows no stream: `service.registration` sends what this gives.
+Owns its own copy of the keys, so that nobody else has to ask the cache, which belongs to others.
+Knows no stream: `service.registration` sends what this gives.
 """
 
 import threading
@@ -34,7 +34,7 @@ class PrefixJournal:
         self._resets = False
         self._sequence = 0
 
-    # ---- the worker's thread
+    # ---- whoever calls the cache
 
     def stored(self, keys: Sequence[bytes]) -> None:
         """Note keys of blocks that the cache has taken in."""

@@ -1,0 +1,78 @@
+"""Which beginnings of prompts an instance has the KV of already, and what that spares a transfer.
+
+Owns the way from a sequence's tokens to the prefix cache, and from what is found there to `kept`.
+Who holds a block is the pool's to know, and when a sequence's KV is whole its caller's. Not
+thread-safe: whoever calls the pool calls this.
+"""
+
+from array import array
+from collections.abc import Sequence
+
+from engine.blocks import BlockPool
+from engine.prefix_cache import Acquired, PrefixCache
+from kvtransfer import Kept
+from service.prefix_keys import prefix_salt
+
+# Decode has no ranks that a sequence could begin at.
+_CP_FIRST = 0
+
+
+class Prefixes:
+    """Takes blocks for sequences, and remembers what is in them.
+
+    Args:
+        pool: Gives the blocks.
+        cache: Attached to the pool; None where nothing is to be remembered.
+        layers: Layers of the model, whose cache is one group.
+    """
+
+    def __init__(self, pool: BlockPool, *, cache: PrefixCache | None = None, layers: int) -> None:
+        self._pool = pool
+        self._cache = cache
+        self._layers = layers
+
+    def take(self, prompt: Sequence[int], cache_salt: bytes, num_blocks: int) -> Acquired:
+        """Take a sequence's blocks, those of the prompt's longest known beginning among them.
+
+        `prompt` is empty where its tokens are not known. Raises OutOfBlocks; nothing is taken then.
+        """
+        if self._cache is None or not prompt:
+            return Acquired(blocks=self._pool.reserve(num_blocks), shared=0, tokens=0)
+        # The cache leaves the last token out, for its logits. Prefill has these, so that here the
+        # prompt's last block may be known as well: the first one that is written is the next.
+        tokens = array("I", prompt)
+        tokens.append(0)
+        return self._cache.acquire(tokens, _salt(cache_salt), num_blocks)
+
+    def remember(
+        self, prompt: Sequence[int], output: Sequence[int], cache_salt: bytes, blocks: Sequence[int]
+    ) -> None:
+        """Keep full blocks with the KV of a prompt and what follows it.
+
+        They are never written again. Nothing is kept of a prompt whose tokens are not known.
+        """
+        if self._cache is not None and prompt:
+            tokens = array("I", prompt)
+            tokens.extend(output)
+            self._cache.insert(tokens, _salt(cache_salt), blocks)
+
+    def kept(self, cached_tokens: int, arrived: Kept = ()) -> Kept:
+        """Return what a next transfer has to leave out: what has arrived, and shared blocks always.
+
+        A transfer that goes wrong may report less than it began with.
+        """
+        if not cached_tokens:
+            return arrived
+        [of_layers] = arrived or ((0,) * self._layers,)
+        return (tuple(max(cached_tokens, tokens) for tokens in of_layers),)
+
+    def check_integrity(self) -> None:
+        """Raise BlockPoolCorruptError where the books of pool or cache disagree."""
+        if self._cache is not None:
+            self._cache.check_integrity()
+        else:
+            self._pool.check_integrity()
+
+
+def _salt(cache_salt: bytes) -> bytes:
+    return prefix_salt(_CP_FIRST, cache_salt)

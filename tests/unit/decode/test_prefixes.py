@@ -1,0 +1,191 @@
+"""What a sequence leaves behind is there for the next that begins alike, and for nobody else."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from decode.admission import Admission, NoRoom, Reservation, SequenceRecord
+from decode.prefixes import Prefixes
+from engine.blocks import BlockPool
+from engine.prefix_cache import PrefixCache
+from engine.sampling import SamplingParams
+from engine.stopping import StopCriteria
+from service.prefix_keys import PrefixKeys
+
+BLOCKS = 12
+BLOCK_SIZE = 4
+LAYERS = 2
+PROMPT = tuple(range(100, 110))
+
+
+def make(*, caches: bool = True, blocks: int = BLOCKS) -> Admission:
+    pool = BlockPool(blocks)
+    keys = PrefixKeys(seed=b"model")
+    cache = PrefixCache(pool, block_size=BLOCK_SIZE, keys=keys) if caches else None
+    return Admission(
+        pool=pool,
+        prefixes=Prefixes(pool, cache=cache, layers=LAYERS),
+        block_size=BLOCK_SIZE,
+        max_sequences=8,
+        revoke=lambda _: None,
+    )
+
+
+def reserve(
+    admission: Admission,
+    request_id: int,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int = 2,
+    salt: bytes = b"",
+    said: bool = True,
+) -> SequenceRecord:
+    """`said` is whether the router tells the prompt's tokens."""
+    return admission.reserve(
+        Reservation(
+            request_id=request_id,
+            router_id="r",
+            prompt_tokens=len(prompt),
+            prompt_ids=prompt if said else (),
+            sampling=SamplingParams(),
+            stop=StopCriteria(max_new_tokens=max_new_tokens),
+            ttl_s=10.0,
+            cache_salt=salt,
+        )
+    )
+
+
+def run(
+    admission: Admission,
+    request_id: int,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    salt: bytes = b"",
+) -> SequenceRecord:
+    """Let a sequence be complete and answer, and end it."""
+    record = reserve(admission, request_id, prompt, max_new_tokens=len(answer) + 1, salt=salt)
+    admission.complete(record.transfer.transfer_id)
+    admission.activate(request_id, answer[0])
+    for token_id in answer[1:]:
+        record.append(token_id)
+    admission.end(request_id)
+    return record
+
+
+def kept(tokens: int) -> tuple[tuple[int, ...], ...]:
+    return ((tokens,) * LAYERS,)
+
+
+def test_next_turn_is_sent_only_what_is_new() -> None:
+    admission = make()
+    answer = tuple(range(200, 207))
+    first = run(admission, 1, PROMPT, answer)
+    assert (first.cached_tokens, first.transfer.kept) == (0, ())
+    second = reserve(admission, 2, (*PROMPT, *answer, 7))
+    assert second.cached_tokens == 16
+    assert second.transfer.kept == kept(16)
+    assert second.blocks[:4] == first.blocks[:4]
+    assert second.own_blocks == second.blocks[4:]
+    admission.check_integrity()
+
+
+def test_last_token_of_an_answer_was_never_written() -> None:
+    """10 tokens of prompt and 2 of the answer fill 3 blocks, but the 12th is not in the cache."""
+    admission = make()
+    run(admission, 1, PROMPT, (1, 2))
+    assert reserve(admission, 2, (*PROMPT, 1, 2, 3)).cached_tokens == 8
+    run(admission, 3, PROMPT, (5, 6, 7))
+    assert reserve(admission, 4, (*PROMPT, 5, 6, 7)).cached_tokens == 12
+
+
+def test_nothing_is_to_be_sent_of_a_prompt_that_is_wholly_known() -> None:
+    admission = make()
+    run(admission, 1, PROMPT[:8], (1, 2))
+    again = reserve(admission, 2, PROMPT[:8])
+    assert again.transfer.kept == kept(8)
+    assert len(again.own_blocks) == 1
+
+
+def test_prompt_is_shared_as_soon_as_its_transfer_is_complete() -> None:
+    admission = make()
+    first = reserve(admission, 1, PROMPT)
+    assert reserve(admission, 2, PROMPT).cached_tokens == 0
+    admission.complete(first.transfer.transfer_id)
+    third = reserve(admission, 3, PROMPT)
+    assert third.blocks[:2] == first.blocks[:2]
+    admission.end(1)
+    admission.check_integrity()
+    assert not set(reserve(admission, 4, range(4)).blocks) & set(third.blocks)
+
+
+def test_transfer_that_was_not_completed_leaves_nothing_behind() -> None:
+    admission = make()
+    record = reserve(admission, 1, PROMPT)
+    admission.end(1)
+    admission.writer_closed(record.transfer.transfer_id, kept(8))
+    assert admission.counts().cached == 0
+    assert reserve(admission, 2, PROMPT).cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("reported", "expected"), [((), (8, 8)), (((3, 9),), (8, 9)), (kept(8), (8, 8))]
+)
+def test_shared_blocks_stay_kept_whatever_a_failed_transfer_reports(
+    reported: tuple[tuple[int, ...], ...], expected: tuple[int, ...]
+) -> None:
+    admission = make()
+    run(admission, 1, PROMPT, (1, 2))
+    record = reserve(admission, 2, PROMPT)
+    admission.writer_closed(record.transfer.transfer_id, reported)
+    assert admission.regrant(2) is record
+    assert record.transfer.kept == (expected,)
+
+
+def test_blocks_that_no_writer_may_write_are_not_quarantined() -> None:
+    admission = make()
+    run(admission, 1, PROMPT, (1, 2))
+    record = reserve(admission, 2, PROMPT)
+    admission.end(2)
+    counts = admission.counts()
+    assert (counts.quarantined, counts.cached) == (len(record.own_blocks), 2)
+
+
+@pytest.mark.parametrize("salts", [(b"one", b"two"), (b"", b"one")])
+def test_salts_share_nothing(salts: tuple[bytes, bytes]) -> None:
+    admission = make()
+    run(admission, 1, PROMPT, (1, 2), salt=salts[0])
+    assert reserve(admission, 2, PROMPT, salt=salts[1]).cached_tokens == 0
+    assert reserve(admission, 3, PROMPT, salt=salts[0]).cached_tokens == 8
+
+
+def test_prompt_that_is_not_said_is_neither_looked_up_nor_remembered() -> None:
+    admission = make()
+    run(admission, 1, PROMPT, (1, 2))
+    silent = reserve(admission, 2, PROMPT, said=False)
+    assert silent.transfer.kept == ()
+    before = admission.counts().cached
+    admission.complete(silent.transfer.transfer_id)
+    admission.end(2)
+    assert admission.counts().cached == before
+
+
+def test_without_a_cache_everything_is_free_again() -> None:
+    admission = make(caches=False)
+    run(admission, 1, PROMPT, (1, 2))
+    assert admission.counts().free == BLOCKS
+    assert reserve(admission, 2, PROMPT).transfer.kept == ()
+
+
+def test_idle_blocks_make_room_and_held_ones_do_not() -> None:
+    admission = make(blocks=6)
+    run(admission, 1, PROMPT, (1, 2))
+    assert admission.counts().cached == 2
+    holder = reserve(admission, 2, PROMPT)
+    assert holder.cached_tokens == 8
+    with pytest.raises(NoRoom) as refused:
+        reserve(admission, 3, range(16))
+    assert (refused.value.needed, refused.value.free) == (5, 3)
+    admission.end(2)
+    admission.writer_closed(holder.transfer.transfer_id)
+    assert len(reserve(admission, 4, range(16)).blocks) == 5
+    admission.check_integrity()

@@ -1,0 +1,130 @@
+"""What a decode instance answers to a router that wants room."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from twinpool.v1 import common_pb2, worker_pb2
+
+from decode.metrics import Metrics
+from decode.server import DecodeService
+from kvtransfer import Completed, Failed, KVShape, ReceiveGrant, TransferStats, uniform_cache
+from kvtransfer.errors import PeerLost
+from service.errors import InvalidRequest
+from service.wire import layout_to_wire
+from tests.unit.decode.test_prefixes import BLOCK_SIZE, BLOCKS, LAYERS, make
+
+TOKEN_BYTES = 10
+PROMPT = list(range(10))
+SHAPE = KVShape(layers=LAYERS, kv_heads=1, head_size=8, dtype="float32")
+LAYOUT = layout_to_wire(uniform_cache((SHAPE,), BLOCK_SIZE))
+
+
+class StubReceiver:
+    """Keeps the grants that it is given."""
+
+    def __init__(self) -> None:
+        self.grants: list[ReceiveGrant] = []
+
+    async def open(self, grant: ReceiveGrant, dp_rank: int) -> None:
+        self.grants.append(grant)
+
+    def ranks_of(self, dp_rank: int) -> tuple[int, ...]:
+        return (0,)
+
+    def revoke(self, transfer_id: int) -> None:
+        raise NotImplementedError
+
+
+class System:
+    """A service whose transfers end when they are told to, and one router's stream to it."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.receiver = StubReceiver()
+        config: Any = SimpleNamespace(eos_token_ids=())
+        self.service = DecodeService(
+            name="decode",
+            epoch=1,
+            config=config,
+            max_sequence_tokens=BLOCKS * BLOCK_SIZE,
+            admission=make(),
+            worker=SimpleNamespace(ready=lambda _: None),  # type: ignore[arg-type]
+            compute=SimpleNamespace(add=lambda _: None),
+            receiver=self.receiver,
+            metrics=Metrics(self.registry, token_bytes=TOKEN_BYTES),
+        )
+
+    async def reserve(self, request_id: int, **more: Any) -> worker_pb2.ReserveResponse:
+        fields: dict[str, Any] = {"prompt_token_ids": PROMPT, **more}
+        return await self.service.Reserve(
+            worker_pb2.ReserveRequest(
+                request_id=request_id,
+                router_id="r",
+                prompt_tokens=len(PROMPT),
+                stop=common_pb2.StopParams(max_new_tokens=2),
+                ttl_ms=1000,
+                prefill_layout=LAYOUT,
+                **fields,
+            ),
+            None,
+        )
+
+    def complete(self) -> None:
+        """The latest transfer brings all that it owes."""
+        stats = TransferStats(bytes=0, messages=0, seconds=0.0, transport="")
+        self.service.transfer_event(Completed(self.receiver.grants[-1].transfer_id, stats))
+
+    def sample(self, name: str) -> float | None:
+        return self.registry.get_sample_value(f"twinpool_decode_{name}_total")
+
+
+@pytest.fixture
+async def system() -> AsyncIterator[System]:
+    made = System()
+
+    async def requests() -> AsyncIterator[worker_pb2.DecodeRunRequest]:
+        yield worker_pb2.DecodeRunRequest(hello=worker_pb2.RouterHello(router_id="r"))
+        await asyncio.Event().wait()
+
+    stream = asyncio.ensure_future(anext(made.service.Run(requests(), None)))
+    await asyncio.sleep(0)  # the stream is open now, and nothing is on it
+    yield made
+    stream.cancel()
+    await asyncio.wait({stream})
+
+
+async def test_known_beginning_is_kept_in_the_grant_and_counted(system: System) -> None:
+    first = await system.reserve(1)
+    assert (first.cached_tokens, list(first.grant.kept)) == (0, [])
+    system.complete()
+    second = await system.reserve(2)
+    assert second.cached_tokens == 8
+    assert [list(group.of_layers) for group in second.grant.kept] == [[8] * LAYERS]
+    assert system.receiver.grants[-1].kept == ((8,) * LAYERS,)
+    assert system.sample("cached_tokens") == 8
+    assert system.sample("cached_bytes") == 8 * TOKEN_BYTES
+    assert (await system.reserve(3, cache_salt="mine")).cached_tokens == 0
+
+
+async def test_known_beginning_is_kept_in_the_next_grant_too(system: System) -> None:
+    await system.reserve(1)
+    system.complete()
+    await system.reserve(2)
+    lost = Failed(system.receiver.grants[-1].transfer_id, PeerLost("gone"), True)
+    system.service.transfer_event(lost)
+    regrant = worker_pb2.RegrantRequest(request_id=2, prefill_layout=LAYOUT)
+    response = await system.service.Regrant(regrant, None)
+    assert [list(group.of_layers) for group in response.grant.kept] == [[8] * LAYERS]
+    assert system.sample("cached_tokens") == 8
+
+
+@pytest.mark.parametrize("said", [PROMPT[:-1], [*PROMPT, 1]])
+async def test_prompt_of_another_length_than_said_is_refused(
+    system: System, said: list[int]
+) -> None:
+    with pytest.raises(InvalidRequest, match="prompt_token_ids"):
+        await system.reserve(1, prompt_token_ids=said)
