@@ -45,7 +45,9 @@ class Reservation:
     """What a router asks a decode instance to hold for one request.
 
     Attributes:
-        prompt_ids: The prompt; may be empty unless sampling looks at it.
+        prompt_tokens: Those whose KV arrives, `output_ids` among them.
+        prompt_ids: The prompt without `output_ids`; may be empty unless sampling looks at it.
+        output_ids: The prompt's last tokens where they were generated before, elsewhere.
         ttl_s: Remaining time of the request.
         cache_salt: Only requests with the same one share blocks.
     """
@@ -58,11 +60,22 @@ class Reservation:
     stop: StopCriteria
     ttl_s: float
     cache_salt: bytes = b""
+    output_ids: Sequence[int] = ()
+
+    @property
+    def own_prompt_tokens(self) -> int:
+        """Tokens that were not generated."""
+        return self.prompt_tokens - len(self.output_ids)
+
+    @property
+    def known_ids(self) -> Sequence[int]:
+        """All tokens whose KV arrives, for the prefix cache; empty where they are not known."""
+        return array("I", (*self.prompt_ids, *self.output_ids)) if self.prompt_ids else ()
 
     @property
     def max_tokens(self) -> int:
         """Tokens the sequence may come to."""
-        return self.prompt_tokens + self.stop.max_new_tokens
+        return self.own_prompt_tokens + self.stop.max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +195,7 @@ class Admission:
             if places <= 0:
                 raise NoRoom("SEQUENCES_FULL", needed=1, free=0)
             try:
-                taken = self._prefixes.take(reservation.prompt_ids, reservation.cache_salt, needed)
+                taken = self._prefixes.take(reservation.known_ids, reservation.cache_salt, needed)
             except OutOfBlocks as error:
                 raise NoRoom("KV_BLOCKS_FULL", needed=error.needed, free=error.free) from error
             own_blocks = taken.blocks[taken.shared :]
@@ -196,8 +209,9 @@ class Admission:
                 deadline_s=self._clock() + reservation.ttl_s,
                 sampling=SequenceState(
                     reservation.sampling,
-                    prompt_len=reservation.prompt_tokens,
+                    prompt_len=reservation.own_prompt_tokens,
                     prompt_ids=reservation.prompt_ids,
+                    output_ids=reservation.output_ids,
                     min_new_tokens=reservation.stop.min_new_tokens,
                     suppressed_ids=reservation.stop.end_token_ids,
                 ),
@@ -292,6 +306,11 @@ class Admission:
             records = list(self._by_request.values())
         return [r.request_id for r in records if r.reservation.router_id == router_id]
 
+    def all(self) -> list[SequenceRecord]:
+        """The sequences that are here, reserved or running."""
+        with self._lock:
+            return list(self._by_request.values())
+
     def expired(self) -> list[SequenceRecord]:
         """The sequences whose time is up."""
         now = self._clock()
@@ -341,7 +360,7 @@ class Admission:
         """Keep for others what has been written: all but the last token, whose step never came."""
         reservation = record.reservation
         self._prefixes.remember(
-            reservation.prompt_ids, record.output[:-1], reservation.cache_salt, record.blocks
+            reservation.known_ids, record.output[:-1], reservation.cache_salt, record.blocks
         )
 
     def _end(self, record: SequenceRecord) -> None:

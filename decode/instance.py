@@ -89,6 +89,7 @@ class Instance:
             epoch=who.epoch,
             config=model.config,
             max_sequence_tokens=model.max_sequence_tokens,
+            drain_timeout_s=settings.drain_timeout_s,
             admission=self._admission,
             worker=self._worker,
             compute=self._steps,

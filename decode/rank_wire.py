@@ -27,11 +27,12 @@ def sequence_to_wire(record: SequenceRecord) -> rank_pb2.RankSequence:
     return rank_pb2.RankSequence(
         request_id=record.request_id,
         blocks=record.blocks,
-        prompt_tokens=reservation.prompt_tokens,
+        prompt_tokens=reservation.own_prompt_tokens,
         sampling=_sampling_to_wire(reservation.sampling),
         min_new_tokens=reservation.stop.min_new_tokens,
         end_token_ids=reservation.stop.end_token_ids,
-        prompt_token_ids=reservation.prompt_ids,
+        prompt_token_ids=reservation.prompt_ids if reservation.sampling.needs_prompt else (),
+        output_token_ids=reservation.output_ids,
     )
 
 
@@ -43,6 +44,7 @@ def sequence_from_wire(message: rank_pb2.RankSequence) -> DecodeSequence:
             sampling_from_wire(message.sampling),
             prompt_len=message.prompt_tokens,
             prompt_ids=message.prompt_token_ids,
+            output_ids=message.output_token_ids,
             min_new_tokens=message.min_new_tokens,
             suppressed_ids=message.end_token_ids,
         ),

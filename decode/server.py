@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 _SWEEP_S = 0.1
 # What a router should wait before it asks again for room that a running request will give back.
 _RETRY_AFTER_S = 0.05
+# Before the end of the drain: enough for routers to hear of what is handed back.
+_HAND_BACK_S = 1.0
 # What a lost sender had sent may still be on its way in; after this its transfer is ended.
 _LAST_PIECES_S = 0.25
 
@@ -66,6 +68,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         epoch: int,
         config: ModelConfig,
         max_sequence_tokens: int,
+        drain_timeout_s: float,
         admission: Admission,
         worker: Worker,
         compute: Compute,
@@ -76,6 +79,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._epoch = epoch
         self._config = config
         self._max_sequence_tokens = max_sequence_tokens
+        self._drain_timeout_s = drain_timeout_s
         self._admission = admission
         self._worker = worker
         self._compute = compute
@@ -192,18 +196,25 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         while True:
             await asyncio.sleep(_SWEEP_S)
             for record in self._admission.expired():
-                failure = worker_pb2.SequenceFailure(
-                    request_id=record.request_id,
-                    reason="DeadlineExceeded",
-                    message="the deadline passed at decode",
-                    retryable=False,
-                )
-                self._tell(record, worker_pb2.DecodeRunResponse(failures=[failure]))
-                self._abort(record.request_id)
+                self._fail(record, "DeadlineExceeded", "the deadline passed at decode", False)
 
     async def drain(self) -> None:
-        """Take nothing new; return when every sequence has ended."""
+        """Take nothing new; return when every sequence has ended.
+
+        Those that take longer than the drain may are handed back, to go on elsewhere.
+        """
         self.draining = True
+        try:
+            async with asyncio.timeout(max(0.0, self._drain_timeout_s - _HAND_BACK_S)):
+                await self._until_empty()
+        except TimeoutError:
+            left = self._admission.all()
+            log.info("handing back %d sequences: the time to finish them is over", len(left))
+            for record in left:
+                self._fail(record, "DRAINED", "the instance stops", True)
+            await self._until_empty()
+
+    async def _until_empty(self) -> None:
         while self._admission.held:
             await asyncio.sleep(0.05)
 
@@ -215,19 +226,21 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             router_id=request.router_id,
             prompt_tokens=request.prompt_tokens,
             prompt_ids=array("I", request.prompt_token_ids),
+            output_ids=array("I", request.output_token_ids),
             sampling=sampling_from_wire(request.sampling),
             stop=stop_from_wire(request.stop, self._config.eos_token_ids),
             ttl_s=request.ttl_ms / 1000,
             cache_salt=request.cache_salt.encode(),
         )
-        if reservation.prompt_ids and len(reservation.prompt_ids) != reservation.prompt_tokens:
+        own = reservation.own_prompt_tokens
+        if reservation.prompt_ids and len(reservation.prompt_ids) != own:
             raise InvalidRequest(
                 "prompt_token_ids",
                 found=len(reservation.prompt_ids),
-                hint=f"give none, or all {reservation.prompt_tokens} of the prompt",
+                hint=f"give none, or all {own} that were not generated",
             )
         most = self._max_sequence_tokens
-        if not 0 < reservation.prompt_tokens < reservation.max_tokens <= most:
+        if not 0 < own <= reservation.prompt_tokens < reservation.max_tokens <= most:
             raise InvalidRequest(
                 "prompt_tokens + max_new_tokens",
                 found=reservation.max_tokens,
@@ -309,6 +322,13 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             if (stream := self._routers.get(router_id)) is not None:
                 outputs = [_output(token) for token in tokens]
                 stream.queue.put_nowait(worker_pb2.DecodeRunResponse(outputs=outputs))
+
+    def _fail(self, record: SequenceRecord, reason: str, message: str, retryable: bool) -> None:
+        failure = worker_pb2.SequenceFailure(
+            request_id=record.request_id, reason=reason, message=message, retryable=retryable
+        )
+        self._tell(record, worker_pb2.DecodeRunResponse(failures=[failure]))
+        self._abort(record.request_id)
 
     def _tell(self, record: SequenceRecord, message: worker_pb2.DecodeRunResponse) -> None:
         if (stream := self._routers.get(record.reservation.router_id)) is not None:

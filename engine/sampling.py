@@ -80,7 +80,8 @@ class SamplingParams:
 class SequenceState:
     """What sampling knows of one sequence. Its owner appends each token that was chosen.
 
-    `prompt_ids` matter only where `params.needs_prompt`; `prompt_len` always. Until
+    `prompt_ids` matter only where `params.needs_prompt`; `prompt_len` always. `output_ids` were
+    chosen before, maybe elsewhere: it goes on as if it had chosen them itself. Until
     `min_new_tokens` are there, `suppressed_ids` are not chosen.
     """
 
@@ -90,17 +91,19 @@ class SequenceState:
         *,
         prompt_len: int,
         prompt_ids: Iterable[int] = (),
+        output_ids: Iterable[int] = (),
         min_new_tokens: int = 0,
         suppressed_ids: Iterable[int] = (),
     ) -> None:
+        output = list(output_ids)
         self.params = params
-        self.output_len = 0
+        self.output_len = len(output)
         self._prompt_len = prompt_len
         self._min_new_tokens = min_new_tokens
         self._suppressed_ids = sorted(suppressed_ids)
         # Made once: prompts are long.
         self._prompt_ids = torch.tensor(sorted(set(prompt_ids)) if params.needs_prompt else [])
-        self._output_counts: Counter[int] = Counter()
+        self._output_counts: Counter[int] = Counter(output if params.penalises else ())
 
     @property
     def position(self) -> int:

@@ -126,6 +126,12 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             raise InvalidRequest(
                 "cp_first", found=start.cp_first, hint=f"give one of {self._cp} cp ranks, from 0"
             )
+        if start.output_tokens >= min(len(prompt), start.stop.max_new_tokens):
+            raise InvalidRequest(
+                "output_tokens",
+                found=start.output_tokens,
+                hint="give fewer than the prompt has tokens, and fewer than max_new_tokens",
+            )
         blocks = self._worker.blocks_for(len(prompt))
         if blocks > self._total_blocks:
             raise Refused("PROMPT_TOO_LONG", needed=blocks, free=self._total_blocks)
@@ -142,6 +148,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             tenant=start.tenant,
             transfer=start.transfer,
             cp_first=start.cp_first,
+            output_tokens=start.output_tokens,
         )
 
     async def _read_grants(

@@ -42,6 +42,7 @@ class Request:
         tenant: Who shares the instance fairly with others of the same priority.
         transfer: Whether its KV goes to a decode instance.
         cp_first: The cp rank that has its first tokens.
+        output_tokens: How many of the prompt's last tokens were generated before, elsewhere.
     """
 
     request_id: int
@@ -54,6 +55,7 @@ class Request:
     tenant: str = ""
     transfer: bool = True
     cp_first: int = 0
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,18 +403,10 @@ class Worker:
                 self._cache.insert(request.prompt[: piece.end], _salt(request), job.blocks)
 
     def _first_tokens(self, jobs: list[_Job], logits_SV: torch.Tensor) -> None:
-        states = [
-            SequenceState(
-                job.request.sampling,
-                prompt_len=len(job.request.prompt),
-                prompt_ids=job.request.prompt,
-                min_new_tokens=job.request.stop.min_new_tokens,
-                suppressed_ids=job.request.stop.end_token_ids,
-            )
-            for job in jobs
-        ]
+        states = [_sampling_state(job.request) for job in jobs]
         for job, sampled in zip(jobs, sample(logits_SV, states), strict=True):
-            finish = job.request.stop.check(sampled.token_id, 1)
+            request = job.request
+            finish = request.stop.check(sampled.token_id, request.output_tokens + 1)
             assert job.computed_s is not None
             self._emit(
                 job.request.request_id,
@@ -488,6 +482,18 @@ class Worker:
             reason = type(event.error).__name__
             return RequestFailed(reason=reason, message=str(event.error), retryable=event.retryable)
         return RequestFailed(reason="TransferClosed", message="transfer closed", retryable=True)
+
+
+def _sampling_state(request: Request) -> SequenceState:
+    own = len(request.prompt) - request.output_tokens
+    return SequenceState(
+        request.sampling,
+        prompt_len=own,
+        prompt_ids=request.prompt[:own],
+        output_ids=request.prompt[own:],
+        min_new_tokens=request.stop.min_new_tokens,
+        suppressed_ids=request.stop.end_token_ids,
+    )
 
 
 def _salt(request: Request) -> bytes:

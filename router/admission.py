@@ -55,7 +55,7 @@ class Admission:
     """Gives requests their placement, in order, when there is room; all on one event loop.
 
     `grace_s` is how long a role may be without any instance before its requests fail: long enough
-    for a restart.
+    for a restart. Patient ones wait on, to their own limit.
     """
 
     def __init__(
@@ -88,13 +88,10 @@ class Admission:
         too long, never fits) and Unavailable (a role has no instance).
         """
         now = self._clock()
-        missing = self._missing_role(waiting.need, now)
-        if missing is not None:
-            raise _no_instance(missing)
         if waiting.start_by <= now:
             raise DeadlineExceeded
-        if self._is_complete(waiting.need) and not self._ledger.fits_ever(waiting.need):
-            raise self._refusal("NEVER_FITS", waiting.need, retry_after_s=None)
+        if not waiting.patient:
+            self._check_places(waiting.need, now)
         try:
             self._queue.push(waiting)
         except QueueFull as exc:
@@ -107,6 +104,18 @@ class Admission:
         finally:
             self._queue.discard(waiting)
             del self._futures[waiting]
+
+    def has_room(self, need: Need) -> bool:
+        """Whether a request could be placed this moment."""
+        waiting = Waiting(request_id=0, need=need, priority=0, start_by=0.0)
+        return Room(self._ledger, self._policy).place(waiting) is not None
+
+    def place(self, waiting: Waiting) -> Placement | None:
+        """Books room that is there this moment, past the queue; None where there is none."""
+        placement = Room(self._ledger, self._policy).place(waiting)
+        if placement is not None:
+            self._book(waiting, placement)
+        return placement
 
     def end_prefill(self, request_id: int) -> None:
         self._ledger.end_prefill(request_id)
@@ -161,10 +170,13 @@ class Admission:
         waiting, placement = found
         future = self._futures[waiting]
         if not future.done():  # else its task was cancelled and has not run since
-            if not self._ledger.try_reserve(waiting.request_id, waiting.need, placement):
-                raise AssertionError("the policy chose a placement that the ledger refuses")
+            self._book(waiting, placement)
             future.set_result(placement)
         return True
+
+    def _book(self, waiting: Waiting, placement: Placement) -> None:
+        if not self._ledger.try_reserve(waiting.request_id, waiting.need, placement):
+            raise AssertionError("the policy chose a placement that the ledger refuses")
 
     def _fail(self, waiting: Waiting, error: ServiceError) -> None:
         future = self._futures[waiting]
@@ -174,7 +186,9 @@ class Admission:
     def _fail_the_placeless(self, now: float) -> None:
         if all(since is None for since in self._absent_since.values()):
             return
-        for waiting in self._queue.take(lambda w: self._missing_role(w.need, now) is not None):
+        for waiting in self._queue.take(
+            lambda w: not w.patient and self._missing_role(w.need, now) is not None
+        ):
             missing = self._missing_role(waiting.need, now)
             assert missing is not None
             self._fail(waiting, _no_instance(missing))
@@ -192,6 +206,14 @@ class Admission:
         self._timer = loop.call_later(max(0.0, min(moments) - now), self._pump)
 
     # ---- questions
+
+    def _check_places(self, need: Need, now: float) -> None:
+        """Raises where no instance of now, or of a moment ago, could ever take the request."""
+        missing = self._missing_role(need, now)
+        if missing is not None:
+            raise _no_instance(missing)
+        if self._is_complete(need) and not self._ledger.fits_ever(need):
+            raise self._refusal("NEVER_FITS", need, retry_after_s=None)
 
     def _missing_role(self, need: Need, now: float) -> str | None:
         for role in ("prefill", "decode") if need.decodes else ("prefill",):

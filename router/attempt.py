@@ -99,6 +99,15 @@ class Attempt:
         self._gives_up_with: ServiceError | None = None
         self.suspect: InstanceKey | None = None
 
+    @property
+    def decode_key(self) -> InstanceKey | None:
+        return self._placement.decode
+
+    @property
+    def has_output(self) -> bool:
+        """Whether decode has given tokens."""
+        return self._has_output
+
     async def next_tokens(self) -> Tokens:
         """Returns what was generated next; the last of it has `finish` set.
 
@@ -121,10 +130,10 @@ class Attempt:
         Raises Unavailable where either has gone since it was chosen.
         """
         prefill_key, decode_key = self._placement.prefill, self._placement.decode
-        self._stats.decode_instance = decode_key.name if decode_key is not None else ""
         self.suspect = prefill_key
         self._pools.prefill(prefill_key)
         if decode_key is not None:
+            self._stats.decode_instance = decode_key.name
             self.suspect = decode_key
             self._decode = self._pools.decode(decode_key)
             self._decode.attach(self._id, lambda event: self._inbox.put_nowait((None, event)))
@@ -223,8 +232,9 @@ class Attempt:
         assert self._leg is not None
         self._admission.end_prefill(self._leg.leg_id)
         self._stats.queue_s += event.queue_s
-        self._stats.prefill_s = event.prefill_s
-        self._stats.cached_tokens = event.cached_tokens
+        if not self._request.output_tokens:
+            self._stats.prefill_s = event.prefill_s
+            self._stats.cached_tokens = event.cached_tokens
         if self._first is not None:
             # The client has the first instance's; decode goes on from that one.
             return None

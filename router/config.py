@@ -19,7 +19,9 @@ class RouterConfig(BaseModel):
         default=1024, ge=1, description="Requests that may wait for room; more are refused."
     )
     max_queue_wait_s: float = Field(
-        default=60.0, gt=0, description="Seconds a request may wait for room at most."
+        default=60.0,
+        gt=0,
+        description="Seconds a request, new or moving, may wait for room or an instance at most.",
     )
     max_bypasses: int = Field(
         default=64,
@@ -55,12 +57,12 @@ class RouterConfig(BaseModel):
         default=2,
         ge=0,
         le=15,
-        description="Times a request is started over when an instance fails it.",
+        description="Times in a row a request is started over without a token from decode.",
     )
     restart_grace_s: float = Field(
         default=5.0,
         ge=0,
-        description="Seconds that requests wait for a pool whose last instance has gone.",
+        description="Seconds that new requests wait for a pool whose last instance has gone.",
     )
     heartbeat_interval_s: float = Field(
         default=1.0, ge=0.05, le=60, description="Seconds between instances' heartbeats."

@@ -93,6 +93,7 @@ class DecodeLink:
         # What its prefix cache is looked up by, if it has one.
         caches = bool(self.instance.prefix_seed)
         needs_prompt = caches or request.sampling.repetition_penalty != 1.0
+        own = len(request.prompt_token_ids) - request.output_tokens
         message = worker_pb2.ReserveRequest(
             request_id=request_id,
             router_id=self._stream_id,
@@ -103,7 +104,8 @@ class DecodeLink:
             prefill_instance=prefill.key.name,
             prefill_epoch=prefill.key.epoch,
             prefill_layout=layout_from(prefill, cp_first),
-            prompt_token_ids=request.prompt_token_ids if needs_prompt else (),
+            prompt_token_ids=request.prompt_token_ids[:own] if needs_prompt else (),
+            output_token_ids=request.prompt_token_ids[own:],
             cache_salt=request.cache_salt,
         )
         try:

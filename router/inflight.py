@@ -11,17 +11,18 @@ import random
 from collections.abc import Callable
 
 from router.admission import Admission
-from router.answer import Answer
 from router.attempt import Attempt
-from router.ledger import InstanceKey
+from router.ledger import Placement
 from router.membership import Model
 from router.metrics import Metrics
 from router.pools import Pools, model_changed
+from router.progress import TRY_BITS, Progress
 from router.queue import Waiting
 from router.request import AnswerPart, Stats, ValidRequest
 from router.tasks import Tasks
 from service.errors import (
     DeadlineExceeded,
+    Refused,
     ServiceError,
     Unavailable,
     WorkFailed,
@@ -30,8 +31,13 @@ from text import Tokenizer
 
 Emit = Callable[[AnswerPart], None]
 
-# The low bits of a request's id count its tries, so that each try's id is its own.
-_TRY_BITS = 4
+# From so many tokens to go on, a request does not wait for its draining instance to hand it back,
+# but moves while others have room: what it takes to compute it anew is soon made good, and the
+# instance may go sooner. One with fewer is likely to end first.
+_WORTH_MOVING_TOKENS = 256
+# What a draining instance says when it refuses a request, and when it hands one back: once each,
+# since from there on the router knows.
+_DRAINS = ("DRAINING", "DRAINED")
 _RETRY_BACKOFF_S = 0.05
 # An instance's clock for the same deadline runs out at about the same moment.
 _DEADLINE_MARGIN_S = 0.05
@@ -70,8 +76,6 @@ class Inflight:
         clock: Callable[[], float],
         rng: random.Random,
     ) -> None:
-        if max_retries >= 1 << _TRY_BITS:
-            raise ValueError(f"max_retries must be below {1 << _TRY_BITS}, found {max_retries}")
         self._pools = pools
         self._admission = admission
         self._metrics = metrics
@@ -82,7 +86,7 @@ class Inflight:
         self._tasks = Tasks()
 
     def new_request_id(self) -> int:
-        return self._rng.getrandbits(64 - _TRY_BITS) << _TRY_BITS
+        return self._rng.getrandbits(64 - TRY_BITS) << TRY_BITS
 
     async def serve(self, job: Job, stats: Stats, emit: Emit) -> None:
         """Answers a request through `emit`, noting its way in `stats`; returns after the last part.
@@ -100,25 +104,33 @@ class Inflight:
         await self._tasks.wait()
 
     async def _serve(self, job: Job, stats: Stats, emit: Emit) -> None:
-        run = _Run(job, self._with_seed(job.request), stats, self._max_retries)
+        run = Progress(
+            job.request_id,
+            self._with_seed(job.request),
+            job.tokenizer,
+            stats,
+            max_retries=self._max_retries,
+            clock=self._clock,
+        )
+        placement = await self._admit(job, run)
         while True:
-            attempt = await self._begin(run)
+            attempt = self._attempt(job, run, placement)
+            elsewhere: Placement | None = None
             try:
                 attempt.start()
-                await self._relay(attempt, run, emit)
-                return
+                elsewhere = await self._relay(attempt, run, emit)
+                if elsewhere is None:
+                    return
             except ServiceError as exc:
-                if attempt.suspect is not None and exc.retryable:
-                    self._pools.suspect(attempt.suspect)
-                    run.avoid |= {attempt.suspect}
-                self._judge(exc, run)
-                _log.info("starting over: %s", exc.message, extra={"request_id": job.shown_id})
+                self._go_on(job, run, attempt, exc)
             finally:
                 attempt.close()
-            if run.next_id() is None:
-                raise AssertionError("a request is started over more often than it may be")
-            self._metrics.retried()
-            await asyncio.sleep(_RETRY_BACKOFF_S * run.stats.retries)
+            if elsewhere is None:
+                await asyncio.sleep(_RETRY_BACKOFF_S * run.fruitless)
+                elsewhere = await self._admit(job, run)
+            placement = elsewhere
+
+    # ---- beginning a try
 
     def _check_model(self, model: Model) -> None:
         """A prompt's tokens are those of the model that was served when it came."""
@@ -126,34 +138,44 @@ class Inflight:
         if now is None or now.fingerprint != model.fingerprint:
             raise model_changed()
 
-    async def _begin(self, run: "_Run") -> Attempt:
-        """Waits for room and makes the try that uses it."""
-        self._check_model(run.job.model)
-        attempt_id = run.id
-        deadline = run.job.deadline
+    async def _admit(self, job: Job, run: Progress) -> Placement:
+        """Waits for room for the next try and books it."""
+        self._check_model(job.model)
         asked_at = self._clock()
-        waiting = Waiting(
-            request_id=attempt_id,
-            need=run.request.need,
-            priority=run.request.priority,
-            start_by=min(deadline, asked_at + self._max_queue_wait_s),
-            cached_tokens=self._pools.prefixes.lookup(run.request),
-            avoid=run.avoid,
-        )
+        waiting = self._waiting(run, start_by=min(job.deadline, asked_at + self._max_queue_wait_s))
         try:
             placement = await self._admission.admit(waiting)
         except BaseException as exc:
             # It may have been cancelled in the very moment that room was found.
-            self._admission.release(attempt_id)
-            if isinstance(exc, ServiceError) and self._is_over(deadline):
+            self._admission.release(waiting.request_id)
+            if not isinstance(exc, ServiceError):
+                raise
+            if self._is_over(job.deadline):
                 raise DeadlineExceeded from exc
+            if run.error is not None and run.has_begun:
+                raise _for_client(run.error, has_begun=True) from exc
             raise
         waited_s = self._clock() - asked_at
         run.stats.queue_s += waited_s
         self._metrics.waited(waited_s)
+        return placement
+
+    def _waiting(self, run: Progress, start_by: float) -> Waiting:
+        return Waiting(
+            request_id=run.id,
+            need=run.request.need,
+            priority=run.request.priority,
+            start_by=start_by,
+            cached_tokens=self._pools.prefixes.lookup(run.request),
+            avoid=run.avoid,
+            resumes=run.has_begun,
+            patient=run.has_begun,
+        )
+
+    def _attempt(self, job: Job, run: Progress, placement: Placement) -> Attempt:
         self._metrics.placed(placement.cached_tokens)
         return Attempt(
-            attempt_id,
+            run.id,
             run.request,
             placement,
             pools=self._pools,
@@ -161,27 +183,72 @@ class Inflight:
             metrics=self._metrics,
             tasks=self._tasks,
             stats=run.stats,
-            deadline=deadline,
+            deadline=job.deadline,
             clock=self._clock,
             next_id=run.next_id,
         )
 
-    async def _relay(self, attempt: Attempt, run: "_Run", emit: Emit) -> None:
+    # ---- a try
+
+    async def _relay(self, attempt: Attempt, run: Progress, emit: Emit) -> Placement | None:
+        """Gives out a try's tokens; returns where the rest is to come from, None at the end."""
+        asked = False
         while True:
-            part = run.answer.push(await attempt.next_tokens())
+            part, pause_s = run.push(await attempt.next_tokens())
+            if pause_s is not None:
+                self._metrics.paused(pause_s)
             emit(part)
             if part.finish is not None:
-                return
+                return None
+            if not asked and attempt.has_output:
+                assert attempt.decode_key is not None
+                asked = self._pools.drains(attempt.decode_key)
+                if asked and (placement := self._move_off(attempt, run)) is not None:
+                    return placement
 
-    def _judge(self, error: ServiceError, run: "_Run") -> None:
-        """Returns where the request may be started over, else raises what the client gets."""
-        if self._is_over(run.job.deadline):
+    def _move_off(self, attempt: Attempt, run: Progress) -> Placement | None:
+        """Books room elsewhere for a request whose decode instance drains.
+
+        Asked once, when the drain is heard of: what cannot go then runs on, and is handed back
+        where the instance cannot wait for its end.
+        """
+        need = run.continuation.need
+        if need.max_new_tokens < _WORTH_MOVING_TOKENS or not self._admission.has_room(need):
+            return None
+        if run.go_on(by_decode=attempt.has_output) is None:
+            return None
+        self._metrics.moved("drained")
+        return self._admission.place(self._waiting(run, start_by=0.0))
+
+    # ---- the end of a try
+
+    def _go_on(self, job: Job, run: Progress, attempt: Attempt, error: ServiceError) -> None:
+        """Makes ready for another try where there may be one, else raises what the client gets."""
+        if self._is_over(job.deadline):
             raise DeadlineExceeded from error
         if not error.retryable:
-            raise error
-        has_begun = run.answer.completion_tokens > 0
-        if has_begun or not run.may_go_on:
-            raise _for_client(error) from error
+            raise _for_client(error, has_begun=run.has_begun) from error
+        if attempt.suspect is not None:
+            self._pools.suspect(attempt.suspect)
+        drains = error.reason in _DRAINS
+        moves = run.go_on(by_decode=attempt.has_output, is_failure=not drains)
+        if moves is None:
+            raise _for_client(error, has_begun=run.has_begun) from error
+        run.error = error
+        if attempt.suspect is not None:
+            run.avoid |= {attempt.suspect}
+            if drains:
+                self._pools.note_drain(attempt.suspect)
+        if moves:
+            self._metrics.moved(_why_moved(error))
+        else:
+            self._metrics.retried()
+        _log.info(
+            "%s: %s",
+            "going on elsewhere" if moves else "starting over",
+            error.message,
+            extra={"request_id": job.shown_id},
+        )
 
     def _is_over(self, deadline: float) -> bool:
         return self._clock() >= deadline - _DEADLINE_MARGIN_S
@@ -195,36 +262,18 @@ class Inflight:
         return dataclasses.replace(request, sampling=seeded)
 
 
-class _Run:
-    """One request over all its tries."""
-
-    def __init__(self, job: Job, request: ValidRequest, stats: Stats, max_retries: int) -> None:
-        self.job = job
-        self.request = request
-        self.answer = Answer(job.tokenizer, request.prompt_token_ids, request.stop)
-        self.stats = stats
-        self.avoid: frozenset[InstanceKey] = frozenset()
-        self._max_retries = max_retries
-
-    @property
-    def id(self) -> int:
-        """The request's id in the pools: each try has its own, and each instance in a try."""
-        return self.job.request_id | self.stats.retries
-
-    @property
-    def may_go_on(self) -> bool:
-        return self.stats.retries < self._max_retries
-
-    def next_id(self) -> int | None:
-        """Returns the id for another instance, counted as a retry; None after the last."""
-        if not self.may_go_on:
-            return None
-        self.stats.retries += 1
-        return self.id
+def _why_moved(error: ServiceError) -> str:
+    if error.reason in _DRAINS:
+        return "drained"
+    return "failed" if isinstance(error, WorkFailed) else "lost"
 
 
-def _for_client(error: ServiceError) -> ServiceError:
-    """Where in the pools it went wrong is no matter of the client's: the service is unavailable."""
-    if isinstance(error, WorkFailed):
+def _for_client(error: ServiceError, *, has_begun: bool) -> ServiceError:
+    """Where in the pools it went wrong is no matter of the client's: the service is unavailable.
+
+    Nor can it send the request anew, after half of an answer, as one that was refused could be.
+    """
+    is_ours = isinstance(error, WorkFailed) and error.retryable
+    if is_ours or (has_begun and isinstance(error, Refused)):
         return Unavailable(error.message, reason=error.reason)
     return error

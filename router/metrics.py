@@ -15,6 +15,8 @@ from service.metrics import (
 
 # How a request can end.
 OUTCOMES = ("finished", "refused", "invalid", "aborted", "failed")
+# Why an answer that had begun goes on at other instances.
+MOVES = ("lost", "drained", "failed")
 # How the search for another prefill instance can end; "not needed": decode had all of the KV.
 RESUMES = ("resumed", "not needed", "failed")
 
@@ -41,6 +43,20 @@ class Metrics:
         )
         for outcome in RESUMES:
             self._resumes.labels(outcome)
+        self._moves = Counter(
+            "twinpool_router_moved_requests",
+            "Moves of answers that had begun to other instances.",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in MOVES:
+            self._moves.labels(reason)
+        self._pause_s = Histogram(
+            "twinpool_router_move_pause_seconds",
+            "Last token before a move to the first one after it.",
+            buckets=QUEUE_BUCKETS_S,
+            registry=registry,
+        )
         self._queue_s = Histogram(
             "twinpool_router_queue_seconds",
             "Wait for room in the pools.",
@@ -95,6 +111,12 @@ class Metrics:
 
     def resumed(self, outcome: str) -> None:
         self._resumes.labels(outcome).inc()
+
+    def moved(self, reason: str) -> None:
+        self._moves.labels(reason).inc()
+
+    def paused(self, seconds: float) -> None:
+        self._pause_s.observe(seconds)
 
     def waited(self, seconds: float) -> None:
         self._queue_s.observe(seconds)

@@ -78,6 +78,20 @@ class Pools:
         self._ledger.set_suspended(key, False)
         self._admission.instances_changed()
 
+    def drains(self, key: InstanceKey) -> bool:
+        """Whether the instance, as far as is known, ends what it has and takes nothing new."""
+        member = self.members.get(key.name)
+        return member is not None and member.instance.key == key and member.draining
+
+    def note_drain(self, key: InstanceKey) -> None:
+        """Takes note that an instance drains from what it says of a request.
+
+        Its heartbeat may come later, and all retries be spent on it until then.
+        """
+        member = self.members.get(key.name)
+        if member is not None and member.instance.key == key:
+            self.drain(member)
+
     # ---- coming and going
 
     def join(self, instance: Instance) -> tuple[Member, Member | None]:

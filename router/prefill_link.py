@@ -72,6 +72,7 @@ class PrefillLink:
             tenant=request.tenant,
             cp_first=cp_first,
             transfer=transfer,
+            output_tokens=request.output_tokens,
         )
         timeout_s = remaining_s + _DEADLINE_SLACK_S
         stream: _Stream = self._stub.Run(timeout=timeout_s)

@@ -1,10 +1,10 @@
 """Owns the order in which waiting requests are tried; knows no clock, no instance and no task.
 
-Order: what goes on with a request that holds room already, or that room might never come back;
-then higher priority first, then overtaken too often, then the earlier time limit, then arrival.
-A request that does not fit now is passed by ones that do, but only `max_bypasses` times by ones
-that came later with no higher priority; after that it holds back whatever comes behind it. So a
-large request cannot be starved by an endless row of small ones.
+Order: what goes on with a request that has begun, since it holds room that might never come back
+or a client sees it pause; then higher priority first, then overtaken too often, then the earlier
+time limit, then arrival. A request that does not fit now is passed by ones that do, but only
+`max_bypasses` times by ones that came later with no higher priority; after that it holds back
+whatever comes behind it. So a large request cannot be starved by an endless row of small ones.
 """
 
 from bisect import insort
@@ -45,9 +45,11 @@ class Waiting:
     cached_tokens: CachedTokens = lambda _: 0
     # Instances that failed this request before; taken only where there is no other.
     avoid: frozenset[InstanceKey] = frozenset()
-    # Goes on with a request that holds decode's room: ahead of all that wait for such room, and
-    # never refused for the queue's length.
+    # Goes on with a request that holds decode's room or whose client has begun to read: ahead of
+    # all that wait for such room, and never refused for the queue's length.
     resumes: bool = False
+    # Waits to its time limit even while there is no instance that could ever take it.
+    patient: bool = False
     arrival: int = field(default=0, init=False)
     bypasses: int = field(default=0, init=False)
     overdue: bool = field(default=False, init=False)

@@ -1,6 +1,7 @@
 """Owns the types a request and its answer have inside the router; no wire message, no behaviour."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import chain
 from typing import NamedTuple
@@ -95,7 +96,11 @@ class Stop:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidRequest:
-    """A request that every check has passed; what the router works with from there on."""
+    """A request that every check has passed; what the router works with from there on.
+
+    Where it goes on after an instance was lost, the last `output_tokens` of its prompt are the ones
+    that were generated before; sampling and stop are the same and count them.
+    """
 
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
@@ -103,11 +108,21 @@ class ValidRequest:
     priority: int
     cache_salt: str = field(default="", repr=False)
     tenant: str = ""
+    output_tokens: int = 0
 
     @property
     def need(self) -> Need:
         return Need(
-            prompt_tokens=len(self.prompt_token_ids), max_new_tokens=self.stop.max_new_tokens
+            prompt_tokens=len(self.prompt_token_ids),
+            max_new_tokens=self.stop.max_new_tokens - self.output_tokens,
+        )
+
+    def after(self, token_ids: Sequence[int]) -> "ValidRequest":
+        """Returns what goes on with this request after `token_ids` were generated for it."""
+        return replace(
+            self,
+            prompt_token_ids=(*self.prompt_token_ids, *token_ids),
+            output_tokens=self.output_tokens + len(token_ids),
         )
 
 
@@ -153,6 +168,8 @@ class Stats:
     retries: int = 0
     cached_tokens: int = 0
     decode_cached_tokens: int = 0
+    moves: int = 0
+    pause_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,8 @@ def response_to_wire(
                 retries=stats.retries,
                 cached_tokens=stats.cached_tokens,
                 decode_cached_tokens=stats.decode_cached_tokens,
+                moves=stats.moves,
+                pause_s=stats.pause_s,
             )
         )
     return message

@@ -93,7 +93,9 @@ class RequestStats:
 
     `handoff_s` runs from the end of prefill's compute to the moment decode held the whole KV
     cache; `kv_transport` is what carried it, as "ucx/tcp". Of the prompt's tokens, `cached_tokens`
-    had not to be computed and `decode_cached_tokens` not to be sent.
+    had not to be computed and `decode_cached_tokens` not to be sent. `moves` counts how often the
+    answer went on at other instances after it had begun, and `pause_s` is the silence that took in
+    all.
     """
 
     queue_s: float
@@ -106,6 +108,8 @@ class RequestStats:
     retries: int
     cached_tokens: int
     decode_cached_tokens: int
+    moves: int
+    pause_s: float
 
 
 @dataclass(frozen=True, kw_only=True)

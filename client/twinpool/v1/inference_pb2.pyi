@@ -240,7 +240,9 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class RequestStats(_message.Message):
-    """How the request went through the pools."""
+    """How the request went through the pools. Where it moved, what is said of the KV and of instances is
+    of the last hand-over and of the last instances; prefill_s and cached_tokens are of the prompt.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -254,6 +256,8 @@ class RequestStats(_message.Message):
     RETRIES_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     DECODE_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    PAUSE_S_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
     prefill_s: _builtins.float
     handoff_s: _builtins.float
@@ -264,11 +268,15 @@ class RequestStats(_message.Message):
     prefill_instance: _builtins.str
     decode_instance: _builtins.str
     retries: _builtins.int
-    """How often the request was started over on other instances."""
+    """How often other instances were asked where no token was to come from those before."""
     cached_tokens: _builtins.int
     """Prompt tokens whose keys and values prefill had from earlier prompts."""
     decode_cached_tokens: _builtins.int
     """Prompt tokens whose keys and values decode had from earlier requests: they were not sent."""
+    moves: _builtins.int
+    """How often the answer went on at other instances after it had begun."""
+    pause_s: _builtins.float
+    """The silence of all moves: from the last token before each to the first one after it."""
     def __init__(
         self,
         *,
@@ -282,10 +290,12 @@ class RequestStats(_message.Message):
         retries: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         decode_cached_tokens: _builtins.int = ...,
+        moves: _builtins.int = ...,
+        pause_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_cached_tokens", b"decode_cached_tokens", "decode_instance", b"decode_instance", "handoff_s", b"handoff_s", "kv_bytes", b"kv_bytes", "kv_transport", b"kv_transport", "prefill_instance", b"prefill_instance", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "retries", b"retries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_cached_tokens", b"decode_cached_tokens", "decode_instance", b"decode_instance", "handoff_s", b"handoff_s", "kv_bytes", b"kv_bytes", "kv_transport", b"kv_transport", "moves", b"moves", "pause_s", b"pause_s", "prefill_instance", b"prefill_instance", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "retries", b"retries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -724,6 +724,7 @@ class PrefillStart(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     CP_FIRST_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     ttl_ms: _builtins.int
     """Remaining time of the request."""
@@ -736,6 +737,10 @@ class PrefillStart(_message.Message):
     """The cp rank that is to have the prompt's first tokens; decode is told the same."""
     tenant: _builtins.str
     """As in GenerateRequest."""
+    output_tokens: _builtins.int
+    """How many of the prompt's last tokens were generated, by instances that have lost the sequence
+    since. It goes on after them: sampling and stop are those of the request, and count them.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -755,10 +760,11 @@ class PrefillStart(_message.Message):
         cache_salt: _builtins.str = ...,
         cp_first: _builtins.int = ...,
         tenant: _builtins.str = ...,
+        output_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "cp_first", b"cp_first", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant", "transfer", b"transfer", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "cp_first", b"cp_first", "output_tokens", b"output_tokens", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant", "transfer", b"transfer", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -927,10 +933,12 @@ class ReserveRequest(_message.Message):
     PREFILL_LAYOUT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     router_id: _builtins.str
     """Which router's Run stream the tokens go to, and whose end releases the reservation."""
     prompt_tokens: _builtins.int
+    """Tokens whose KV prefill will write: those generated before among them."""
     ttl_ms: _builtins.int
     prefill_instance: _builtins.str
     """The prefill instance that will write, as it registered."""
@@ -941,7 +949,7 @@ class ReserveRequest(_message.Message):
     def sampling(self) -> _common_pb2.SamplingParams: ...
     @_builtins.property
     def stop(self) -> _common_pb2.StopParams:
-        """max_new_tokens is set."""
+        """max_new_tokens is set. It counts those generated before."""
 
     @_builtins.property
     def prefill_layout(self) -> _kv_pb2.KvLayout:
@@ -952,8 +960,12 @@ class ReserveRequest(_message.Message):
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Only where sampling looks at the prompt (repetition_penalty), and where the instance has a prefix
-        cache to look it up in.
+        cache to look it up in; without those generated before.
         """
+
+    @_builtins.property
+    def output_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The prompt's last tokens where they were generated before, as in PrefillStart."""
 
     def __init__(
         self,
@@ -969,10 +981,11 @@ class ReserveRequest(_message.Message):
         prefill_layout: _kv_pb2.KvLayout | None = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         cache_salt: _builtins.str = ...,
+        output_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefill_layout", b"prefill_layout", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "prefill_epoch", b"prefill_epoch", "prefill_instance", b"prefill_instance", "prefill_layout", b"prefill_layout", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sampling", b"sampling", "stop", b"stop", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "output_token_ids", b"output_token_ids", "prefill_epoch", b"prefill_epoch", "prefill_instance", b"prefill_instance", "prefill_layout", b"prefill_layout", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sampling", b"sampling", "stop", b"stop", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1198,7 +1211,9 @@ class SequenceFailure(_message.Message):
     RETRYABLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     reason: _builtins.str
-    """A name from the transfer or engine error tree: PeerLost, GrantExpired, ChecksumMismatch, ..."""
+    """A name from the transfer or engine error tree: PeerLost, GrantExpired, ChecksumMismatch, ...;
+    DRAINED where the instance stops and hands the sequence back.
+    """
     message: _builtins.str
     retryable: _builtins.bool
     """Whether the same request may succeed on another try."""

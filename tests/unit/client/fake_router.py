@@ -61,6 +61,8 @@ STATS = RequestStats(
     retries=1,
     cached_tokens=7,
     decode_cached_tokens=5,
+    moves=2,
+    pause_s=0.75,
 )
 
 

@@ -65,6 +65,8 @@ def test_complete_gives_the_whole_answer(client: Client) -> None:
             retries=1,
             cached_tokens=7,
             decode_cached_tokens=5,
+            moves=2,
+            pause_s=0.75,
         ),
         request_id="00000000000000ab",
     )

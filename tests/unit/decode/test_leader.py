@@ -151,8 +151,9 @@ def record() -> SequenceRecord:
         Reservation(
             request_id=2**63 + 5,
             router_id="r",
-            prompt_tokens=9,
+            prompt_tokens=5,
             prompt_ids=(3, 1, 3),
+            output_ids=(6, 6),
             sampling=SamplingParams(
                 temperature=0.5, repetition_penalty=1.25, seed=2**63, logprobs=0
             ),
@@ -169,8 +170,8 @@ def test_sequence_arrives_as_it_was() -> None:
     again = sequence_from_wire(message)
     assert list(again.blocks) == sent.blocks
     assert again.sampling.params == sent.reservation.sampling
-    assert again.sampling.position == 9
-    assert again.sampling.suppresses
+    assert again.sampling.position == 5
+    assert not again.sampling.suppresses  # two of its tokens have been generated
 
 
 def test_step_and_its_tokens_arrive_as_they_were() -> None:

@@ -51,6 +51,7 @@ class System:
             epoch=1,
             config=config,
             max_sequence_tokens=BLOCKS * BLOCK_SIZE,
+            drain_timeout_s=30.0,
             admission=make(),
             worker=SimpleNamespace(ready=lambda _: None),  # type: ignore[arg-type]
             compute=SimpleNamespace(add=lambda _: None),

@@ -54,12 +54,13 @@ async def test_worker_is_told_whose_request_it_is_and_what_it_shares() -> None:
         start = worker_pb2.PrefillStart(
             request_id=7,
             prompt_token_ids=[1, 2],
-            stop=common_pb2.StopParams(max_new_tokens=1),
+            stop=common_pb2.StopParams(max_new_tokens=2),
             ttl_ms=1000,
             priority=-3,
             tenant="a team",
             cache_salt="a user",
             cp_first=1,
+            output_tokens=1,
         )
         yield worker_pb2.PrefillRunRequest(start=start)
 
@@ -68,3 +69,4 @@ async def test_worker_is_told_whose_request_it_is_and_what_it_shares() -> None:
     [request] = worker.requests
     assert (request.prompt, request.priority, request.cp_first) == ([1, 2], -3, 1)
     assert (request.tenant, request.cache_salt) == ("a team", b"a user")
+    assert request.output_tokens == 1

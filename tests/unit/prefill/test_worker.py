@@ -460,3 +460,31 @@ def test_tenants_are_computed_fairly_whoever_came_first(bench: Bench) -> None:
     order = [request_id for request_id, _ in bench.outcomes]
     assert sorted(order) == list(range(12))
     assert max(order.index(10), order.index(11)) < 6
+
+
+def test_sequence_from_elsewhere_goes_on_where_it_was(bench: Bench) -> None:
+    sampling = SamplingParams(presence_penalty=2.0)
+    moved: dict[str, Any] = {"prompt": [1, 1, 3, 2], "sampling": sampling, "transfer": False}
+    stop = StopCriteria(max_new_tokens=3)
+    bench.submit(1, **moved, stop=stop, output_tokens=2)
+    bench.submit(2, **moved, stop=stop, output_tokens=1)
+    bench.submit(3, **moved, stop=stop)
+    bench.wait_outcomes(3)
+    found = dict(bench.outcomes)
+    firsts = [found[number] for number in (1, 2, 3)]
+    assert [(f.sampled.token_id, f.finish) for f in firsts if isinstance(f, FirstToken)] == [
+        (0, "length"),
+        (3, None),
+        (3, None),
+    ]
+
+
+def test_sequence_from_elsewhere_is_sampled_at_its_place(bench: Bench) -> None:
+    count = 12
+    for seed in range(count):
+        flat = SamplingParams(temperature=50.0, seed=seed)
+        bench.submit(seed, 4, sampling=flat, transfer=False)
+        bench.submit(count + seed, 4, sampling=flat, transfer=False, output_tokens=2)
+    bench.wait_outcomes(2 * count)
+    chosen = {n: o.sampled.token_id for n, o in bench.outcomes if isinstance(o, FirstToken)}
+    assert [chosen[n] for n in range(count)] == [chosen[count + n] for n in range(count)]

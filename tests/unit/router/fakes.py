@@ -179,7 +179,7 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
 
     role = common_pb2.ROLE_DECODE
 
-    def __init__(self, name: str, **options: Any) -> None:
+    def __init__(self, name: str, *, silent_after: int | None = None, **options: Any) -> None:
         super().__init__(name, **options)
         self.reserves: dict[int, worker_pb2.ReserveRequest] = {}
         self.cached_tokens = 0
@@ -193,7 +193,7 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         self.reserve_gate = _open_gate()
         self.step_gate = _open_gate()
         self.tokens_per_step = 1
-        self.silent_after: int | None = None
+        self.silent_after = silent_after
         self.fail_after: tuple[int, worker_pb2.SequenceFailure] | None = None
         self._transfer_ids = itertools.count(1)
         self._streams: dict[str, asyncio.Queue[worker_pb2.DecodeRunResponse | None]] = {}
@@ -308,7 +308,7 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         await self._complete[request_id]
         await self._activated[request_id]
         total = request.stop.max_new_tokens
-        position = 1
+        position = len(request.output_token_ids) + 1
         while position < total and request_id in self.held:
             await self.step_gate.wait()
             if self.silent_after is not None and position >= self.silent_after:
@@ -380,13 +380,13 @@ class FakePrefill(FakeInstance, worker_pb2_grpc.PrefillServicer):
             if self.errors:
                 raise self.errors.pop(0)
             finish = self.first_finish
-            if start.stop.max_new_tokens == 1:
+            if start.stop.max_new_tokens == start.output_tokens + 1:
                 finish = LENGTH
-            token_id = self.answer[0]
+            token_id = self.answer[start.output_tokens % len(self.answer)]
             first = worker_pb2.FirstToken(
                 token_id=token_id,
                 finish_reason=finish,
-                prefill_s=0.25,
+                prefill_s=0.25 + start.output_tokens,
                 logprobs=_logprobs(token_id) if start.sampling.HasField("logprobs") else None,
             )
             yield worker_pb2.PrefillRunResponse(first_token=first)

@@ -138,8 +138,8 @@ async def test_decode_death_before_the_first_token_is_made_good_elsewhere() -> N
         await system.settled()
 
 
-async def test_decode_death_in_mid_answer_is_unavailable_and_frees_the_ledger() -> None:
-    async with pair() as (system, _, decode):
+async def test_decode_death_that_nobody_makes_good_is_unavailable_and_frees_the_ledger() -> None:
+    async with pair(max_queue_wait_s=0.2) as (system, _, decode):
         decode.step_gate.clear()
         calls = [system.generate(max_new_tokens=50) for _ in range(3)]
         for call in calls:
@@ -153,8 +153,8 @@ async def test_decode_death_in_mid_answer_is_unavailable_and_frees_the_ledger() 
         system.router.ledger.check_integrity()
 
 
-async def test_prefill_death_while_it_sends_the_kv_is_unavailable() -> None:
-    async with pair() as (system, prefill, decode):
+async def test_prefill_death_that_nobody_makes_good_is_unavailable() -> None:
+    async with pair(max_queue_wait_s=0.2) as (system, prefill, decode):
         prefill.transfer_gate.clear()
         call = system.generate(max_new_tokens=50)
         await call.read()

@@ -53,14 +53,13 @@ async def test_instance_of_another_model_is_refused_for_good() -> None:
         assert len(system.router.pools.members) == 2
 
 
-async def test_restarted_instance_replaces_the_old_one_whose_requests_fail() -> None:
+async def test_restarted_instance_replaces_the_old_one_and_goes_on_with_its_requests() -> None:
     async with pair() as (system, _, decode):
         decode.step_gate.clear()
         call = system.generate(max_new_tokens=50)
         await call.read()
         new = await system.add_decode(decode.name)
-        error = await error_of(call)
-        assert isinstance(error, Unavailable)
+        assert len(await collect(call)) > 1
         await until(system.router.ledger.is_idle)
         assert [d.key.epoch for d in system.router.ledger.decodes()] == [new.epoch]
         assert text_of(await collect(system.generate(max_new_tokens=5))) == "hello"
@@ -129,10 +128,9 @@ async def test_decode_stream_that_breaks_comes_again_with_a_clean_ledger() -> No
         await call.read()
         for queue in decode._streams.values():
             queue.put_nowait(None)
-        assert isinstance(await error_of(call), Unavailable)
-        await until(lambda: bool(system.router.ledger.decodes()))
-        assert system.router.ledger.is_idle()
+        await until(lambda: len(decode.reserves) == 2)
         decode.step_gate.set()
+        assert len(await collect(call)) > 1
         assert text_of(await collect(system.generate(max_new_tokens=5))) == "hello"
         await system.settled()
 

@@ -225,16 +225,17 @@ async def test_loss_that_no_other_instance_mends_ends_the_request() -> None:
 
 
 @pytest.mark.parametrize("error", [NotFound("gone"), Unavailable("down", reason="INSTANCE_LOST")])
-async def test_decode_that_cannot_go_on_ends_a_begun_answer(error: Unavailable) -> None:
-    async with two_prefills() as (system, first, _, decode):
+async def test_decode_that_cannot_resume_takes_the_answer_anew(error: Unavailable) -> None:
+    async with two_prefills() as (system, first, second, decode):
         first.transfer_gate.clear()
         decode.regrant_errors = [error]
         call = system.generate(max_new_tokens=5)
-        await call.read()
+        began = await call.read()
         await until(lambda: bool(decode.transfers))
         await first.die()
-        assert isinstance(await error_of(call), Unavailable)
+        assert text_of([began, *await collect(call)]) == "hello"
         assert resumes(system, "failed") == 1
+        assert [start.output_tokens for start in second.starts] == [0, 1]
         await system.settled()
 
 

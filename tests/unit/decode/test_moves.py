@@ -1,0 +1,167 @@
+"""A sequence from elsewhere goes on where it was, and one that cannot end here is handed back."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from twinpool.v1 import common_pb2, worker_pb2
+
+from decode.admission import Admission, State
+from decode.metrics import Metrics
+from decode.prefixes import Prefixes
+from decode.server import DecodeService
+from engine.blocks import BlockPool
+from kvtransfer import KVShape, uniform_cache
+from service.errors import InvalidRequest, Unavailable
+from service.wire import layout_to_wire
+from tests.unit.decode.test_admission import BLOCK_SIZE, BLOCKS
+from tests.unit.decode.test_server import StubReceiver
+
+SHAPE = KVShape(layers=2, kv_heads=1, head_size=8, dtype="float32")
+LAYOUT = layout_to_wire(uniform_cache((SHAPE,), BLOCK_SIZE))
+
+
+class StubWorker:
+    """Ends at once what it is told to; steps nothing."""
+
+    def __init__(self) -> None:
+        self.aborted: list[int] = []
+        self.admission: Admission | None = None
+
+    def ready(self, request_id: int) -> None:
+        """It never runs."""
+
+    def abort(self, request_id: int) -> None:
+        assert self.admission is not None
+        self.aborted.append(request_id)
+        self.admission.end(request_id)
+
+
+class Instance:
+    """A decode service with one router's stream, and what came on it."""
+
+    def __init__(self, drain_timeout_s: float = 30.0) -> None:
+        self.worker, self.receiver = StubWorker(), StubReceiver()
+        self.admission = Admission(
+            pool=(pool := BlockPool(BLOCKS)),
+            prefixes=Prefixes(pool, layers=2),
+            block_size=BLOCK_SIZE,
+            max_sequences=4,
+            revoke=self._revoke,
+        )
+        self.worker.admission = self.admission
+        config: Any = SimpleNamespace(eos_token_ids=(9,))
+        worker: Any = self.worker
+        self.service = DecodeService(
+            name="decode",
+            epoch=1,
+            config=config,
+            max_sequence_tokens=BLOCKS * BLOCK_SIZE,
+            drain_timeout_s=drain_timeout_s,
+            admission=self.admission,
+            worker=worker,
+            compute=SimpleNamespace(add=lambda _: None),
+            receiver=self.receiver,
+            metrics=Metrics(CollectorRegistry(), token_bytes=1),
+        )
+        self.requests: asyncio.Queue[worker_pb2.DecodeRunRequest] = asyncio.Queue()
+        self.told: list[worker_pb2.DecodeRunResponse] = []
+
+    def _revoke(self, transfer_id: int) -> None:
+        self.admission.writer_closed(transfer_id)
+
+    async def listen(self) -> None:
+        async for message in self.service.Run(self._requests(), None):
+            self.told.append(message)
+
+    async def _requests(self) -> AsyncIterator[worker_pb2.DecodeRunRequest]:
+        hello = worker_pb2.RouterHello(router_id="r")
+        yield worker_pb2.DecodeRunRequest(hello=hello)
+        while True:
+            yield await self.requests.get()
+
+    async def reserve(self, request_id: int, **changes: Any) -> None:
+        fields: dict[str, Any] = {
+            "router_id": "r",
+            "prompt_tokens": 6,
+            "stop": common_pb2.StopParams(max_new_tokens=10),
+            "ttl_ms": 10_000,
+            "prefill_instance": "prefill",
+            "prefill_layout": LAYOUT,
+            **changes,
+        }
+        await self.service.Reserve(worker_pb2.ReserveRequest(request_id=request_id, **fields), None)
+
+
+async def listening(instance: Instance) -> "asyncio.Task[None]":
+    task = asyncio.create_task(instance.listen())
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_sequence_goes_on_after_what_was_generated_elsewhere() -> None:
+    instance = Instance()
+    task = await listening(instance)
+    await instance.reserve(7, output_token_ids=[3, 4])
+    [record] = instance.admission.all()
+    assert record.reservation.max_tokens == 4 + 10
+    assert len(record.blocks) == -(-14 // BLOCK_SIZE)
+    assert (record.sampling.output_len, record.sampling.position) == (2, 6)
+    [grant] = instance.receiver.grants
+    assert grant.total_tokens == 6  # of all of them the KV comes from prefill
+    instance.admission.activate(7, 5)
+    assert (record.sampling.output_len, record.sampling.position) == (3, 7)
+    task.cancel()
+
+
+@pytest.mark.parametrize("output", [[3] * 6, [3] * 10])
+async def test_output_that_is_no_part_of_the_prompt_is_refused(output: list[int]) -> None:
+    instance = Instance()
+    task = await listening(instance)
+    with pytest.raises(InvalidRequest):
+        await instance.reserve(7, output_token_ids=output)
+    instance.admission.check_integrity()
+    assert not instance.admission.held
+    task.cancel()
+
+
+async def test_drain_hands_back_what_takes_too_long_and_frees_it() -> None:
+    instance = Instance(drain_timeout_s=1.0)  # nothing is left of it before the hand-back
+    task = await listening(instance)
+    await instance.reserve(7)
+    await instance.reserve(8)
+    record, _ = instance.admission.all()
+    instance.admission.complete(record.transfer.transfer_id)
+    instance.admission.activate(7, 5)
+    assert record.state is State.RUNNING
+    async with asyncio.timeout(5):
+        await instance.service.drain()
+    await asyncio.sleep(0)
+    failures = [failure for message in instance.told for failure in message.failures]
+    assert [(f.request_id, f.reason, f.retryable) for f in failures] == [
+        (7, "DRAINED", True),
+        (8, "DRAINED", True),
+    ]
+    assert instance.worker.aborted == [7]  # the step loop's; the other one runs in no step
+    assert instance.admission.counts().free == BLOCKS
+    instance.admission.check_integrity()
+    task.cancel()
+
+
+async def test_drain_waits_for_what_ends_in_time_and_takes_nothing_new() -> None:
+    instance = Instance()
+    task = await listening(instance)
+    await instance.reserve(7)
+    draining = asyncio.create_task(instance.service.drain())
+    await asyncio.sleep(0.01)
+    with pytest.raises(Unavailable):
+        await instance.reserve(8)
+    assert not draining.done()
+    instance.admission.end(7)
+    async with asyncio.timeout(5):
+        await draining
+    assert not instance.told
+    task.cancel()
