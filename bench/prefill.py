@@ -39,8 +39,8 @@ import typer
 from bench import checkpoints as models
 from bench.prefills import layout_pair, prompts, ring_pair
 from bench.prefills.settings import Settings
-from bench.prefills.side import SideFailed
 from bench.report import Row, report
+from bench.sides.process import SideFailed
 
 QUESTION = "How fast is prefill, beside two peers and its matrix products alone?"
 # Of the formula; the logits of a prompt's last token travel too.

@@ -23,12 +23,12 @@ from bench.movers.memcpy import memcpy_s
 from bench.movers.neighbours import Neighbours
 from bench.movers.nixl import SETUP, nixl_s
 from bench.movers.ours import Ours
-from bench.movers.pair import MoverFailed
 from bench.movers.perftest import tag_bandwidth
 from bench.movers.slices import message_a_slice_s
 from bench.movers.targets import Verdict, verdicts
 from bench.movers.works import CARRIERS, KIB, WORKS, Carrier, Work
 from bench.report import report
+from bench.sides.process import SideFailed
 from launch.console import table_console
 
 QUESTION = "How close does moving KV come to UCX's own limit, to memcpy, and to NIXL?"
@@ -48,7 +48,7 @@ class Bench:
     ours: Ours
 
     def measure(self, work: Work, carrier: Carrier) -> Measured:
-        """Run every way of moving `work` over `carrier`; raises MoverFailed."""
+        """Run every way of moving `work` over `carrier`; raises SideFailed."""
         perftest: list[float] = []
         kept: dict[str, list[float]] = defaultdict(list)
         # A move of 256 MiB is an average by itself, and a row must not take a minute.
@@ -93,7 +93,7 @@ def _measured(bench: Bench, pattern: str) -> list[Measured]:
         neighbours = Neighbours()
         try:
             measured.append(bench.measure(work, carrier))
-        except MoverFailed as exc:
+        except SideFailed as exc:
             typer.echo(f"{name}: {exc}", err=True)
             raise typer.Exit(1) from exc
         # One busy neighbour makes UCX several times slower; whoever reads on must know.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bench.movers.pair import Pair, SideName
 from bench.movers.works import Carrier, Work
+from bench.sides import answers
 
 SETUP = """\
 For NIXL beside it, set up an environment of its own and name its interpreter with --peer-python:
@@ -14,6 +15,8 @@ For NIXL beside it, set up an environment of its own and name its interpreter wi
     peer/bin/pip install torch==2.13.0 numpy msgpack"""
 
 _SIDE = Path(__file__).with_name("nixl_side.py")
+# Of this project the side knows the loop that answers lines, and nothing else.
+_ANSWERS = {"PYTHONPATH": str(Path(answers.__file__).parent)}
 _INITIATORS: dict[str, SideName] = {"WRITE": "source", "READ": "target"}
 
 
@@ -23,7 +26,7 @@ def nixl_s(
     """Return, for each mode by name, the seconds that each of these rounds took."""
     seconds: dict[str, list[float]] = {}
     for thread in (False, True):
-        with Pair("NIXL", [str(python), str(_SIDE)], carrier) as pair:
+        with Pair("NIXL", [str(python), str(_SIDE)], carrier, _ANSWERS) as pair:
             version = pair.open(work, progress_thread=thread)["version"]
             for number, (operation, initiator) in itertools.product(numbers, _INITIATORS.items()):
                 mode = f"NIXL {version} {operation}" + (" with thread" if thread else "")

@@ -10,7 +10,6 @@ where there is one; then it sleeps.
 import base64
 import importlib
 import importlib.metadata
-import json
 import mmap
 import os
 import select
@@ -123,21 +122,19 @@ class Side:
 
 
 def main() -> None:
-    """Answer lines until there are no more, then end at once."""
-    # NIXL and UCX print to standard output; nothing but answers may be read there.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """Answer a pair's lines until there are no more."""
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
     side = Side()
-    while line := side.next_line():
-        arguments = json.loads(line)
-        try:
-            answer = getattr(side, arguments.pop("do"))(**arguments)
-        except Exception as exc:
-            answer = {"error": f"{type(exc).__name__}: {exc}"}
-        print(json.dumps(answer), file=answers, flush=True)
-    # An orderly end would wait for the other side, which is going too.
-    os._exit(0)
+    commands = {
+        "open": side.open,
+        "meet": side.meet,
+        "prepare": side.prepare,
+        "go": side.go,
+        "finish": side.finish,
+        "check": side.check,
+    }
+    # On its path, unlike the rest of this project.
+    importlib.import_module("answers").serve(commands, side.next_line)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Two processes, sender and receiver, each on its core, driven through rounds by JSON lines.
 
-Owns the processes, the order of a round and its clock; knows nothing of how bytes move. A side
-answers every line with one line:
+Owns the order of a round and its clock; knows nothing of how bytes move. A side is told:
 
 - `open`: the pool is made and filled. The answer is what the other side needs to know.
 - `meet`: with the other side's answer.
@@ -13,105 +12,41 @@ answers every line with one line:
 - `check`, to the receiver: every byte is where it belongs, or an error.
 """
 
-import json
-import os
-import select
-import subprocess
-import tempfile
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from bench.movers.cores import pinned, sender_and_receiver
 from bench.movers.works import Carrier, Work, choice
+from bench.sides.process import Side
 
 _ANSWER_S = 60.0
-_EXIT_S = 10.0
+_OF_UCX = ("UCX_",)
 
 SideName = Literal["source", "target"]
-
-
-class MoverFailed(RuntimeError):
-    """A process that moves bytes died, fell silent, or says that bytes are wrong."""
-
-
-class Child:
-    """One side: a process that answers JSON lines."""
-
-    def __init__(self, name: str, command: Sequence[str], core: int, env: dict[str, str]) -> None:
-        """Start `command` on `core`; raises MoverFailed where it cannot be run."""
-        self._name = name
-        with ExitStack() as stack:
-            # A pipe would fill up where nobody reads it.
-            self._stderr = stack.enter_context(tempfile.TemporaryFile())
-            try:
-                with pinned(core):
-                    self._process = subprocess.Popen(
-                        command,
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=self._stderr,
-                        env=env,
-                    )
-            except OSError as exc:
-                raise MoverFailed(f"{name}: {command[0]} cannot be run: {exc}") from exc
-            self._stack = stack.pop_all()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._stdin = self._process.stdin
-        self._stdout = self._stack.enter_context(self._process.stdout)
-
-    def tell(self, do: str, **arguments: Any) -> None:
-        """Send one command; raises MoverFailed where the process is gone."""
-        try:
-            self._stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
-            self._stdin.flush()
-        except BrokenPipeError as exc:
-            raise MoverFailed(self._last_words("is gone")) from exc
-
-    def hear(self) -> dict[str, Any]:
-        """Wait for the answer; raises MoverFailed for an error, silence or the process's end."""
-        if not select.select([self._stdout], [], [], _ANSWER_S)[0]:
-            raise MoverFailed(self._last_words(f"gave no answer for {_ANSWER_S:.0f} s"))
-        line = self._stdout.readline()
-        if not line:
-            raise MoverFailed(self._last_words("is gone"))
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise MoverFailed(f"{self._name}: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        """Let the process end by itself, and kill it where it does not."""
-        with suppress(BrokenPipeError):
-            self._stdin.close()
-        try:
-            self._process.wait(_EXIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._stack.close()
-
-    def _last_words(self, what: str) -> str:
-        self._stderr.seek(0)
-        said = self._stderr.read().decode(errors="replace").strip()
-        return f"{self._name} {what}; it said: {said[-2000:] or 'nothing'}"
 
 
 class Pair:
     """Both sides of one way to move bytes; a context manager that ends them."""
 
-    def __init__(self, name: str, command: Sequence[str], carrier: Carrier) -> None:
-        """Start `command` twice, with UCX's variables for `carrier` and no others of UCX's."""
-        inherited = {key: value for key, value in os.environ.items() if key[:4] != "UCX_"}
-        env = inherited | carrier.environment()
-        sender, receiver = sender_and_receiver()
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        carrier: Carrier,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start `command` twice, with UCX's variables for `carrier` and no others of UCX's.
+
+        Raises SideFailed, as all that is asked of the two does.
+        """
+        settings = {**carrier.environment(), **(settings or {})}
         with ExitStack() as stack:
-            self._source = Child(f"{name}, sender", command, sender, env)
-            stack.callback(self._source.close)
-            self._target = Child(f"{name}, receiver", command, receiver, env)
-            stack.callback(self._target.close)
+            self._source, self._target = (
+                stack.enter_context(_on_core(core, f"{name}, {role}", command, settings))
+                for role, core in zip(("sender", "receiver"), sender_and_receiver(), strict=True)
+            )
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -169,3 +104,8 @@ class Pair:
         self._source.tell(do, **source)
         self._target.tell(do, **target)
         return self._source.hear(), self._target.hear()
+
+
+def _on_core(core: int, name: str, command: Sequence[str], settings: Mapping[str, str]) -> Side:
+    with pinned(core):
+        return Side(name, command, settings, apart_from=_OF_UCX, answer_s=_ANSWER_S)

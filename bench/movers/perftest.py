@@ -6,14 +6,14 @@ nothing else runs. So one run says little: take the median of ten or more, sprea
 
 import importlib.util
 import os
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 from bench.movers.cores import pinned, sender_and_receiver
-from bench.movers.pair import MoverFailed
 from bench.movers.works import MIB, Carrier
+from bench.sides import servers
+from bench.sides.process import SideFailed
 
 _RUN_BYTES = 512 * MIB
 _RUN_S = 30.0
@@ -21,12 +21,12 @@ _SERVER_S = 10.0
 
 
 def tag_bandwidth(message_bytes: int, carrier: Carrier) -> float:
-    """Return GB/s of one run over 512 MiB; raises MoverFailed where it does not come about."""
+    """Return GB/s of one run over 512 MiB; raises SideFailed where it does not come about."""
     folder = _libucx()
     env = {key: value for key, value in os.environ.items() if key[:4] != "UCX_"}
     env |= carrier.environment() | {"LD_LIBRARY_PATH": _libraries(folder)}
     messages = max(16, _RUN_BYTES // message_bytes)
-    port = _free_port()
+    port = servers.free_port()
     command = [str(folder / "bin" / "ucx_perftest"), "-e", "-t", "tag_bw", "-f", "-p", str(port)]
     command += ["-s", str(message_bytes), "-n", str(messages), "-w", str(messages // 10)]
     sender, receiver = sender_and_receiver()
@@ -43,14 +43,14 @@ def tag_bandwidth(message_bytes: int, carrier: Carrier) -> float:
 
 
 def parse(output: str) -> float:
-    """Return GB/s (of 10^9 bytes) from what ucx_perftest -f prints; raises MoverFailed."""
+    """Return GB/s (of 10^9 bytes) from what ucx_perftest -f prints; raises SideFailed."""
     lines = output.strip().splitlines()
     fields = lines[-1].split() if lines else []
     try:
         # Messages, three overheads, then MiB/s lately and over all.
         return float(fields[5]) * MIB / 1e9
     except (IndexError, ValueError) as exc:
-        raise MoverFailed(f"ucx_perftest printed no figures: {output[-500:]!r}") from exc
+        raise SideFailed(f"ucx_perftest printed no figures: {output[-500:]!r}") from exc
 
 
 def _client(command: list[str], env: dict[str, str], server: "subprocess.Popen[bytes]") -> str:
@@ -63,20 +63,14 @@ def _client(command: list[str], env: dict[str, str], server: "subprocess.Popen[b
         if done.returncode == 0:
             return done.stdout
         if server.poll() is not None or time.monotonic() > deadline:
-            raise MoverFailed(f"ucx_perftest failed: {(done.stdout + done.stderr)[-500:]}")
+            raise SideFailed(f"ucx_perftest failed: {(done.stdout + done.stderr)[-500:]}")
         time.sleep(0.05)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _libucx() -> Path:
     found = importlib.util.find_spec("libucx")
     if found is None or not found.submodule_search_locations:
-        raise MoverFailed("the package libucx is not installed, though ucxx needs it")
+        raise SideFailed("the package libucx is not installed, though ucxx needs it")
     return Path(found.submodule_search_locations[0])
 
 

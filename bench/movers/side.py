@@ -3,9 +3,7 @@
 Owns memory and its pattern; knows nothing of how bytes move.
 """
 
-import json
 import mmap
-import os
 import select
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from bench.sides import answers
 
 _FLUSH_BYTES = 64 * 1024 * 1024
 # Steps of progress between two looks at the input, each of which is a system call.
@@ -52,10 +52,7 @@ class Side(Protocol):
 
 
 def serve(side: Side) -> None:
-    """Answer lines until there are no more, then end this process at once."""
-    # Libraries print to standard output; the pair reads nothing but answers there.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """Answer a pair's lines until there are no more, then end this process at once."""
     commands: dict[str, Callable[..., dict[str, Any]]] = {
         "open": side.open,
         "meet": side.meet,
@@ -64,15 +61,7 @@ def serve(side: Side) -> None:
         "finish": side.finish,
         "check": side.check,
     }
-    while line := _next_line(side):
-        arguments = json.loads(line)
-        try:
-            answer = commands[arguments.pop("do")](**arguments)
-        except Exception as exc:
-            answer = {"error": f"{type(exc).__name__}: {exc}"}
-        print(json.dumps(answer), file=answers, flush=True)
-    # Without the orderly end, in which the libraries would wait for a peer that is going too.
-    os._exit(0)
+    answers.serve(commands, lambda: _next_line(side))
 
 
 def _next_line(side: Side) -> bytes:

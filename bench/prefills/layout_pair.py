@@ -8,9 +8,9 @@ from bench.prefills import ring
 from bench.prefills.figures import layout_rows
 from bench.prefills.ring_pair import Pair
 from bench.prefills.settings import Settings
-from bench.prefills.side import Bystanders, Side
 from bench.prefills.works import BLOCK_SIZE, WARM_UP, Work, blocks, prompts
 from bench.report import Row
+from bench.sides.process import Bystanders, Side
 from engine.config import load_config
 from service.threads import thread_env
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.prefills.limit import Product
-from bench.prefills.side import serve
 from bench.prefills.works import BLOCK_SIZE, Span, Work, blocks, passes
+from bench.sides.answers import serve
 from engine.batch import Batch, Chunk, make_batch
 from engine.config import ModelConfig, load_config
 from engine.kernels import attention_kernel, product_kernel

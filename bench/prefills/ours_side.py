@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from bench.prefills.side import serve
 from bench.prefills.works import BLOCK_SIZE, Work, block_table, passes
+from bench.sides.answers import serve
 from engine.config import load_config
 from engine.runner import Chunk, ModelRunner
 from engine.sampling import SamplingParams, SequenceState, sample

@@ -14,16 +14,16 @@ from bench import checkpoints
 from bench.prefills import limit
 from bench.prefills.figures import Computed, Prompts, attention_row
 from bench.prefills.settings import Settings
-from bench.prefills.side import Bystanders, Side
 from bench.prefills.works import BLOCK_SIZE, WARM_UP, Work, blocks, passes, prompts
 from bench.report import Row
+from bench.sides import peers
+from bench.sides.process import Bystanders, Side
 from engine.config import ModelConfig, load_config
 from service.threads import thread_env
 
 Say = Callable[[str], None]
 
-_VLLM_SIDE = Path(__file__).with_name("vllm_side.py")
-_VLLM_SERVED_SIDE = Path(__file__).with_name("vllm_served_side.py")
+_VLLM_KV_GIB = 2
 
 
 def of_model(model: str, settings: Settings, say: Say) -> list[Row]:
@@ -100,36 +100,25 @@ def _limit_side(settings: Settings) -> Side:
 
 def _ways(folder: Path, works: Sequence[Work], settings: Settings) -> Iterator[Side]:
     """Start every way, ours first, each named by its version; for whoever takes it to end."""
-    room = [*works, WARM_UP]
+    room, cores = [*works, WARM_UP], settings.cores
     python, model = sys.executable, str(folder)
-    side = Side("ours", [python, "-m", "bench.prefills.ours_side"], thread_env(len(settings.cores)))
+    side = Side("ours", [python, "-m", "bench.prefills.ours_side"], thread_env(len(cores)))
     num_blocks = blocks(room, BLOCK_SIZE)
-    yield _opened(side, model=model, num_blocks=num_blocks, budget=settings.budget)
+    yield side.open(model=model, num_blocks=num_blocks, budget=settings.budget)
     command = [python, "-m", "bench.prefills.transformers_side"]
-    yield _opened(Side("transformers", command, settings.peer_threads()), model=model)
+    yield Side("transformers", command, peers.settings(cores)).open(model=model)
     if settings.vllm_python:
-        side = Side("vLLM", [str(settings.vllm_python), str(_VLLM_SIDE)], settings.vllm())
-        yield _opened(side, model=model, max_model_len=max(work.tokens for work in room) + 1)
+        side = peers.vllm(settings.vllm_python, cores, _VLLM_KV_GIB)
+        yield side.open(model=model, max_model_len=max(work.tokens for work in room) + 1)
 
 
 def _served_ways(folder: Path, works: Sequence[Work], settings: Settings) -> Iterator[Side]:
     """Start whole systems, ours first; for whoever takes them to end."""
-    threads, model = len(settings.cores), str(folder)
-    command = [sys.executable, "-m", "bench.prefills.served_side"]
-    yield _opened(Side("served", command, thread_env(1)), model=model, threads=threads)
+    cores, model = settings.cores, str(folder)
+    yield peers.served().open(model=model, threads=len(cores))
     if settings.vllm_python:
-        command = [str(settings.vllm_python), str(_VLLM_SERVED_SIDE)]
-        side = Side("vLLM served", command, settings.vllm())
-        yield _opened(side, model=model, max_model_len=max(work.tokens for work in works) + 1)
-
-
-def _opened(side: Side, **arguments: Any) -> Side:
-    try:
-        side.name = side.ask("open", **arguments)["version"]
-    except BaseException:
-        side.close()
-        raise
-    return side
+        side = peers.vllm_served(settings.vllm_python, cores, _VLLM_KV_GIB)
+        yield side.open(model=model, max_model_len=max(work.tokens for work in works) + 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """Runs prompts on two context-parallel ranks of a thread each, beside one rank of two threads."""
 
-import socket
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -13,9 +12,10 @@ from bench import checkpoints
 from bench.prefills import ring
 from bench.prefills.figures import RingRounds, crossing_row, variant_rows
 from bench.prefills.settings import Settings
-from bench.prefills.side import Bystanders, Side
 from bench.prefills.works import BLOCK_SIZE, WARM_UP, Work, blocks, passes, prompts
 from bench.report import Row
+from bench.sides import servers
+from bench.sides.process import Bystanders, Side
 from engine.config import ModelConfig, load_config
 from service.threads import thread_env
 
@@ -35,7 +35,7 @@ class Pair:
                 stack.enter_context(Side(f"rank {rank}", command, thread_env(1)))
                 for rank in range(ring.RANKS)
             ]
-            opened = {"model": str(folder), "port": _free_port(), "tokens": tokens}
+            opened = {"model": str(folder), "port": servers.free_port(), "tokens": tokens}
             _together(self.sides, "open", [{**opened, "rank": rank} for rank in range(ring.RANKS)])
             self._stack = stack.pop_all()
 
@@ -159,9 +159,3 @@ def _name(tokens: int) -> str:
 
 def _medians(seconds: dict[int, list[float]]) -> dict[int, float]:
     return {new: statistics.median(each) for new, each in seconds.items()}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

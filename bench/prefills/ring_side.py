@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.prefills.ring import GRAIN, RANKS
-from bench.prefills.side import serve
 from bench.prefills.works import BLOCK_SIZE
+from bench.sides.answers import serve
 from engine.collectives import GroupCollectives
 from engine.config import ModelConfig, load_config
 from engine.parallel import Layout

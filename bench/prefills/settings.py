@@ -8,8 +8,6 @@ from pathlib import Path
 from bench.prefills.works import LONG_TOKENS, WORKS, Work
 from prefill.config import PrefillConfig
 
-_KV_GIB = "2"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -70,18 +68,3 @@ class Settings:
     def rounds_of(self, tokens: int) -> int:
         """Rounds that are counted: half as many where each takes long, two at least."""
         return max(2, self.rounds // 2) if tokens > LONG_TOKENS else self.rounds
-
-    def peer_threads(self) -> dict[str, str]:
-        """Variables of a peer that has all cores; else its own defaults."""
-        return {"OMP_NUM_THREADS": str(len(self.cores)), "HF_HUB_OFFLINE": "1"}
-
-    def vllm(self) -> dict[str, str]:
-        """Variables of vLLM: the same cores, and all in one process."""
-        return {
-            **self.peer_threads(),
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, self.cores)),
-            "VLLM_CPU_KVCACHE_SPACE": _KV_GIB,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-        }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from bench.prefills.side import serve
+from bench.sides.answers import serve
 
 
 class Transformers:

@@ -11,9 +11,10 @@ import pytest
 import bench
 from bench.movers import nixl_side
 from bench.movers.memcpy import memcpy_s
-from bench.movers.pair import MoverFailed, Pair
+from bench.movers.pair import Pair
 from bench.movers.side import Pool
 from bench.movers.works import CARRIERS, Work
+from bench.sides.process import SideFailed
 
 WORK = Work(name="small", slices=5, slice_bytes=4096)
 
@@ -85,18 +86,18 @@ def test_a_pair_moves_checks_and_times_every_round(pair: Pair, tmp_path: Path) -
 
 def test_bytes_in_the_wrong_place_end_the_run(pair: Pair, tmp_path: Path) -> None:
     opened(pair, tmp_path, fault="skip")
-    with pytest.raises(MoverFailed, match="does not hold the bytes"):
+    with pytest.raises(SideFailed, match="does not hold the bytes"):
         pair.move(WORK, [0])
 
 
 def test_a_process_that_dies_leaves_its_last_words(pair: Pair, tmp_path: Path) -> None:
     opened(pair, tmp_path, fault="die")
-    with pytest.raises(MoverFailed, match=r"(?s)sender is gone.*out of luck"):
+    with pytest.raises(SideFailed, match=r"(?s)sender is gone.*out of luck"):
         pair.move(WORK, [0])
 
 
 def test_a_command_that_cannot_run_is_named() -> None:
-    with pytest.raises(MoverFailed, match="no-such-python cannot be run"):
+    with pytest.raises(SideFailed, match="no-such-python cannot be run"):
         Pair("x", ["no-such-python"], CARRIERS[0])
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.movers.pair import MoverFailed
 from bench.movers.perftest import parse
+from bench.sides.process import SideFailed
 
 PRINTED = """\
 +--------------+--------------+------------------------------+---------------------+
@@ -19,5 +19,5 @@ def test_the_overall_bandwidth_is_read_and_its_unit_is_mib() -> None:
 
 @pytest.mark.parametrize("printed", ["", "\n", "connection refused", PRINTED.rsplit("\n", 2)[0]])
 def test_output_without_figures_is_an_error_that_shows_it(printed: str) -> None:
-    with pytest.raises(MoverFailed, match="no figures"):
+    with pytest.raises(SideFailed, match="no figures"):
         parse(printed)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.prefills import vllm_side
-from bench.prefills.side import Side, SideFailed, high_water_bytes, used_cpu_s
+from bench.sides import answers
+from bench.sides.process import Side, SideFailed, environment, high_water_bytes, used_cpu_s
 
 ECHO = """
 import json, os, sys
@@ -64,6 +64,22 @@ def test_settings_reach_a_side_and_those_for_other_threads_do_not(
     assert found["PATH"] == os.environ["PATH"]
 
 
+def test_what_else_is_kept_from_a_side_is_said_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    assert "UCX_TLS" not in environment({}, ("UCX_",))
+    assert environment({}, ("UCX_",))["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_a_side_is_named_by_what_it_opens_as_and_ended_where_it_does_not_open() -> None:
+    with Side("echo", COMMAND, {}).open(version="echo 1") as side:
+        assert side.name == "echo 1"
+    side = Side("echo", [sys.executable, "-c", 'input(); print(\'{"error": "no"}\')'], {})
+    with pytest.raises(SideFailed, match="echo: no"):
+        side.open()
+    assert side.cpu_s() == 0
+
+
 def test_memory_and_time_are_read_as_proc_tells_them(tmp_path: Path) -> None:
     status, stat = tmp_path / "status", tmp_path / "stat"
     status.write_text("Name:\tx\nVmHWM:\t      12 kB\nVmRSS:\t 5 kB\n")
@@ -73,6 +89,7 @@ def test_memory_and_time_are_read_as_proc_tells_them(tmp_path: Path) -> None:
     assert high_water_bytes(tmp_path / "gone") == used_cpu_s(tmp_path / "gone") == 0
 
 
-def test_the_peers_side_needs_nothing_of_this_project() -> None:
-    source = Path(vllm_side.__file__).read_text()
+@pytest.mark.parametrize("name", ["answers", "servers", "vllm_side", "vllm_served_side"])
+def test_what_runs_under_a_peers_interpreter_needs_nothing_of_this_project(name: str) -> None:
+    source = Path(answers.__file__).with_name(f"{name}.py").read_text()
     assert not re.search(r"^(from|import) (bench|engine|service|twinpool)", source, re.MULTILINE)

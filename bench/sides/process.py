@@ -1,8 +1,8 @@
-"""One process for each way of computing, driven by JSON lines; all but one of them are stopped.
+"""One process for each way of doing something, driven by JSON lines, see `answers`.
 
-Owns the processes, and whose turn it is; knows nothing of what they compute. A side answers every
-line, {"do": command, ...}, with one line, and computes nothing in between. Between its turns it is
-stopped by a signal, so that no thread of its libraries spins where another is measured.
+Owns the processes, and whose turn it is; knows nothing of what they do. Sides that take turns by
+`ask` are stopped by a signal in between, so that no thread of their libraries spins where another
+one is measured.
 """
 
 import json
@@ -10,10 +10,9 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,25 +24,37 @@ from bench.movers.neighbours import Neighbours
 _ANSWER_S = 1800.0
 _EXIT_S = 10.0
 # What a parent or another way wants of its threads must not reach a side.
-_OF_THREADS = ("OMP_", "GOMP_", "KMP_", "MKL_", "VLLM_")
+OF_THREADS = ("OMP_", "GOMP_", "KMP_", "MKL_", "VLLM_")
 
 
 class SideFailed(RuntimeError):
-    """A process that computes died, fell silent, or says that it cannot."""
+    """A process died, fell silent, or says that it cannot, or that something is wrong."""
 
 
-def environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's environment with `settings`, and no others for threads."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(_OF_THREADS)}
+def environment(settings: Mapping[str, str], apart_from: tuple[str, ...]) -> dict[str, str]:
+    """Return this process's environment with `settings`, and no others that begin like those."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(apart_from)}
     return inherited | dict(settings)
 
 
 class Side:
     """A process that answers lines; a context manager that ends it."""
 
-    def __init__(self, name: str, command: Sequence[str], settings: Mapping[str, str]) -> None:
-        """Start `command`; raises SideFailed where it cannot be run."""
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        settings: Mapping[str, str],
+        *,
+        apart_from: tuple[str, ...] = OF_THREADS,
+        answer_s: float = _ANSWER_S,
+    ) -> None:
+        """Start `command` with `environment(settings, apart_from)` and this thread's cores.
+
+        It has `answer_s` for each answer. Raises SideFailed where it cannot be run.
+        """
         self.name = name
+        self._answer_s = answer_s
         with ExitStack() as stack:
             # A pipe would fill up where nobody reads it.
             self._stderr = stack.enter_context(tempfile.TemporaryFile())
@@ -53,7 +64,7 @@ class Side:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=self._stderr,
-                    env=environment(settings),
+                    env=environment(settings, apart_from),
                     # Signals reach its children too. Of the same session, so that the kernel wakes
                     # and ends a stopped group that this process leaves behind.
                     process_group=0,
@@ -95,8 +106,8 @@ class Side:
 
     def hear(self) -> dict[str, Any]:
         """Wait for the answer; raises SideFailed for an error, silence or the process's end."""
-        if not select.select([self._stdout], [], [], _ANSWER_S)[0]:
-            raise SideFailed(self._last_words(f"gave no answer for {_ANSWER_S:.0f} s"))
+        if not select.select([self._stdout], [], [], self._answer_s)[0]:
+            raise SideFailed(self._last_words(f"gave no answer for {self._answer_s:.0f} s"))
         line = self._stdout.readline()
         if not line:
             raise SideFailed(self._last_words("is gone"))
@@ -122,6 +133,18 @@ class Side:
     def cpu_s(self) -> float:
         """Return the processor time of the process and its children that are there."""
         return sum(used_cpu_s(process / "stat") for process in self._group())
+
+    def open(self, **arguments: Any) -> Self:
+        """Ask the side to `open` and take its name from the `version` it answers with.
+
+        Ends the process and raises SideFailed where it cannot.
+        """
+        try:
+            self.name = self.ask("open", **arguments)["version"]
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def close(self) -> None:
         """Let the process end by itself, and kill it where it does not."""
@@ -188,19 +211,3 @@ class Bystanders:
 
     def _of_sides_s(self) -> float:
         return sum(side.cpu_s() for side in self._sides)
-
-
-def serve(commands: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
-    """Answer lines until there are no more, then end this process at once."""
-    # Libraries print to standard output; only answers may be read there.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        arguments = json.loads(line)
-        try:
-            answer = commands[arguments.pop("do")](**arguments)
-        except Exception as exc:
-            answer = {"error": f"{type(exc).__name__}: {exc}"}
-        print(json.dumps(answer), file=answers, flush=True)
-    # Without the orderly end, in which ranks would wait for each other.
-    os._exit(0)

@@ -1,0 +1,114 @@
+"""How fast does decode give tokens, beside vLLM, transformers and the memory's own limit?
+
+Random prompts, the same for all, in bf16, greedily sampled, to a given length: tokens per second of
+the whole batch. Every way is a process with all cores and as many threads; they take turns, round
+by round, and those whose turn it is not are stopped. The first round of each is not counted.
+
+A round's speed is that of its median step, from the first step that gives every sequence a token
+on: computing the prompts is no part of it, for nobody.
+
+- Ours: a decode instance without its network: engine, admission, scheduler and step loop. Its
+  cache holds random numbers instead of prompts' keys and values.
+- vLLM: its CPU build, offline `LLM.generate`, without prefix caching; with --vllm-python alone. Its
+  DecodeBenchConnector fills its cache with random numbers too; the clock is read whenever its
+  engine's core gives tokens.
+- transformers: its own generate; for few short prompts, since it has to compute them.
+- Limit: the bytes that a step must read, at the rate at which as many threads read 512 MiB that
+  were written before, measured in each round. Weights count once, of experts those alone that some
+  token of the batch has chosen, which is counted in the round that is not timed; keys and values
+  count once for each sequence.
+- Served: the whole system and vLLM's server, each from its client: tokens that arrive while all
+  sequences of the batch get some. Both have cached the prompts in the round that is not counted.
+  Ours has as many threads as there are cores in each of its instances.
+- Overhead: the time of our step that is not the model's: what is decided, prepared, sampled and
+  handed out, in ms.
+- Inter-token latency: at the client, while requests come at random times, one in a second, whether
+  or not earlier ones have ended; prompts of 256 tokens, answers of 32 to 96. Ours as a user starts
+  it: half of the cores for each instance. Half as many rounds.
+
+    python -m bench.decode --checkpoints DIR --vllm-python PEER/bin/python --json FILE
+    python -m bench.decode --checkpoints DIR --rows 'dense, batch 16'
+    python -m bench.decode --checkpoints DIR --rows 'overhead|latency'
+"""
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench import checkpoints as models
+from bench.decodes import batches, served
+from bench.decodes.settings import Settings
+from bench.report import Row, report
+from bench.sides.process import SideFailed
+
+QUESTION = "How fast does decode give tokens, beside vLLM, transformers and the memory's limit?"
+# By what a row's name has in it: at most so much is wanted.
+_TARGETS = {"overhead": 1.0, "p99/p50": 1.5}
+
+
+def _measure(settings: Settings) -> list[Row]:
+    """Measure what the pattern matches; ends the program where a way fails."""
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    rows: list[Row] = []
+    try:
+        for model in (models.DENSE, models.MOE):
+            rows += batches.of_model(model, settings, say)
+            rows += batches.of_overhead(model, settings, say)
+            rows += served.of_batches(model, settings, say)
+            rows += served.of_load(model, settings, say)
+    except SideFailed as exc:
+        say(str(exc))
+        raise typer.Exit(1) from exc
+    return rows
+
+
+def _show_targets(rows: list[Row]) -> None:
+    for row in rows:
+        for part, most in _TARGETS.items():
+            if part in row.row:
+                met = "met" if row.ours <= most else "MISSED"
+                typer.echo(f"{row.row}: {row.ours:.2f}, wanted at most {most:g} {row.unit}: {met}")
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    rows: Annotated[str, typer.Option(help="Only rows that this pattern matches.")] = "",
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds counted of each row.")] = 5,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Interpreter of an environment with vLLM; without one the peer is left out.",
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Keep checkpoints here; else they are written anew."),
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="The smallest rows only, to see it work.")] = False,
+) -> None:
+    """Measure decode beside vLLM, transformers and reading memory alone."""
+    with ExitStack() as stack:
+        if checkpoints is None:
+            checkpoints = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        settings = Settings(
+            checkpoints=checkpoints,
+            pattern=rows,
+            rounds=rounds,
+            vllm_python=vllm_python,
+            quick=quick,
+        )
+        measured = _measure(settings)
+    report(QUESTION, measured, json)
+    _show_targets(measured)
+
+
+if __name__ == "__main__":
+    typer.run(main)

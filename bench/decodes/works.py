@@ -1,0 +1,108 @@
+"""What is decoded: batches that stay as they are, and a load in which requests come and go. Pure.
+
+A request, as sides are asked it, is when it is sent in seconds from the start, its prompt, and how
+many tokens it is to get.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.prefills import works as prefill_works
+from bench.prefills.works import BLOCK_SIZE
+
+_MANY_TOKENS = 64 * 1024
+
+Request = tuple[float, list[int], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """`batch` sequences after `context` tokens each, which get `steps` more tokens together."""
+
+    batch: int
+    context: int
+    steps: int = 64
+
+    @property
+    def name(self) -> str:
+        """What a row is called."""
+        return f"batch {self.batch} x {self.context:,}"
+
+    @property
+    def tokens(self) -> int:
+        """Of a sequence at its end, the one that comes before the first step included."""
+        return self.context + self.steps + 1
+
+    @property
+    def mean_cached(self) -> float:
+        """Tokens of a sequence that a step looks at, over all steps."""
+        return self.context + (self.steps + 1) / 2
+
+    @property
+    def blocks(self) -> int:
+        """Cache blocks of all sequences."""
+        return self.batch * math.ceil(self.tokens / BLOCK_SIZE)
+
+
+def _work(batch: int, context: int) -> Work:
+    return Work(batch=batch, context=context, steps=64 if batch * context < _MANY_TOKENS else 32)
+
+
+WORKS = tuple(itertools.starmap(_work, itertools.product((1, 4, 16, 32), (128, 1024, 4096))))
+QUICK = Work(batch=2, context=40, steps=8)
+OVERHEAD = Work(batch=32, context=1024)
+SERVED = (Work(batch=1, context=1024), Work(batch=16, context=1024))
+
+
+def prompts(work: Work, vocab_size: int, number: int) -> list[list[int]]:
+    """Return the token ids of round `number`, the same for everybody."""
+    asked = prefill_works.Work(tokens=work.context, count=work.batch)
+    return prefill_works.prompts(asked, vocab_size, number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Requests that come at random, whether or not earlier ones have ended.
+
+    Attributes:
+        per_s: How many come in a second on average.
+        settle_s: Time from the start whose tokens are not counted.
+    """
+
+    per_s: float = 1.0
+    for_s: float = 20.0
+    settle_s: float = 4.0
+    prompt: int = 256
+    least_tokens: int = 32
+    most_tokens: int = 96
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest sequence at its end."""
+        return self.prompt + self.most_tokens
+
+    def requests(self, vocab_size: int, number: int) -> list[Request]:
+        """Return the requests of round `number`, the same for everybody; at least one."""
+        random = np.random.default_rng(number)
+        made: list[Request] = []
+        at_s = 0.0
+        while not made or at_s < self.for_s:
+            prompt: list[int] = random.integers(vocab_size, size=self.prompt).tolist()
+            made.append(
+                (at_s, prompt, int(random.integers(self.least_tokens, self.most_tokens + 1)))
+            )
+            at_s += float(random.exponential(1 / self.per_s))
+        return made
+
+
+LOAD = Load()
+QUICK_LOAD = Load(per_s=4.0, for_s=2.0, settle_s=0.0, prompt=40, least_tokens=8, most_tokens=16)
+
+
+def together(work: Work, asked: Sequence[list[int]]) -> list[Request]:
+    """Return the requests of a batch that is sent at once, a token before its first step."""
+    return [(0.0, prompt, work.steps + 1) for prompt in asked]
