@@ -19,13 +19,14 @@ import secrets
 import threading
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum, auto
 
 from decode.prefixes import Prefixes
-from engine.blocks import BlockCounts, BlockPool
+from engine.blocks import BlockCounts
 from engine.errors import OutOfBlocks
 from engine.sampling import SamplingParams, SequenceState
 from engine.stopping import StopCriteria
@@ -50,6 +51,7 @@ class Reservation:
         output_ids: The prompt's last tokens where they were generated before, elsewhere.
         ttl_s: Remaining time of the request.
         cache_salt: Only requests with the same one share blocks.
+        dp_rank: Which of the instance's dp ranks is to have it.
     """
 
     request_id: int
@@ -60,6 +62,7 @@ class Reservation:
     stop: StopCriteria
     ttl_s: float
     cache_salt: bytes = b""
+    dp_rank: int = 0
     output_ids: Sequence[int] = ()
 
     @property
@@ -107,7 +110,6 @@ class SequenceRecord:
     cached_tokens: int
     deadline_s: float
     sampling: SequenceState
-    dp_rank: int = 0
     state: State = State.RESERVED
     kv_complete: bool = False
     kept: Kept = ()
@@ -122,6 +124,11 @@ class SequenceRecord:
     def request_id(self) -> int:
         """The router's handle."""
         return self.reservation.request_id
+
+    @property
+    def dp_rank(self) -> int:
+        """Whose blocks it has."""
+        return self.reservation.dp_rank
 
     def append(self, token_id: int) -> None:
         """Note the sequence's next token."""
@@ -151,7 +158,7 @@ class Admission:
     """The table of sequences, and the rules by which they come and go.
 
     Args:
-        prefixes: Takes blocks of the pool, and remembers what is in them.
+        prefixes: Each dp rank's blocks, and what is in them.
         revoke: Tells the transfer agent to let no more data in for a transfer; its confirmation
             comes back through `writer_closed`.
         on_end: Told of each sequence that ends.
@@ -161,15 +168,13 @@ class Admission:
     def __init__(
         self,
         *,
-        pool: BlockPool,
-        prefixes: Prefixes,
+        prefixes: Sequence[Prefixes],
         block_size: int,
         max_sequences: int,
         revoke: Callable[[int], None],
         on_end: Callable[["SequenceRecord"], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pool = pool
         self._prefixes = prefixes
         self._block_size = block_size
         self._max_sequences = max_sequences
@@ -194,15 +199,16 @@ class Admission:
             places = self._max_sequences - len(self._by_request)
             if places <= 0:
                 raise NoRoom("SEQUENCES_FULL", needed=1, free=0)
+            prefixes = self._prefixes[reservation.dp_rank]
             try:
-                taken = self._prefixes.take(reservation.known_ids, reservation.cache_salt, needed)
+                taken = prefixes.take(reservation.known_ids, reservation.cache_salt, needed)
             except OutOfBlocks as error:
                 raise NoRoom("KV_BLOCKS_FULL", needed=error.needed, free=error.free) from error
             own_blocks = taken.blocks[taken.shared :]
-            self._pool.pin(own_blocks)
+            prefixes.pool.pin(own_blocks)
             record = SequenceRecord(
                 reservation=reservation,
-                transfer=Transfer(kept=self._prefixes.kept(taken.tokens)),
+                transfer=Transfer(kept=prefixes.kept(taken.tokens)),
                 blocks=taken.blocks,
                 own_blocks=own_blocks,
                 cached_tokens=taken.tokens,
@@ -236,7 +242,7 @@ class Admission:
                 return None
             if not record.transfer.over.done():
                 raise StillOpen(record.transfer)
-            self._pool.pin(record.own_blocks)
+            self._of(record).pool.pin(record.own_blocks)
             record.transfer = Transfer(kept=record.kept)
             self._by_transfer[record.transfer.transfer_id] = record
             return record
@@ -270,7 +276,7 @@ class Admission:
             record = self._close_writer(transfer_id)
             if record is None or record.state is State.ENDED:
                 return None
-            record.kept = self._prefixes.kept(record.cached_tokens, kept)
+            record.kept = self._of(record).kept(record.cached_tokens, kept)
             return record
 
     def end(self, request_id: int) -> SequenceRecord | None:
@@ -324,7 +330,7 @@ class Admission:
     def counts(self) -> BlockCounts:
         """Blocks by state."""
         with self._lock:
-            return self._pool.counts()
+            return self._counts()
 
     @property
     def held(self) -> int:
@@ -334,32 +340,42 @@ class Admission:
     def check_integrity(self) -> None:
         """Raise where the table and the pool disagree."""
         with self._lock:
-            self._prefixes.check_integrity()
-            held = len({i for r in self._by_request.values() for i in r.blocks})
-            counts = self._pool.counts()
+            for prefixes in self._prefixes:
+                prefixes.check_integrity()
+            held = len({(r.dp_rank, i) for r in self._by_request.values() for i in r.blocks})
+            counts = self._counts()
             assert counts.reserved + counts.used == held, (counts, held)
-            written = [i for r in self._by_transfer.values() for i in r.own_blocks]
+            written = [(r.dp_rank, i) for r in self._by_transfer.values() for i in r.own_blocks]
             assert len(set(written)) == len(written), "two transfers write to one block"
             assert counts.quarantined <= len(written), (counts, written)
+
+    def _of(self, record: SequenceRecord) -> Prefixes:
+        return self._prefixes[record.dp_rank]
+
+    def _counts(self) -> BlockCounts:
+        total: Counter[str] = Counter()
+        for prefixes in self._prefixes:
+            total.update(asdict(prefixes.pool.counts()))
+        return BlockCounts(**total)
 
     def _start_if_ready(self, record: SequenceRecord) -> bool:
         if not record.kv_complete or record.last_token_id is None:
             return False
         record.state = State.RUNNING
-        self._pool.mark_used(record.blocks)
+        self._of(record).pool.mark_used(record.blocks)
         return True
 
     def _close_writer(self, transfer_id: int) -> SequenceRecord | None:
         record = self._by_transfer.pop(transfer_id, None)
         if record is not None:
-            self._pool.unpin(record.own_blocks)
+            self._of(record).pool.unpin(record.own_blocks)
             record.transfer.over.set_result(None)
         return record
 
     def _remember(self, record: SequenceRecord) -> None:
         """Keep for others what has been written: all but the last token, whose step never came."""
         reservation = record.reservation
-        self._prefixes.remember(
+        self._of(record).remember(
             reservation.known_ids, record.output[:-1], reservation.cache_salt, record.blocks
         )
 
@@ -369,6 +385,6 @@ class Admission:
         self._on_end(record)
         if record.kv_complete:
             self._remember(record)
-        self._pool.release(record.blocks)
+        self._of(record).pool.release(record.blocks)
         if not record.transfer.over.done():
             self._revoke(record.transfer.transfer_id)

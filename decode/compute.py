@@ -98,7 +98,8 @@ class RankCompute:
             [
                 Chunk(token_ids=[row.token_id], start=row.start, block_table=sequence.blocks)
                 for row, sequence in zip(own, sequences, strict=True)
-            ]
+            ],
+            dp_tokens=[len(of_rank) for of_rank in rows],
         )
         if not own or not self._samples:
             return None

@@ -1,6 +1,7 @@
 """Settings of a decode instance; imports nothing heavy."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import Field
 
@@ -23,6 +24,10 @@ class DecodeConfig(RanksConfig):
         le=1024,
         description="Parts into which a sparse model's experts are split over the --tp x --dp"
         " ranks; each expert is split over what is left of them.",
+    )
+    dispatch: Literal["auto", "alltoall", "padded", "allgather"] = Field(
+        default="auto",
+        description="How tokens get to experts on other ranks; auto measures at the start.",
     )
     max_batch: int = Field(
         default=64, ge=1, description="Sequences that one step works on at most, times --dp."

@@ -68,10 +68,8 @@ class Instance:
         self._followers = followers
         receiver, others = self._join(settings)
         self._steps = Steps(self._rank.compute, depth=settings.pp, others=others)
-        pool = BlockPool(model.num_blocks)
         self._admission = Admission(
-            pool=pool,
-            prefixes=self._prefixes(settings, model, pool),
+            prefixes=self._prefixes(settings, model),
             block_size=settings.block_size,
             max_sequences=settings.max_sequences,
             revoke=receiver.revoke,
@@ -89,6 +87,7 @@ class Instance:
             epoch=who.epoch,
             config=model.config,
             max_sequence_tokens=model.max_sequence_tokens,
+            dp=settings.dp,
             drain_timeout_s=settings.drain_timeout_s,
             admission=self._admission,
             worker=self._worker,
@@ -121,22 +120,25 @@ class Instance:
         self._followers.on_word = heard
         return group, others
 
-    def _prefixes(self, settings: DecodeConfig, model: Model, pool: BlockPool) -> Prefixes:
+    def _prefixes(self, settings: DecodeConfig, model: Model) -> list[Prefixes]:
+        """Return each dp rank's blocks, and what is known of them."""
         # None where there is no prefix cache: routers are then told nothing of one.
         self.journal = PrefixJournal() if settings.prefix_cache else None
         self.prefix_seed = self.identity.compatibility if settings.prefix_cache else b""
-        cache = (
-            PrefixCache(
-                pool,
-                block_size=model.block_tokens,
-                keys=PrefixKeys(seed=self.prefix_seed),
-                on_insert=self.journal.stored,
-                on_evict=self.journal.removed,
-            )
-            if self.journal is not None
-            else None
-        )
-        return Prefixes(pool, cache=cache, layers=model.config.num_layers)
+        found = []
+        for dp_rank in range(settings.dp):
+            pool, cache = BlockPool(model.num_blocks), None
+            if self.journal is not None:
+                cache = PrefixCache(
+                    pool,
+                    block_size=model.block_tokens,
+                    keys=PrefixKeys(seed=self.prefix_seed),
+                    on_insert=self.journal.stored,
+                    on_evict=self.journal.removed,
+                )
+            layers = model.config.num_layers
+            found.append(Prefixes(pool, cache=cache, layers=layers, dp_rank=dp_rank))
+        return found
 
     def start(self) -> tuple[str, int]:
         """Start the threads; return where this rank takes KV."""

@@ -13,9 +13,6 @@ from engine.prefix_cache import Acquired, PrefixCache
 from kvtransfer import Kept
 from service.prefix_keys import prefix_salt
 
-# Decode has no ranks that a sequence could begin at.
-_CP_FIRST = 0
-
 
 class Prefixes:
     """Takes blocks for sequences, and remembers what is in them.
@@ -24,10 +21,20 @@ class Prefixes:
         pool: Gives the blocks.
         cache: Attached to the pool; None where nothing is to be remembered.
         layers: Layers of the model, whose cache is one group.
+        dp_rank: Whose blocks these are. Routers know a block of each dp rank by another name, as
+            they do those of prompts that begin at another cp rank of prefill.
     """
 
-    def __init__(self, pool: BlockPool, *, cache: PrefixCache | None = None, layers: int) -> None:
-        self._pool = pool
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        cache: PrefixCache | None = None,
+        layers: int,
+        dp_rank: int = 0,
+    ) -> None:
+        self.pool = pool
+        self._dp_rank = dp_rank
         self._cache = cache
         self._layers = layers
 
@@ -37,12 +44,12 @@ class Prefixes:
         `prompt` is empty where its tokens are not known. Raises OutOfBlocks; nothing is taken then.
         """
         if self._cache is None or not prompt:
-            return Acquired(blocks=self._pool.reserve(num_blocks), shared=0, tokens=0)
+            return Acquired(blocks=self.pool.reserve(num_blocks), shared=0, tokens=0)
         # The cache leaves the last token out, for its logits. Prefill has these, so that here the
         # prompt's last block may be known as well: the first one that is written is the next.
         tokens = array("I", prompt)
         tokens.append(0)
-        return self._cache.acquire(tokens, _salt(cache_salt), num_blocks)
+        return self._cache.acquire(tokens, prefix_salt(self._dp_rank, cache_salt), num_blocks)
 
     def remember(
         self, prompt: Sequence[int], output: Sequence[int], cache_salt: bytes, blocks: Sequence[int]
@@ -54,7 +61,7 @@ class Prefixes:
         if self._cache is not None and prompt:
             tokens = array("I", prompt)
             tokens.extend(output)
-            self._cache.insert(tokens, _salt(cache_salt), blocks)
+            self._cache.insert(tokens, prefix_salt(self._dp_rank, cache_salt), blocks)
 
     def kept(self, cached_tokens: int, arrived: Kept = ()) -> Kept:
         """Return what a next transfer has to leave out: what has arrived, and shared blocks always.
@@ -71,8 +78,4 @@ class Prefixes:
         if self._cache is not None:
             self._cache.check_integrity()
         else:
-            self._pool.check_integrity()
-
-
-def _salt(cache_salt: bytes) -> bytes:
-    return prefix_salt(_CP_FIRST, cache_salt)
+            self.pool.check_integrity()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from decode.compute import RankCompute
 from decode.config import DecodeConfig
@@ -54,4 +55,7 @@ class Rank:
 
 def load(settings: DecodeConfig, part: Part) -> Model:
     """Load a rank's part of the model; see service.instance."""
-    return load_model(settings, None, part, settings.rank_threads, keeps_logits=True)
+    part = replace(part, dispatch=settings.dispatch)
+    model = load_model(settings, None, part, settings.rank_threads, keeps_logits=True)
+    model.runner.experts.measure(settings.max_batch)
+    return model

@@ -68,6 +68,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         epoch: int,
         config: ModelConfig,
         max_sequence_tokens: int,
+        dp: int = 1,
         drain_timeout_s: float,
         admission: Admission,
         worker: Worker,
@@ -79,6 +80,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._epoch = epoch
         self._config = config
         self._max_sequence_tokens = max_sequence_tokens
+        self._dp = dp
         self._drain_timeout_s = drain_timeout_s
         self._admission = admission
         self._worker = worker
@@ -231,7 +233,12 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             stop=stop_from_wire(request.stop, self._config.eos_token_ids),
             ttl_s=request.ttl_ms / 1000,
             cache_salt=request.cache_salt.encode(),
+            dp_rank=request.dp_rank,
         )
+        if reservation.dp_rank >= self._dp:
+            raise InvalidRequest(
+                "dp_rank", found=reservation.dp_rank, hint=f"this instance has {self._dp}"
+            )
         own = reservation.own_prompt_tokens
         if reservation.prompt_ids and len(reservation.prompt_ids) != own:
             raise InvalidRequest(

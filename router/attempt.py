@@ -167,7 +167,12 @@ class Attempt:
         while not self._closing.is_set():
             try:
                 grant = await decode.reserve(
-                    self._id, self._request, leg.instance, leg.cp_first, self._remaining_s()
+                    self._id,
+                    self._request,
+                    leg.instance,
+                    leg.cp_first,
+                    self._remaining_s(),
+                    self._placement.dp_rank,
                 )
             except ServiceError as exc:
                 if not _is_passing(exc) or self._clock() >= patience_ends:

@@ -83,6 +83,7 @@ class DecodeLink:
         prefill: Instance,
         cp_first: int,
         remaining_s: float,
+        dp_rank: int = 0,
     ) -> Grant:
         """Reserves for one request, whose prompt begins at a prefill instance's rank `cp_first`.
 
@@ -107,6 +108,7 @@ class DecodeLink:
             prompt_token_ids=request.prompt_token_ids[:own] if needs_prompt else (),
             output_token_ids=request.prompt_token_ids[own:],
             cache_salt=request.cache_salt,
+            dp_rank=dp_rank,
         )
         try:
             response = await self._stub.Reserve(

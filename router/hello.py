@@ -39,7 +39,7 @@ def instance_from_wire(hello: worker_pb2.InstanceHello) -> Instance:
         role=role,
         address=hello.address,
         model=_model(hello.model),
-        layout=_layout(hello.layout, role),
+        layout=_layout(hello.layout, role, max(1, hello.capacity.dp)),
         capacity=_capacity(hello.capacity, hello.layout),
         data_token=hello.data_token,
         version=hello.version,
@@ -130,16 +130,24 @@ def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity
         message.block_size,
         f"a multiple of the {_cp(layout)} cp ranks is needed",
     )
+    dp = max(1, message.dp)
+    _require(
+        message.blocks % dp == 0,
+        "hello.capacity.blocks",
+        message.blocks,
+        f"as many for each of {dp} dp ranks are needed",
+    )
     return Capacity(
         blocks=message.blocks,
         block_size=message.block_size,
         max_sequences=message.max_sequences,
         max_sequence_tokens=message.max_sequence_tokens,
         cp=_cp(layout),
+        dp=dp,
     )
 
 
-def _layout(message: kv_pb2.KvLayout, role: Role) -> Layout:
+def _layout(message: kv_pb2.KvLayout, role: Role, dp: int) -> Layout:
     shape = message.shape
     for name in ("layers", "kv_heads", "head_size"):
         value = getattr(shape, name)
@@ -168,7 +176,7 @@ def _layout(message: kv_pb2.KvLayout, role: Role) -> Layout:
         )
     return Layout(
         shape=(shape.layers, shape.kv_heads, shape.head_size, shape.dtype),
-        summary=_summary(message),
+        summary=_summary(message, dp),
         wire=message.SerializeToString(),
         cp=_cp(message),
     )
@@ -178,12 +186,12 @@ def _cp(message: kv_pb2.KvLayout) -> int:
     return max([1, *(shard.cp_size for shard in message.shards)])
 
 
-def _summary(message: kv_pb2.KvLayout) -> str:
+def _summary(message: kv_pb2.KvLayout, dp: int) -> str:
     """Returns the short form that people read, "cp4 tp2"; parts of one are left out, but tp."""
     cp = _cp(message)
     pp = len({(shard.layers.begin, shard.layers.end) for shard in message.shards})
-    tp = max(1, len(message.shards) // (cp * pp))
-    parts = [f"{name}{size}" for name, size in (("cp", cp), ("pp", pp)) if size > 1]
+    tp = max(1, len(message.shards) // (cp * pp * dp))
+    parts = [f"{name}{size}" for name, size in (("dp", dp), ("cp", cp), ("pp", pp)) if size > 1]
     return " ".join([*parts, *([f"tp{tp}"] if tp > 1 or not parts else [])])
 
 

@@ -4,9 +4,9 @@ Decode instances promise blocks and batch slots, prefill instances owe prompt to
 has no clock, does no I/O and does not decide: `policy` picks a place, the ledger holds it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class LedgerError(Exception):
@@ -22,13 +22,22 @@ class InstanceKey(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What an instance said it can hold. A block is a grain of tokens on each of `cp` ranks."""
+    """What an instance said it can hold. A block is a grain of tokens on each of `cp` ranks.
+
+    Each of `dp` ranks has as many of the blocks, and a sequence is on one of them.
+    """
 
     blocks: int
     block_size: int
     max_sequences: int
     max_sequence_tokens: int
     cp: int = 1
+    dp: int = 1
+
+    @property
+    def dp_blocks(self) -> int:
+        """Blocks of each dp rank."""
+        return self.blocks // self.dp
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -36,7 +45,7 @@ class Capacity:
     @property
     def largest_sequence(self) -> int:
         """Tokens of the longest sequence that an otherwise empty instance can hold."""
-        return min(self.max_sequence_tokens, self.blocks * self.block_size)
+        return min(self.max_sequence_tokens, self.dp_blocks * self.block_size)
 
     def shares(self, tokens: int, first: int) -> list[int]:
         """Returns how many of a sequence's first tokens each cp rank has.
@@ -69,8 +78,12 @@ class Need:
         return self.max_new_tokens > 1
 
 
-# How many tokens of a request's prompt an instance is thought to have in its prefix cache.
-CachedTokens = Callable[[InstanceKey], int]
+class CachedTokens(Protocol):
+    """How many tokens of a request's prompt an instance is thought to have in its prefix cache."""
+
+    def __call__(self, key: InstanceKey, dp_rank: int = 0) -> int:
+        """Return those of an instance, and of one of its dp ranks."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,23 +91,26 @@ class Placement:
     """Where a request goes. `decode` is None where prefill alone answers it.
 
     `cached_tokens` of its prompt are thought to be at prefill already, which does not owe them.
-    `cp_first` is the cp rank that is to have its first tokens, None where load is not to say.
+    `cp_first` is the cp rank that is to have its first tokens, None where load is not to say, and
+    `dp_rank` decode's dp rank.
     """
 
     prefill: InstanceKey
     decode: InstanceKey | None
     cached_tokens: int = 0
     cp_first: int | None = None
+    dp_rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeView:
-    """A decode instance as a policy sees it."""
+    """A dp rank of a decode instance as a policy sees it; `sequences` are all of the instance's."""
 
     key: InstanceKey
     capacity: Capacity
     free_blocks: int
     sequences: int
+    dp_rank: int = 0
 
     def fits(self, need: Need) -> bool:
         return (
@@ -162,6 +178,26 @@ class _Account:
 
 
 @dataclass
+class _DecodeAccount(_Account):
+    """Amounts are blocks, of one dp rank each."""
+
+    dp_rank_of: dict[int, int] = field(default_factory=dict)
+    of_ranks: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.of_ranks = [0] * self.capacity.dp
+
+    def take(self, request_id: int, blocks: int, dp_rank: int) -> None:
+        self.enter(request_id, blocks)
+        self.dp_rank_of[request_id] = dp_rank
+        self.of_ranks[dp_rank] += blocks
+
+    def strike(self, request_id: int) -> None:
+        self.of_ranks[self.dp_rank_of.pop(request_id)] -= self.entries[request_id]
+        super().strike(request_id)
+
+
+@dataclass
 class _PrefillAccount(_Account):
     """Amounts are tokens; each cp rank has a part of them."""
 
@@ -197,7 +233,7 @@ class Ledger:
 
     def __init__(self, *, max_prefill_requests: int) -> None:
         self._max_prefill_requests = max_prefill_requests
-        self._decodes: dict[InstanceKey, _Account] = {}
+        self._decodes: dict[InstanceKey, _DecodeAccount] = {}
         self._prefills: dict[InstanceKey, _PrefillAccount] = {}
         self._decode_of: dict[int, InstanceKey] = {}
         self._prefill_of: dict[int, InstanceKey] = {}
@@ -206,7 +242,7 @@ class Ledger:
 
     def add_decode(self, key: InstanceKey, capacity: Capacity) -> None:
         self._check_new(key)
-        self._decodes[key] = _Account(capacity)
+        self._decodes[key] = _DecodeAccount(capacity)
 
     def add_prefill(self, key: InstanceKey, capacity: Capacity) -> None:
         self._check_new(key)
@@ -245,11 +281,13 @@ class Ledger:
             DecodeView(
                 key=key,
                 capacity=account.capacity,
-                free_blocks=account.capacity.blocks - account.total,
+                free_blocks=account.capacity.dp_blocks - held,
                 sequences=len(account.entries),
+                dp_rank=dp_rank,
             )
             for key, account in self._decodes.items()
             if account.takes_new
+            for dp_rank, held in enumerate(account.of_ranks)
         ]
 
     def prefills(self) -> list[PrefillView]:
@@ -294,7 +332,7 @@ class Ledger:
         if len(prefill.entries) >= self._max_prefill_requests:
             return False
         if placement.decode is not None and not self._reserve_blocks(
-            request_id, need, placement.decode
+            request_id, need, placement.decode, placement.dp_rank
         ):
             return False
         cached, first = placement.cached_tokens, placement.cp_first or 0
@@ -302,7 +340,7 @@ class Ledger:
         self._prefill_of[request_id] = placement.prefill
         return True
 
-    def _reserve_blocks(self, request_id: int, need: Need, key: InstanceKey) -> bool:
+    def _reserve_blocks(self, request_id: int, need: Need, key: InstanceKey, dp_rank: int) -> bool:
         account = self._decodes.get(key)
         if account is None or not account.takes_new:
             return False
@@ -310,10 +348,10 @@ class Ledger:
         if (
             need.total_tokens > account.capacity.largest_sequence
             or len(account.entries) >= account.capacity.max_sequences
-            or account.total + blocks > account.capacity.blocks
+            or account.of_ranks[dp_rank] + blocks > account.capacity.dp_blocks
         ):
             return False
-        account.enter(request_id, blocks)
+        account.take(request_id, blocks, dp_rank)
         self._decode_of[request_id] = key
         return True
 
@@ -353,7 +391,12 @@ class Ledger:
                 raise LedgerError(f"{key.name}: the ranks' sums are {owing.of_ranks}")
         for key, account in self._decodes.items():
             capacity = account.capacity
-            if account.total > capacity.blocks or len(account.entries) > capacity.max_sequences:
+            of_ranks = [0] * capacity.dp
+            for request_id, dp_rank in account.dp_rank_of.items():
+                of_ranks[dp_rank] += account.entries[request_id]
+            if of_ranks != account.of_ranks:
+                raise LedgerError(f"{key.name}: the dp ranks' sums are {account.of_ranks}")
+            if max(of_ranks) > capacity.dp_blocks or len(account.entries) > capacity.max_sequences:
                 raise LedgerError(f"{key.name}: more is promised than it has")
 
 

@@ -65,7 +65,12 @@ class LeastLoaded:
         )
         decode = min(
             roomy,
-            key=lambda d: (-d.room(cached_tokens(d.key)), d.sequences, d.key),
+            key=lambda d: (
+                -d.room(cached_tokens(d.key, d.dp_rank)),
+                d.sequences,
+                d.key,
+                d.dp_rank,
+            ),
             default=None,
         )
         return Placement(
@@ -73,6 +78,7 @@ class LeastLoaded:
             decode=decode.key if decode is not None else None,
             cached_tokens=cached[prefill.key],
             cp_first=first if _is_short(prefill, need) else None,
+            dp_rank=decode.dp_rank if decode is not None else 0,
         )
 
 

@@ -92,14 +92,15 @@ class PrefixIndex:
         """
         chains: dict[tuple[bytes, int, int], _Chain] = {}
 
-        def cached_tokens(key: InstanceKey) -> int:
+        def cached_tokens(key: InstanceKey, dp_rank: int = 0) -> int:
             known = self._known.get(key)
             if known is None or not known.keys:
                 return 0
             instance = known.instance
             named = (
                 instance.prefix_seed,
-                cp_first(instance, request),
+                # Prefill has no dp ranks, and decode no cp ranks.
+                cp_first(instance, request) + dp_rank,
                 instance.capacity.block_size,
             )
             if named not in chains:

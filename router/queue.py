@@ -42,7 +42,7 @@ class Waiting:
     need: Need
     priority: int
     start_by: float
-    cached_tokens: CachedTokens = lambda _: 0
+    cached_tokens: CachedTokens = lambda key, dp_rank=0: 0
     # Instances that failed this request before; taken only where there is no other.
     avoid: frozenset[InstanceKey] = frozenset()
     # Goes on with a request that holds decode's room or whose client has begun to read: ahead of

@@ -267,6 +267,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
                 block_size=instance.capacity.block_size,
                 max_sequences=instance.capacity.max_sequences,
                 max_sequence_tokens=instance.capacity.max_sequence_tokens,
+                dp=instance.capacity.dp,
             ),
             blocks=worker_pb2.BlockCounts(**dataclasses.asdict(member.heartbeat.blocks)),
             running=member.heartbeat.running,

@@ -125,7 +125,7 @@ class Router:
         self.metrics.watch(
             "ledger_total_blocks",
             "KV blocks of the decode pool.",
-            lambda: sum(d.capacity.blocks for d in ledger.decodes()),
+            lambda: sum(d.capacity.dp_blocks for d in ledger.decodes()),
         )
         self.metrics.watch(
             "prefill_outstanding_tokens",

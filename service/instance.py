@@ -26,7 +26,7 @@ from twinpool.v1 import common_pb2, worker_pb2
 from engine.config import ModelConfig, load_config
 from engine.errors import EngineError
 from engine.kvcache import Allocate
-from engine.parallel import Collectives, Layout
+from engine.parallel import Collectives, ExpertGroup, Layout
 from engine.ring.calibrate import MOST_GRAIN, Greatest, Trial
 from engine.ring.comm import Wire
 from engine.runner import ModelRunner
@@ -69,6 +69,8 @@ class Part:
 
     layout: Layout = field(default_factory=Layout)
     ranks: Collectives | None = None
+    experts: ExpertGroup | None = None
+    dispatch: str = "auto"
     ring: Wire | None = None
     ring_mode: str = "auto"
     stages: Wire | None = None
@@ -97,7 +99,7 @@ class Model:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in the instance's cache, each over all of its cp ranks."""
+        """Blocks in the cache, each over all of its cp ranks; each dp rank has as many."""
         return self.runner.num_blocks
 
     @property
@@ -149,6 +151,8 @@ def load_model(
                 block_size=settings.block_size,
                 layout=part.layout,
                 ranks=part.ranks,
+                experts=part.experts,
+                dispatch=part.dispatch,
                 ring=part.ring,
                 ring_mode=part.ring_mode,
                 stages=part.stages,
@@ -246,10 +250,11 @@ def make_hello(
         model=model.description,
         layout=layout_to_wire(model.layout, data_addresses),
         capacity=worker_pb2.Capacity(
-            blocks=model.num_blocks,
+            blocks=model.num_blocks * model.part.layout.dp,
             block_size=model.block_tokens,
             max_sequences=max_sequences,
             max_sequence_tokens=model.max_sequence_tokens,
+            dp=model.part.layout.dp,
         ),
         data_token=data_token,
         version=server_version(),

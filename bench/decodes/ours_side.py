@@ -170,10 +170,10 @@ class Ours:
     ) -> Worker:
         """Return a step loop, not started yet, that has all sequences to run."""
         steps_of = Steps(RankCompute(self._runner))
-        pool = BlockPool(self._runner.num_blocks)
         admission = Admission(
-            pool=pool,
-            prefixes=Prefixes(pool, layers=self._runner.config.num_layers),
+            prefixes=[
+                Prefixes(BlockPool(self._runner.num_blocks), layers=self._runner.config.num_layers)
+            ],
             block_size=BLOCK_SIZE,
             max_sequences=len(last_tokens),
             revoke=lambda transfer_id: None,

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from math import prod
 
 import numpy as np
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 from twinpool.v1 import rank_pb2_grpc
 
-from engine.collectives import GroupCollectives
+from engine.collectives import GroupCollectives, GroupExperts
 from engine.config import load_config
 from engine.errors import EngineError
 from engine.parallel import Layout
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 _MEETING = timedelta(minutes=30)
 # A rank that takes part in a step and is not heard of for so long has a broken network.
 _STEP_TIMEOUT_S = 60.0
+_STEP_TIMEOUT = timedelta(seconds=_STEP_TIMEOUT_S)
 _END_S = 5.0
 _ADDRESS, _SECRET = "leader", "secret"
 
@@ -105,12 +107,14 @@ def take_part(settings: RanksConfig, rank: int, store: Store) -> Part:
         "gloo", store=store, rank=rank, world_size=settings.ranks, timeout=_MEETING
     )
     layout = layout_of(settings, rank)
-    groups = {axis: _group(settings, rank, axis) for axis in settings.axes}
+    groups = {axis: _group(settings, rank, (axis,)) for axis in settings.axes}
+    of_experts = _group(settings, rank, ("dp", "tp")) if layout.ep > 1 or layout.dp > 1 else None
     # The last stage is told of a step when the first one is, and waits for all between them.
     through_s = _STEP_TIMEOUT_S * layout.pp
     return Part(
         layout=layout,
         ranks=GroupCollectives(groups["tp"]) if layout.tp > 1 else None,
+        experts=GroupExperts(of_experts) if of_experts is not None else None,
         ring=Wire(GroupComm(groups["cp"], _STEP_TIMEOUT_S)) if layout.cp > 1 else None,
         stages=Wire(GroupComm(groups["pp"], through_s)) if layout.pp > 1 else None,
         rank=rank,
@@ -124,14 +128,15 @@ def _places(settings: RanksConfig) -> NDArray[np.int64]:
     return np.arange(settings.ranks).reshape(tuple(settings.axes.values()))
 
 
-def _group(settings: RanksConfig, rank: int, axis: str) -> dist.ProcessGroup:
-    """Make the groups of ranks that differ in one axis only; return this rank's.
+def _group(settings: RanksConfig, rank: int, axes: tuple[str, ...]) -> dist.ProcessGroup:
+    """Make the groups of ranks that differ in some axes only; return this rank's.
 
     Every rank makes every group, in one order.
     """
-    places = np.moveaxis(_places(settings), list(settings.axes).index(axis), -1)
-    lines = places.reshape(-1, places.shape[-1]).tolist()
-    groups = [(line, dist.new_group(line)) for line in lines]
+    last = [list(settings.axes).index(axis) for axis in axes]
+    places = np.moveaxis(_places(settings), last, range(-len(last), 0))
+    lines = places.reshape(-1, prod(settings.axes[axis] for axis in axes)).tolist()
+    groups = [(line, dist.new_group(line, timeout=_STEP_TIMEOUT)) for line in lines]
     own: dist.ProcessGroup = next(group for line, group in groups if rank in line)
     return own
 

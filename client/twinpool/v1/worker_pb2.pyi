@@ -193,12 +193,17 @@ class Capacity(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
+    DP_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
     block_size: _builtins.int
     """Tokens of a block of the whole instance: with context parallelism a multiple of the layout's."""
     max_sequences: _builtins.int
     max_sequence_tokens: _builtins.int
     """Tokens one sequence may have here at most."""
+    dp: _builtins.int
+    """Parts that the blocks are in, as many in each; a sequence is in one of them: the dp ranks of a
+    decode instance. 0 is 1.
+    """
     def __init__(
         self,
         *,
@@ -206,10 +211,11 @@ class Capacity(_message.Message):
         block_size: _builtins.int = ...,
         max_sequences: _builtins.int = ...,
         max_sequence_tokens: _builtins.int = ...,
+        dp: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "max_sequence_tokens", b"max_sequence_tokens", "max_sequences", b"max_sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "dp", b"dp", "max_sequence_tokens", b"max_sequence_tokens", "max_sequences", b"max_sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -934,6 +940,7 @@ class ReserveRequest(_message.Message):
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    DP_RANK_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     router_id: _builtins.str
     """Which router's Run stream the tokens go to, and whose end releases the reservation."""
@@ -945,6 +952,8 @@ class ReserveRequest(_message.Message):
     prefill_epoch: _builtins.int
     cache_salt: _builtins.str
     """As in GenerateRequest."""
+    dp_rank: _builtins.int
+    """Which of the instance's dp ranks is to have the sequence."""
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...
     @_builtins.property
@@ -982,10 +991,11 @@ class ReserveRequest(_message.Message):
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         cache_salt: _builtins.str = ...,
         output_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        dp_rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefill_layout", b"prefill_layout", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "output_token_ids", b"output_token_ids", "prefill_epoch", b"prefill_epoch", "prefill_instance", b"prefill_instance", "prefill_layout", b"prefill_layout", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sampling", b"sampling", "stop", b"stop", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "dp_rank", b"dp_rank", "output_token_ids", b"output_token_ids", "prefill_epoch", b"prefill_epoch", "prefill_instance", b"prefill_instance", "prefill_layout", b"prefill_layout", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sampling", b"sampling", "stop", b"stop", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,5 +1,6 @@
 """Reservations hold what they promise, and give it back whatever happens."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,10 +32,8 @@ def reservation(request_id: int, tokens: int = 6, router_id: str = "r") -> Reser
 
 def make(**changes: Any) -> tuple[Admission, list[int]]:
     revoked: list[int] = []
-    pool = BlockPool(BLOCKS)
     arguments = {
-        "pool": pool,
-        "prefixes": Prefixes(pool, layers=2),
+        "prefixes": [Prefixes(BlockPool(BLOCKS), layers=2)],
         "block_size": BLOCK_SIZE,
         "max_sequences": 4,
         "revoke": revoked.append,
@@ -52,6 +51,20 @@ def test_sequence_runs_only_when_its_kv_and_its_first_token_are_there() -> None:
     assert admission.complete(two.transfer.transfer_id) is None
     assert admission.activate(2, 9)
     assert one.state is two.state is State.RUNNING
+
+
+def test_dp_ranks_have_blocks_of_their_own() -> None:
+    stores = [Prefixes(BlockPool(2), layers=2, dp_rank=rank) for rank in range(2)]
+    admission, _ = make(prefixes=stores)
+    first = admission.reserve(reservation(1))
+    with pytest.raises(NoRoom):
+        admission.reserve(reservation(2))
+    second = admission.reserve(replace(reservation(2), dp_rank=1))
+    assert (first.blocks, second.blocks) == ([0, 1], [0, 1])
+    assert (admission.counts().total, admission.counts().reserved) == (4, 4)
+    admission.check_integrity()
+    admission.end(1)
+    assert [store.pool.counts().reserved for store in stores] == [0, 2]
 
 
 def test_second_activation_changes_nothing() -> None:

@@ -138,11 +138,9 @@ async def test_revoking_what_is_over_changes_nothing() -> None:
     assert group.agent.calls == [("open", 1)]
 
 
-def record() -> SequenceRecord:
-    pool = BlockPool(8)
+def record(dp_rank: int = 0) -> SequenceRecord:
     admission = Admission(
-        pool=pool,
-        prefixes=Prefixes(pool, layers=2),
+        prefixes=[Prefixes(BlockPool(8), layers=2)] * 2,
         block_size=4,
         max_sequences=4,
         revoke=lambda _: None,
@@ -159,6 +157,7 @@ def record() -> SequenceRecord:
             ),
             stop=StopCriteria(max_new_tokens=7, min_new_tokens=2, stop_token_ids=frozenset((8,))),
             ttl_s=10.0,
+            dp_rank=dp_rank,
         )
     )
 
@@ -192,8 +191,7 @@ def test_grant_arrives_as_it_was() -> None:
 def test_others_of_the_dp_rank_hear_of_a_sequence_and_all_of_steps(dp_rank: int) -> None:
     followers, taken = FakeFollowers(), list[tuple[int, int, Part]]()
     others = OtherRanks(SETTINGS, followers, lambda *part: taken.append(part))  # type: ignore[arg-type]
-    sequence = record()
-    sequence.dp_rank = dp_rank
+    sequence = record(dp_rank)
     others.add(sequence)
     others.step(1, [[], []])
     others.remove(sequence.request_id)

@@ -46,8 +46,7 @@ class Instance:
     def __init__(self, drain_timeout_s: float = 30.0) -> None:
         self.worker, self.receiver = StubWorker(), StubReceiver()
         self.admission = Admission(
-            pool=(pool := BlockPool(BLOCKS)),
-            prefixes=Prefixes(pool, layers=2),
+            prefixes=[Prefixes(BlockPool(BLOCKS), layers=2)],
             block_size=BLOCK_SIZE,
             max_sequences=4,
             revoke=self._revoke,

@@ -23,8 +23,7 @@ def make(*, caches: bool = True, blocks: int = BLOCKS) -> Admission:
     keys = PrefixKeys(seed=b"model")
     cache = PrefixCache(pool, block_size=BLOCK_SIZE, keys=keys) if caches else None
     return Admission(
-        pool=pool,
-        prefixes=Prefixes(pool, cache=cache, layers=LAYERS),
+        prefixes=[Prefixes(pool, cache=cache, layers=LAYERS)],
         block_size=BLOCK_SIZE,
         max_sequences=8,
         revoke=lambda _: None,

@@ -43,8 +43,7 @@ class Reuse(RuleBasedStateMachine):
         keys = PrefixKeys(seed=b"model")
         self.cache = PrefixCache(self.pool, block_size=SIZE, keys=keys)
         self.admission = Admission(
-            pool=self.pool,
-            prefixes=Prefixes(self.pool, cache=self.cache, layers=LAYERS),
+            prefixes=[Prefixes(self.pool, cache=self.cache, layers=LAYERS)],
             block_size=SIZE,
             max_sequences=5,
             revoke=self.revoked.add,

@@ -56,8 +56,7 @@ class System:
     def __init__(self, depth: int = 1) -> None:
         self.compute = Controlled(depth)
         self.admission = Admission(
-            pool=(pool := BlockPool(64)),
-            prefixes=Prefixes(pool, layers=2),
+            prefixes=[Prefixes(BlockPool(64), layers=2)],
             block_size=4,
             max_sequences=16,
             revoke=lambda _: None,

@@ -203,7 +203,7 @@ class LedgerAndQueue(RuleBasedStateMachine):
             need=need(prompt, new),
             priority=priority,
             start_by=start_by,
-            cached_tokens=lambda key: cached * (key.epoch % 3),
+            cached_tokens=lambda key, dp_rank=0: cached * (key.epoch % 3),
         )
         if len(self.waiting) == 5:
             with pytest.raises(QueueFull):
@@ -270,3 +270,20 @@ class LedgerAndQueue(RuleBasedStateMachine):
 
 TestLedgerAndQueue: Any = LedgerAndQueue.TestCase
 TestLedgerAndQueue.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_sequence_must_fit_one_dp_rank() -> None:
+    book = Ledger(max_prefill_requests=9)
+    book.add_prefill(PREFILL, capacity(1000))
+    book.add_decode(DECODE, replace(capacity(8), dp=2))
+    assert book.largest_request_tokens() == 4 * 16
+    first, second = (replace(PLACE, dp_rank=dp_rank) for dp_rank in range(2))
+    assert book.try_reserve(1, need(33, 15), first)  # three blocks
+    assert book.try_reserve(2, need(33, 15), second)
+    # Two blocks are left, but one on each.
+    assert not book.try_reserve(3, need(17, 15), first)
+    assert not book.try_reserve(3, need(17, 15), second)
+    assert [(view.dp_rank, view.free_blocks) for view in book.decodes()] == [(0, 1), (1, 1)]
+    book.release(2)
+    assert [view.free_blocks for view in book.decodes()] == [1, 4]
+    book.check_integrity()

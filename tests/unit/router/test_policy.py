@@ -46,7 +46,9 @@ def chosen(
     need: Need = NEED,
     cached: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[str, str] | None:
-    placement = LeastLoaded().choose(prefills, decodes, need, lambda key: cached.get(key.name, 0))
+    placement = LeastLoaded().choose(
+        prefills, decodes, need, lambda key, dp_rank=0: cached.get(key.name, 0)
+    )
     if placement is None:
         return None
     return placement.prefill.name, placement.decode.name if placement.decode else ""
@@ -88,7 +90,7 @@ def test_cached_beginning_is_worth_the_tokens_it_saves(queue: int, winner: str) 
 
 def beginning(prefills: list[PrefillView], tokens: int) -> tuple[str, int | None]:
     need = Need(prompt_tokens=tokens, max_new_tokens=1)
-    placement = LeastLoaded().choose(prefills, [], need, lambda _: 0)
+    placement = LeastLoaded().choose(prefills, [], need, lambda key, dp_rank=0: 0)
     assert placement is not None
     return placement.prefill.name, placement.cp_first
 
@@ -120,13 +122,15 @@ def test_full_holder_is_passed_by() -> None:
 def test_placement_says_what_is_thought_to_be_cached_where_it_goes() -> None:
     cached = {"a": 4, "b": 16, "x": 8}
     views = [prefill("a"), prefill("b")]
-    placement = LeastLoaded().choose(views, [decode("x")], NEED, lambda key: cached[key.name])
+    placement = LeastLoaded().choose(
+        views, [decode("x")], NEED, lambda key, dp_rank=0: cached[key.name]
+    )
     assert placement is not None
     assert (placement.prefill.name, placement.cached_tokens) == ("b", 16)
 
 
 def test_cache_is_not_asked_where_no_decode_instance_has_room() -> None:
-    def never(key: InstanceKey) -> int:
+    def never(key: InstanceKey, dp_rank: int = 0) -> int:
         raise AssertionError(key)
 
     assert LeastLoaded().choose([prefill("a")], [decode("x", free=0)], NEED, never) is None
@@ -184,7 +188,7 @@ def test_prompts_that_all_begin_alike_are_not_all_given_to_their_holder(
             ledger.prefills(),
             ledger.decodes(),
             need,
-            lambda key: known if key.name == "holder" else 0,
+            lambda key, dp_rank=0: known if key.name == "holder" else 0,
         )
         assert placement is not None
         assert ledger.try_reserve(request_id, need, placement)
