@@ -156,7 +156,7 @@ class Worker:
             elif isinstance(item, _Abort):
                 self._end(item.request_id)
             elif self._admission.holds(item):  # else an abort overtook the announcement
-                self._scheduler.add(item)
+                self._scheduler.add(item, self._admission.running(item).dp_rank)
 
     def _begin(self) -> bool:
         """Begin a step, if there may be another one and there is a sequence for it."""

@@ -53,10 +53,10 @@ class Controlled:
 class System:
     """A worker with everything but a model."""
 
-    def __init__(self, depth: int = 1) -> None:
+    def __init__(self, depth: int = 1, dp: int = 1) -> None:
         self.compute = Controlled(depth)
         self.admission = Admission(
-            prefixes=[Prefixes(BlockPool(64), layers=2)],
+            prefixes=[Prefixes(BlockPool(64), layers=2) for _ in range(dp)],
             block_size=4,
             max_sequences=16,
             revoke=lambda _: None,
@@ -68,7 +68,7 @@ class System:
         self.worker = Worker(
             compute=self.compute,
             admission=self.admission,
-            scheduler=Scheduler(max_batch=8, depth=depth),
+            scheduler=Scheduler(max_batch=8, dp=dp, depth=depth),
             emit=self._emit,
             on_fatal=self.fatal.append,
         )
@@ -82,7 +82,9 @@ class System:
         with self._emitted:
             assert self._emitted.wait_for(condition, WAIT_S)
 
-    def run(self, request_id: int, max_new_tokens: int = 4, router_id: str = "r") -> None:
+    def run(
+        self, request_id: int, max_new_tokens: int = 4, router_id: str = "r", dp_rank: int = 0
+    ) -> None:
         record = self.admission.reserve(
             Reservation(
                 request_id=request_id,
@@ -92,6 +94,7 @@ class System:
                 sampling=SamplingParams(),
                 stop=StopCriteria(max_new_tokens=max_new_tokens),
                 ttl_s=60,
+                dp_rank=dp_rank,
             )
         )
         self.admission.activate(request_id, 100 * request_id)
@@ -139,6 +142,17 @@ def test_rows_say_what_is_in_the_cache(system: System) -> None:
     finish(system, 3)
     rows: Sequence[Rows] = system.compute.begun
     assert [tuple(of[0][0]) for of in rows] == [(1, 100, 5), (1, 101, 6), (1, 102, 7)]
+
+
+def test_each_dp_rank_steps_with_its_own() -> None:
+    system = System(dp=2)
+    system.run(1, max_new_tokens=3)
+    system.run(2, max_new_tokens=2, dp_rank=1)
+    system.worker.start()
+    finish(system, 2)
+    rows = [[[row.request_id for row in of] for of in step] for step in system.compute.begun]
+    assert rows == [[[1], [2]], [[1], []]]
+    assert (system.tokens(1), system.tokens(2)) == ([101, 102], [201])
 
 
 @pytest.mark.parametrize("depth", [1, 2])
