@@ -16,7 +16,7 @@ from engine.config import ModelConfig
 from engine.dispatch import AUTO as AUTO_DISPATCH
 from engine.dispatch import ExpertMap, dispatch_for
 from engine.errors import BatchError, UnsupportedError
-from engine.kernels import attention_kernel
+from engine.kernels import argmax_kernel, attention_kernel
 from engine.kvcache import Allocate, KVCache
 from engine.layers.attention import Attend, Pass
 from engine.layers.layer import Placement
@@ -218,6 +218,7 @@ class ModelRunner:
 
         Writes into block 0 upwards and zeroes it again: call it before any sequence runs.
         """
+        argmax_kernel(self._placement.device)  # sampling's, which may have to be compiled
         for tokens in _WARM_UP_TOKENS:
             tokens = min(tokens * self._dealing.ranks, self.num_blocks * self.block_tokens)
             blocks = range(-(-tokens // self.block_tokens))
@@ -259,7 +260,7 @@ class ModelRunner:
         last = batch.last
         if last is None:
             return None
-        decode = replace(batch, decode=last.groups, prefill=())
+        decode = replace(batch, decode=last.rows, prefill=())
 
         def attend_last(layer: int, q_SNH: Tensor) -> Tensor:
             runs = self.cache.runs[layer]
@@ -287,6 +288,7 @@ class ModelRunner:
             cache=self.cache,
             attend=attend,
             attend_last=attend_last,
+            decode=None if batch.prefill else batch.decode,
             on_layer=on_layer,
             most_rows=most_rows,
         )
@@ -304,6 +306,7 @@ class ModelRunner:
             cache=ring.cache,
             attend=ring.attention(made, self._num_heads),
             attend_last=None,  # every rank's part of the ring is all of its queries
+            decode=None,
             on_layer=on_layer,
             most_rows=len(made.token_ids_T),
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import SamplingError
+from engine.kernels import argmax_kernel
 from engine.philox import uniforms
 
 _SEED_LIMIT = 1 << 64
@@ -186,7 +187,7 @@ def _choose(logits_SV: Tensor, states: Sequence[SequenceState]) -> list[int]:
         for row, state in enumerate(states):
             if not state.is_plain:
                 state.adjust(logits_SV[row])
-    token_ids: list[int] = logits_SV.argmax(-1).tolist()
+    token_ids = argmax_kernel(logits_SV.device)(logits_SV)
     rows = [row for row, state in enumerate(states) if state.params.temperature]
     filtered = [row for row in rows if states[row].params.top_k or states[row].params.top_p < 1]
     for chosen in (filtered, [row for row in rows if row not in set(filtered)]):

@@ -5,6 +5,6 @@ Knows nothing of what the code does, nor of what is to be done where there can b
 
 from native.cache import cache_folder
 from native.errors import NativeError
-from native.library import OPENMP, load, load_if_possible
+from native.library import OPENMP, cpu_flags, load, load_if_possible
 
-__all__ = ["OPENMP", "NativeError", "cache_folder", "load", "load_if_possible"]
+__all__ = ["OPENMP", "NativeError", "cache_folder", "cpu_flags", "load", "load_if_possible"]

@@ -42,30 +42,30 @@ _LANGUAGES = {
 
 @cache
 def load_if_possible(
-    source: Path, cpu_flags: frozenset[str], options: tuple[str, ...], otherwise: str
+    source: Path, needed: frozenset[str], options: tuple[str, ...], otherwise: str
 ) -> ctypes.CDLL | None:
     """Do as `load` does, once; where that is not possible, return None.
 
     The log then says why, after what happens `otherwise`.
     """
     try:
-        return load(source, cpu_flags, options)
+        return load(source, needed, options)
     except NativeError as exc:
         logger.info("%s: %s", otherwise, exc)
         return None
 
 
-def load(source: Path, cpu_flags: Set[str], options: Sequence[str] = ()) -> ctypes.CDLL:
+def load(source: Path, needed: Set[str], options: Sequence[str] = ()) -> ctypes.CDLL:
     """Return the library made of a C or C++ file; compiled at a machine's first call, then kept.
 
     `options` are more of the compiler's. Raises NativeError, which says why, where the
-    processor lacks one of `cpu_flags`, where there is no compiler or place to keep the library, or
+    processor lacks one of `needed`, where there is no compiler or place to keep the library, or
     where TWINPOOL_NATIVE is 0.
     """
     if os.environ.get(_SWITCH, "1") == "0":
         raise NativeError(f"{_SWITCH} is 0")
-    found = _cpu_flags()
-    if missing := cpu_flags - found:
+    found = cpu_flags()
+    if missing := needed - found:
         raise NativeError(f"the processor has no {', '.join(sorted(missing))}")
     folder = _folder()
     language = _LANGUAGES[source.suffix]
@@ -73,13 +73,18 @@ def load(source: Path, cpu_flags: Set[str], options: Sequence[str] = ()) -> ctyp
     problems = []
     for compiler in _compilers(language):
         try:
-            made_of = source.read_bytes(), sorted(found), compiler, flags, _version(compiler)
+            made_of = _texts(source), sorted(found), compiler, flags, _version(compiler)
             name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
             return _loaded(folder / f"{name}.so", [*compiler, *flags, str(source)])
         except (OSError, subprocess.SubprocessError) as exc:
             problems.append(f"{shlex.join(compiler)}: {_said(exc)}")
     tried = ", ".join((language.variable, *language.compilers))
     raise NativeError("; ".join(problems) or f"there is no {language.name} compiler ({tried})")
+
+
+def _texts(source: Path) -> list[bytes]:
+    """Return the content of a file and of all headers beside it."""
+    return [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
 
 
 def _version(compiler: Sequence[str]) -> bytes:
@@ -118,7 +123,8 @@ def _compilers(language: _Language) -> Iterator[list[str]]:
             yield [program, *words[1:]]
 
 
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
+    """Return what the processor can do, as Linux calls it; nothing where that cannot be known."""
     try:
         lines = _CPU_INFO.read_text().splitlines()
     except OSError:

@@ -12,9 +12,22 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.errors import UnsupportedError
-from engine.kernels import attention_cpu, experts_cpu, linear_cpu, rows_cpu
+from engine.kernels import argmax_cpu, attention_cpu, experts_cpu, linear_cpu, rows_cpu, step_cpu
 from engine.kernels.experts import ExpertsKernel
 from engine.kernels.rows import RowKernels
+from engine.kernels.step import Product, StepKernel
+
+__all__ = [
+    "AttentionKernel",
+    "Product",
+    "ProductKernel",
+    "argmax_kernel",
+    "attention_kernel",
+    "experts_kernel",
+    "product_kernel",
+    "row_kernels",
+    "step_kernel",
+]
 
 
 class AttentionKernel(Protocol):
@@ -32,13 +45,14 @@ class AttentionKernel(Protocol):
         ...
 
 
-Product = Callable[[Tensor], Tensor]
 ProductKernel = Callable[[Tensor], Product]  # a constant weight [O, I] -> x [T, I] -> [T, O]
 
 _ATTENTION: Mapping[str, Callable[[], AttentionKernel]] = {"cpu": attention_cpu.attention}
 _PRODUCT: Mapping[str, ProductKernel] = {"cpu": linear_cpu.product}
 _EXPERTS: Mapping[str, ExpertsKernel] = {"cpu": experts_cpu.experts}
 _ROWS: Mapping[str, Callable[[torch.dtype], RowKernels]] = {"cpu": rows_cpu.rows}
+_ARGMAX: Mapping[str, Callable[[], Callable[[Tensor], list[int]]]] = {"cpu": argmax_cpu.finder}
+_STEP: Mapping[str, StepKernel] = {"cpu": step_cpu.step}
 
 
 def attention_kernel(device: torch.device) -> AttentionKernel:
@@ -62,6 +76,19 @@ def experts_kernel(device: torch.device) -> ExpertsKernel:
 def row_kernels(device: torch.device, dtype: torch.dtype) -> RowKernels:
     """Return what is done to rows on a device by a model of this dtype; raises UnsupportedError."""
     return _ROWS[_supported(device)](dtype)
+
+
+def argmax_kernel(device: torch.device) -> Callable[[Tensor], list[int]]:
+    """Return what finds the greatest of each row of fp32 numbers, [S, V], on a device.
+
+    It is the first of equals, or of NaNs. Raises UnsupportedError where there is nothing.
+    """
+    return _ARGMAX[_supported(device)]()
+
+
+def step_kernel(device: torch.device) -> StepKernel:
+    """Return what joins layers on a device; raises UnsupportedError where there is nothing."""
+    return _STEP[_supported(device)]
 
 
 def _supported(device: torch.device) -> str:

@@ -3,15 +3,14 @@
 Legend: T tokens, S sequences, N query heads, G KV heads, R = N / G query heads that share a
 KV head, L cached tokens, H head size.
 
-Decode gathers the blocks of a group's sequences into [2, S, G, L, H] with one index_select,
-and runs one attention over the group. Blocks are head-major, so a view of the cache can only
-be attended block by block; with blocks of 16 tokens that measured 2 to 4 times slower than
-gathering whole runs, for contiguous extents too.
+In bf16 it is compiled code's, where the machine can have it: `decode_native` reads keys and values
+once, where they lie, `attention_native` brings those of a prompt into another order first.
 
-Prefill in bf16 is compiled code's, where the machine can have it (`attention_native`). Else it is
-torch's: batched matmuls over slices of the queries, which skip the keys after each slice, 1.5 to
-2.5 times the speed of torch's fused operator from 256 tokens on. softmax of a bf16 tensor computes
-in fp32 and rounds once.
+Else it is torch's. Decode gathers the blocks of a group's sequences into [2, S, G, L, H] with one
+index_select, and runs one attention over the group: block by block, as a view of the cache could
+be attended, measured 2 to 4 times slower with blocks of 16 tokens. Prefill is batched matmuls over
+slices of the queries, which skip the keys after each slice, 1.5 to 2.5 times the speed of torch's
+fused operator from 256 tokens on. softmax of a bf16 tensor computes in fp32 and rounds once.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +19,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from engine.batch import Batch, DecodeGroup, PrefillSpan
-from engine.kernels import attention_native
+from engine.batch import Batch, PrefillSpan
+from engine.decode_rows import DecodeGroup, DecodeRows
+from engine.kernels import attention_native, decode_native
 from engine.kernels.attention_native import Cached, Piece
 
 # Decoding sequences times their length. Up to here the fused operator wins (measured in bf16).
@@ -36,26 +36,34 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 def attention() -> Callable[[Tensor, Tensor, Batch, int], Tensor]:
     """Return `attend`; what it calls is compiled by now, where it can be."""
     attention_native.attention()
+    decode_native.attention()
     return attend
 
 
 def attend(qkv_TNH: Tensor, cache_runs: Tensor, batch: Batch, num_heads: int) -> Tensor:
     """Return causal attention, [T, num_heads * H]; see `AttentionKernel`."""
-    if len(batch.decode) == 1 and not batch.prefill:
-        return _decode(qkv_TNH[:, :num_heads], cache_runs, batch.decode[0])
     tokens, _, head_size = qkv_TNH.shape
     out_TNH = qkv_TNH.new_empty(tokens, num_heads, head_size)
-    for group in batch.decode:
-        rows = slice(group.begin, group.end)
-        decoded = _decode(qkv_TNH[rows, :num_heads], cache_runs, group)
-        out_TNH[rows] = decoded.view(-1, num_heads, head_size)
+    if batch.decode:
+        rows = slice(len(batch.decode))
+        _decode(qkv_TNH[rows, :num_heads], cache_runs, batch.decode, out_TNH[rows])
     if batch.prefill:
         _prefill(qkv_TNH, cache_runs, batch.prefill, out_TNH)
     return out_TNH.view(tokens, num_heads * head_size)
 
 
-def _decode(q_SNH: Tensor, cache_runs: Tensor, group: DecodeGroup) -> Tensor:
-    sequences, heads, head_size = q_SNH.shape
+def _decode(q_SNH: Tensor, cache_runs: Tensor, rows: DecodeRows, out_SNH: Tensor) -> None:
+    native = decode_native.attention()
+    if native is not None and attention_native.fits(q_SNH):
+        native(q_SNH, cache_runs, rows, out_SNH)
+        return
+    for group in rows.groups:
+        part = slice(group.begin, group.end)
+        out_SNH[part] = _decode_torch(q_SNH[part], cache_runs, group)
+
+
+def _decode_torch(q_SNH: Tensor, cache_runs: Tensor, group: DecodeGroup) -> Tensor:
+    sequences, _, head_size = q_SNH.shape
     kv = cache_runs.index_select(0, group.run_indices)
     if group.stale is not None:
         # Left from another sequence. A NaN there would survive a weight of zero.
@@ -69,7 +77,7 @@ def _decode(q_SNH: Tensor, cache_runs: Tensor, group: DecodeGroup) -> Tensor:
         if group.mask_S11L is not None:
             scores_SGRL += group.mask_S11L
         out_SGRH = torch.matmul(scores_SGRL.softmax(-1), v_SGLH)
-    merged: Tensor = out_SGRH.reshape(sequences, heads * head_size)
+    merged: Tensor = out_SGRH.reshape(q_SNH.shape)
     return merged
 
 

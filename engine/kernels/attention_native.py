@@ -19,8 +19,8 @@ from torch import Tensor
 from native import OPENMP, load_if_possible
 
 _SOURCE = Path(__file__).with_name("attention_cpu.cpp")
-_CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"))
-_HEAD_SIZES = range(16, 257, 16)
+CPU_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"))
+HEAD_SIZES = range(16, 257, 16)
 # Packed K and V that there are at once, unless one head has more.
 _PACKED_BYTES = 32 << 20
 # Multiplications below which waking another thread costs more than it brings: about 0.1 ms. To
@@ -160,7 +160,7 @@ def fits(*tensors: Tensor) -> bool:
     return all(
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
-        and x.shape[2] in _HEAD_SIZES
+        and x.shape[2] in HEAD_SIZES
         and x.stride()[1:] == (x.shape[2], 1)
         for x in tensors
     )
@@ -170,5 +170,5 @@ def fits(*tensors: Tensor) -> bool:
 def attention() -> NativeAttention | None:
     """Return the kernel, compiled if it has to be, or None where there can be none."""
     otherwise = "attention is computed with torch's operators"
-    compiled = load_if_possible(_SOURCE, _CPU_FLAGS, OPENMP, otherwise)
+    compiled = load_if_possible(_SOURCE, CPU_FLAGS, OPENMP, otherwise)
     return None if compiled is None else NativeAttention(compiled)

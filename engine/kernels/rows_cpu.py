@@ -20,7 +20,7 @@ from native import OPENMP, load_if_possible
 _SOURCE = Path(__file__).with_name("rows_cpu.cpp")
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 Foreign = Callable[..., Any]
-_MOST_HEAD = 1024  # as in rows_cpu.cpp
+_MOST_HEAD = 1024  # as in rows.h
 _OTHERWISE = "torch's operators do what is done to rows"
 
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.decode_rows import DecodeRows
 from engine.kernels import row_kernels
 from engine.kernels.rows import NormWeight
+from engine.kernels.step import AttentionWeights
 from engine.kvcache import KVCache
 from engine.layers.layer import Placement
 from engine.layers.linear import ColumnLinear, RowLinear
@@ -29,7 +31,8 @@ class Pass:
     `attend(l, qkv)` is causal attention of the new tokens, [T, N + X, H] to [T, N * H], once their
     K and V are in layer l of the cache; `on_layer(l)` is told when they are. `attend_last(l, q)`
     does the same for the wanted rows alone, of their queries, [S, N, H] to [S, N * H]; None where
-    attention needs those of all tokens. No dp rank has more than `most_rows` tokens.
+    attention needs those of all tokens. `decode` are the pass's rows where all of them are of
+    decoding sequences; else None. No dp rank has more than `most_rows` tokens.
     """
 
     token_ids_T: Tensor
@@ -38,6 +41,7 @@ class Pass:
     cache: KVCache
     attend: Attend
     attend_last: Attend | None
+    decode: DecodeRows | None
     on_layer: Callable[[int], None] | None
     most_rows: int
 
@@ -99,6 +103,12 @@ class Attention:
         # here: in fp32, and for free.
         k_norm_GH = self._k_norm.weight
         k_norm_GH *= self._head_size**0.5
+
+    def weights(self) -> AttentionWeights:
+        """Return what a step through all layers needs."""
+        return AttentionWeights(
+            qkv=[qkv.product for qkv in self._qkv], qk_norm=self._qk_norm, out=self._out.product
+        )
 
     def __call__(self, x_TD: Tensor, shared: Pass, wanted_S: Tensor | None) -> Tensor:
         """Return attention's output, [T, D]; with `wanted_S` that of these rows only."""

@@ -40,7 +40,7 @@ class ColumnLinear:
         self._input_size = input_size
         rows = sum(part.stop - part.start for _, _, part in self._outputs)
         self._weight = _Weight(rows, input_size, placement)
-        self._product: Product
+        self.product: Product
 
     def slots(self) -> Iterator[WeightSlot]:
         assert self._weight.loading_OI is not None
@@ -56,10 +56,10 @@ class ColumnLinear:
             begin = end
 
     def prepare(self) -> None:
-        self._product = self._weight.freeze()
+        self.product = self._weight.freeze()
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        return self._product(x_TI)
+        return self.product(x_TI)
 
 
 class RowLinear:
@@ -71,7 +71,7 @@ class RowLinear:
         self._part = placement.layout.tensor_part(input_size)
         self._add_up = placement.stream.add_up
         self._weight = _Weight(output_size, self._part.stop - self._part.start, placement)
-        self._product: Product
+        self.product: Product
 
     def slots(self) -> Iterator[WeightSlot]:
         assert self._weight.loading_OI is not None
@@ -83,7 +83,7 @@ class RowLinear:
         )
 
     def prepare(self) -> None:
-        self._product = self._weight.freeze()
+        self.product = self._weight.freeze()
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        return self._add_up(self._product(x_TI))
+        return self._add_up(self.product(x_TI))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from engine.kernels import row_kernels
+from engine.kernels.step import DenseWeights
 from engine.layers.layer import Placement
 from engine.layers.linear import ColumnLinear, RowLinear
 from engine.weights import WeightSlot
@@ -33,6 +34,10 @@ class DenseMLP:
     def prepare(self) -> None:
         self._gate_up.prepare()
         self._down.prepare()
+
+    def weights(self) -> DenseWeights:
+        """Return what a step through all layers needs."""
+        return DenseWeights(gate_up=self._gate_up.product, down=self._down.product)
 
     def __call__(self, x_TD: Tensor, most_rows: int) -> Tensor:
         return self._down(self._rows.gated(self._gate_up(x_TD)))

@@ -19,6 +19,7 @@ from engine.dispatch import Choices, Dispatcher, ExpertMap
 from engine.errors import UnsupportedError
 from engine.kernels import experts_kernel, row_kernels
 from engine.kernels.experts import Experts
+from engine.kernels.step import SparseWeights
 from engine.layers.layer import Placement
 from engine.weights import WeightSlot
 
@@ -89,6 +90,17 @@ class SparseMLP:
         assert self._loading is not None
         self._experts = self._make_experts(*self._loading)
         self._loading = None  # the experts have what they need
+
+    def weights(self) -> SparseWeights | None:
+        """Return what a step through all layers needs; None where ranks share the experts."""
+        if self._dispatch is not None:
+            return None
+        return SparseWeights(
+            router_ED=self._router_ED,
+            experts=self._experts,
+            top_k=self._top_k,
+            normalise=self._norm_topk_prob,
+        )
 
     def __call__(self, x_TD: Tensor, most_rows: int) -> Tensor:
         """Return the experts' weighted sum in fp32, each token's in the order of its choices."""

@@ -22,18 +22,18 @@ class RMSNorm:
     def __init__(self, name: str, size: int, eps: float, placement: Placement) -> None:
         self._name = name
         self._rows = row_kernels(placement.device, placement.dtype)
-        self._norm = NormWeight(torch.empty(size, device=placement.device), eps)
+        self.norm = NormWeight(torch.empty(size, device=placement.device), eps)
 
     def slots(self) -> Iterator[WeightSlot]:
-        weight_D = self._norm.weight
+        weight_D = self.norm.weight
         yield WeightSlot(
             name=f"{self._name}.weight", shape=tuple(weight_D.shape), part=(), target=weight_D
         )
 
     def prepare(self) -> None:
-        weight_D = self._norm.weight
+        weight_D = self.norm.weight
         weight_D *= weight_D.shape[0] ** 0.5
 
     def __call__(self, x_TD: Tensor, more_TD: Tensor | None) -> Tensor:
         """Add `more_TD` to the residual stream `x_TD` in place, and return its norm."""
-        return self._rows.norm(x_TD, more_TD, self._norm)
+        return self._rows.norm(x_TD, more_TD, self.norm)

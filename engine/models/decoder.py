@@ -13,6 +13,8 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.kernels import step_kernel
+from engine.kernels.step import STEP_ROWS, DenseWeights, LayerWeights, SparseWeights, Step
 from engine.layers.attention import Attention, Pass
 from engine.layers.embedding import Embedding, TiedHead
 from engine.layers.layer import Layer, Placement
@@ -29,6 +31,10 @@ _OF_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 class MLP(Layer, Protocol):
     """The second half of a decoder layer."""
 
+    def weights(self) -> DenseWeights | SparseWeights | None:
+        """Return what a step through all layers needs; None where it is not for one."""
+        ...
+
     def __call__(self, x_TD: Tensor, most_rows: int) -> Tensor:
         """Return what becomes of rows, of which no dp rank has more than `most_rows`."""
         ...
@@ -44,6 +50,7 @@ class DecoderLayer:
         self, config: ModelConfig, layer: int, make_mlp: MakeMLP, placement: Placement
     ) -> None:
         name = f"model.layers.{layer}"
+        self._number = layer
         size, eps = config.hidden_size, config.rms_norm_eps
         self._attention_norm = RMSNorm(f"{name}.input_layernorm", size, eps, placement)
         is_last = layer == config.num_layers - 1
@@ -54,6 +61,19 @@ class DecoderLayer:
 
     def parts(self) -> Iterator[Layer]:
         yield from (self._attention_norm, self._attention, self._mlp_norm, self._mlp)
+
+    def weights(self) -> LayerWeights | None:
+        """Return what a step through all layers needs; None where it is not for one."""
+        mlp = self._mlp.weights()
+        if mlp is None:
+            return None
+        return LayerWeights(
+            number=self._number,
+            attention_norm=self._attention_norm.norm,
+            attention=self._attention.weights(),
+            mlp_norm=self._mlp_norm.norm,
+            mlp=mlp,
+        )
 
     def __call__(
         self, x_tD: Tensor, more_tD: Tensor | None, shared: Pass, wanted_S: Tensor | None
@@ -88,6 +108,9 @@ class Decoder:
         self._embedding = _embedding(config, placement) if needs_embedding else None
         self._layers = [DecoderLayer(config, layer, make_mlp, placement) for layer in self._numbers]
         self._end = _End(config, self._embedding, placement) if is_last else None
+        self._make_step = step_kernel(placement.device)
+        self._is_alone = placement.layout.tp == 1
+        self._step: Step | None = None
         self.rotary = Rotary(config.head_size, config.rope_theta, placement.device)
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -97,6 +120,10 @@ class Decoder:
     def prepare(self) -> None:
         for part in self._parts():
             part.prepare()
+        if self._is_alone:
+            weights = [layer.weights() for layer in self._layers]
+            known = [each for each in weights if each is not None]
+            self._step = self._make_step(known) if len(known) == len(weights) else None
 
     def ignores(self, tensor_name: str) -> bool:
         """Tell whether a checkpoint may hold this tensor although the model has no slot for it."""
@@ -124,6 +151,11 @@ class Decoder:
         if x_tD is None:
             assert self._embedding is not None
             x_tD = self._embedding(shared.token_ids_T)
+        if self._step is not None and _is_step(shared):
+            assert shared.decode is not None
+            angles = shared.angles
+            self._step(x_tD, shared.decode, shared.slot_mapping_TX, angles.cos_T1H, angles.sin_T1H)
+            return x_tD if self._end is None else self._end(x_tD[wanted_S], None, len(wanted_S))
         more_tD = None
         for layer in self._layers[:-1]:
             x_tD, more_tD = layer(x_tD, more_tD, shared, None)
@@ -165,12 +197,17 @@ class _End:
         yield self._norm
         yield self._head
 
-    def __call__(self, x_sD: Tensor, more_sD: Tensor, rows: int) -> Tensor:
+    def __call__(self, x_sD: Tensor, more_sD: Tensor | None, rows: int) -> Tensor:
         x_SD = self._whole(self._norm(x_sD, more_sD), rows)
         logits_SW = self._head(x_SD)
         if self._all_gather is None:
             return logits_SW.float()
         return self._all_gather(logits_SW, self._vocab_size).float()
+
+
+def _is_step(shared: Pass) -> bool:
+    rows = shared.decode
+    return rows is not None and 0 < len(rows) <= STEP_ROWS and shared.on_layer is None
 
 
 def _embedding(config: ModelConfig, placement: Placement) -> Embedding:

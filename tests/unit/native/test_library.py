@@ -59,6 +59,15 @@ def test_another_source_is_built_anew(source: Path) -> None:
     assert native.load(source, NONE).eight() == 8
 
 
+def test_another_header_is_built_anew(source: Path) -> None:
+    header = source.with_name("number.h")
+    header.write_text("#define NUMBER 7")
+    source.write_text('#include "number.h"\nextern "C" int number() { return NUMBER; }')
+    assert native.load(source, NONE).number() == 7
+    header.write_text("#define NUMBER 8")
+    assert native.load(source, NONE).number() == 8
+
+
 def test_several_may_build_at_once(source: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: native.load(source, NONE).seven(), range(4)))
