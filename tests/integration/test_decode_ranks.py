@@ -15,6 +15,7 @@ import pytest
 from launch.builtin import MODEL_DIR
 from tests.integration.cluster import ROOT, Cluster, wait_until
 from tests.integration.conftest import BLOCK, Reference, reference
+from tests.integration.test_faults import Attempt
 from tests.integration.test_ranks import answer, other_ranks, prompt_of
 
 LAYOUTS = {
@@ -113,3 +114,24 @@ def test_layout_that_cannot_be_is_refused_with_those_that_can(tmp_path: Path) ->
     assert "tp=3 does not divide" in refused.stderr
     assert "use tp=1, 2" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_answers_of_a_lost_rank_go_on_elsewhere(
+    tmp_path: Path, expected: Reference, how: signal.Signals
+) -> None:
+    flags = {"a": ("--dp", "2", "--ep", "2"), "b": ()}
+    with Cluster(MODEL_DIR, tmp_path, *FLAGS, decodes=("a", "b"), more_flags=flags) as cluster:
+        attempts = [Attempt(cluster, prompt_of(40, seed), 300) for seed in range(6)]
+        wait_until(lambda: all(len(each.tokens) > 20 for each in attempts), "tokens of all")
+        os.kill(other_ranks(cluster, "a")[0], how)
+        for attempt in attempts:
+            attempt.join()
+            assert attempt.error is None
+            attempt.check(expected)
+        moves = [attempt.stats.moves for attempt in attempts if attempt.stats is not None]
+        assert sorted(set(moves)) == [0, 1]
+        assert cluster.wait_exit("a") == 70
+        cluster.start("a")
+        cluster.wait_ready()
+        cluster.wait_idle()
