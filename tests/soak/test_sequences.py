@@ -44,10 +44,8 @@ class Sequence:
     @classmethod
     def drawn(cls, rng: random.Random) -> "Sequence":
         """Return a request like some that people make."""
-        options: dict[str, Any] = {
-            "max_new_tokens": rng.choice([2, 8, 40, 120]),
-            "ignore_eos": True,
-        }
+        tokens = rng.choice([2, 8, 40, 120])
+        options: dict[str, Any] = {"max_new_tokens": tokens, "ignore_eos": True}
         if rng.random() < 0.3:
             options["stop_token_ids"] = [rng.randrange(300) for _ in range(20)]
         prompt = [rng.randrange(300) for _ in range(rng.choice([3, 40, 40, 300, 900]))]
