@@ -7,16 +7,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.builtin import MODEL_DIR
-from tests.integration.cluster import ROOT, Cluster, wait_until
+from tests.integration.cluster import ROOT, Cluster, free_port, wait_until
 from tests.integration.conftest import BLOCK, Reference, reference
 from tests.integration.test_faults import Attempt
-from tests.integration.test_ranks import answer, other_ranks, prompt_of
+from tests.integration.test_ranks import answer, names, other_ranks, prompt_of, torchrun
 
 LAYOUTS = {
     "tp2": ("--tp", "2"),
@@ -114,6 +115,22 @@ def test_layout_that_cannot_be_is_refused_with_those_that_can(tmp_path: Path) ->
     assert "tp=3 does not divide" in refused.stderr
     assert "use tp=1, 2" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_ranks_that_torchrun_starts_on_two_nodes_are_one_instance(
+    tmp_path: Path, expected: Reference
+) -> None:
+    with Cluster(MODEL_DIR, tmp_path, *FLAGS, decodes=()) as cluster, ExitStack() as nodes:
+        port = str(free_port())
+        first, second = (
+            nodes.enter_context(torchrun(node, port, cluster.address, tmp_path, "decode", "tp2"))
+            for node in range(2)
+        )
+        wait_until(lambda: names(cluster) == {"prefill", "wide"}, "the instance is there", 60)
+        prompt = prompt_of(700, seed=1)
+        assert answer(cluster, prompt, 20) == expected.tokens(prompt, 20)
+        first.terminate()
+        assert second.wait(30) == 0, (tmp_path / "node-1.log").read_text()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

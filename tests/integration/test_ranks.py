@@ -309,10 +309,13 @@ def test_ranks_that_torchrun_starts_on_two_nodes_are_one_instance(
 
 
 @contextmanager
-def torchrun(node: int, port: str, router: str, logs: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def torchrun(
+    node: int, port: str, router: str, logs: Path, role: str = "prefill", layout: str = "cp2"
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """One of two nodes of an instance named "wide", with a rank on each."""
     group = f"--nnodes 2 --node-rank {node} --nproc-per-node 1 --master-addr 127.0.0.1"
     command = [sys.executable, "-m", "torch.distributed.run", *group.split()]
-    command += ["--master-port", port, "-m", "prefill", str(MODEL_DIR), *FLAGS, *LAYOUTS["cp2"]]
+    command += ["--master-port", port, "-m", role, str(MODEL_DIR), *FLAGS, *LAYOUTS[layout]]
     command += ["--threads", "1", "--router", router, "--name", "wide"]
     environment = {**os.environ, **thread_env(1)}
     with (logs / f"node-{node}.log").open("wb") as log:
