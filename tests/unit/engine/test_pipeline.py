@@ -1,7 +1,6 @@
 """Passes flow through stages in order, several at once, and give their logits to one rank."""
 
-import queue
-from collections import defaultdict, deque
+from collections import deque
 
 import pytest
 import torch
@@ -49,6 +48,6 @@ def test_ranks_that_do_not_lead_exchange_no_logits() -> None:
 
 
 def test_lost_stage_is_noticed() -> None:
-    alone = LoopbackComm(1, 2, defaultdict(queue.Queue), timeout_s=0.1)
+    alone = LoopbackComm(1, 2, {}, timeout_s=0.1)
     with pytest.raises(CommError):
         stage(alone, leads=True).receive(2)

@@ -1,8 +1,5 @@
 """Bringing rows from one cut of a sequence to another."""
 
-import queue
-from collections import defaultdict
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,7 +74,7 @@ def test_nothing_is_sent_where_all_lies_right() -> None:
 def test_cuts_that_do_not_fit_are_refused_before_anything_is_sent(
     have: tuple[Pieces, ...], want: tuple[Pieces, ...], message: str
 ) -> None:
-    wire = Wire(LoopbackComm(0, 2, defaultdict(queue.Queue)))
+    wire = Wire(LoopbackComm(0, 2, {}))
     with pytest.raises(RingError, match=message):
         move(wire, torch.zeros(4), have, want)
     assert wire.traffic.bytes_sent == 0

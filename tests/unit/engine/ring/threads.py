@@ -2,7 +2,6 @@
 
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from engine.ring.comm import Pending
 from engine.ring.errors import CommError
 
 T = TypeVar("T")
-Mail = defaultdict[tuple[int, int, int], "queue.Queue[_Sent]"]
+Mail = dict[tuple[int, int, int], "queue.Queue[_Sent]"]
 
 
 class LoopbackComm:
@@ -30,13 +29,17 @@ class LoopbackComm:
     def send(self, message: Tensor, to: int, tag: int) -> Pending:
         assert message.is_contiguous()
         sent = _Sent(message, self._timeout_s)
-        self._mail[self.rank, to, tag].put(sent)
+        self._box(self.rank, to, tag).put(sent)
         return sent
+
+    def _box(self, source: int, to: int, tag: int) -> "queue.Queue[_Sent]":
+        # At once, whoever of the two comes first: a defaultdict can make two boxes and keep one.
+        return self._mail.setdefault((source, to, tag), queue.Queue())
 
     def receive(self, into: Tensor, source: int, tag: int) -> Pending:
         if into.is_floating_point():
             into.fill_(torch.nan)  # whoever reads it before `wait` shall be found out
-        return _Received(into, self._mail[source, self.rank, tag], self._timeout_s)
+        return _Received(into, self._box(source, self.rank, tag), self._timeout_s)
 
 
 @dataclass
@@ -69,7 +72,7 @@ class _Received:
 
 def on_ranks(size: int, run: Callable[[LoopbackComm], T]) -> Sequence[T]:
     """Run a function on every rank at the same time; return what each returned."""
-    mail: Mail = defaultdict(queue.Queue)
+    mail: Mail = {}
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(run, [LoopbackComm(rank, size, mail) for rank in range(size)]))
 
