@@ -19,12 +19,10 @@ from tests.integration.conftest import BLOCK, Reference, reference
 from tests.integration.test_faults import Attempt
 from tests.integration.test_ranks import answer, names, other_ranks, prompt_of, torchrun
 
+# What others there are, tests/integration/layouts has.
 LAYOUTS = {
     "tp2": ("--tp", "2"),
-    "pp2": ("--pp", "2"),
     "pp2 x tp2": ("--pp", "2", "--tp", "2"),
-    "tp2 x ep2": ("--tp", "2", "--ep", "2", "--dispatch", "alltoall"),
-    "dp2 x ep2": ("--dp", "2", "--ep", "2"),
     "dp2 x tp2 x ep4": ("--dp", "2", "--tp", "2", "--ep", "4", "--dispatch", "padded"),
 }
 FLAGS = ("--dtype", "float32", "--block-size", str(BLOCK))
