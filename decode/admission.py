@@ -98,6 +98,7 @@ class Transfer:
 class SequenceRecord:
     """One sequence on this instance. `Admission` changes it, and `append` the step loop.
 
+    A running one that `is_paused` is in no batch, to go on elsewhere.
     `kept` is what of its KV has arrived, while no transfer is open. Its blocks are the dp rank's.
     The first ones, with the KV of `cached_tokens`, may be others' as well: `own_blocks` are what
     may be written to.
@@ -113,6 +114,7 @@ class SequenceRecord:
     state: State = State.RESERVED
     kv_complete: bool = False
     kept: Kept = ()
+    is_paused: bool = False
     output: "array[int]" = field(default_factory=lambda: array("I"), repr=False)
 
     @property
@@ -184,6 +186,8 @@ class Admission:
         self._lock = threading.RLock()
         self._by_request: dict[int, SequenceRecord] = {}
         self._by_transfer: dict[int, SequenceRecord] = {}
+        # Sequences whose KV is being sent elsewhere, by transfer.
+        self._lent: dict[int, SequenceRecord] = {}
 
     def reserve(self, reservation: Reservation) -> SequenceRecord:
         """Hold blocks and a place for a request.
@@ -279,6 +283,46 @@ class Admission:
             record.kept = self._of(record).kept(record.cached_tokens, kept)
             return record
 
+    def pause(self, request_id: int) -> SequenceRecord | None:
+        """Note that a running sequence leaves its batch; None where it is not here, or has left."""
+        with self._lock:
+            record = self._by_request.get(request_id)
+            if record is None or record.state is not State.RUNNING or record.is_paused:
+                return None
+            record.is_paused = True
+            return record
+
+    def resume(self, request_id: int) -> SequenceRecord | None:
+        """Note that a paused sequence joins its batch again; None where there is none."""
+        with self._lock:
+            record = self._by_request.get(request_id)
+            if record is None or not record.is_paused:
+                return None
+            record.is_paused = False
+            return record
+
+    def lend(self, request_id: int, transfer_id: int) -> SequenceRecord | None:
+        """A transfer is about to read a paused sequence's KV: its blocks stay until `returned`.
+
+        Returns:
+            The sequence; None where it is not here, or not paused.
+        """
+        with self._lock:
+            record = self._by_request.get(request_id)
+            if record is None or not record.is_paused:
+                return None
+            self._of(record).pool.pin(record.blocks)
+            self._lent[transfer_id] = record
+            return record
+
+    def returned(self, transfer_id: int) -> SequenceRecord | None:
+        """No rank reads for this transfer any more; the sequence that it was of, the first time."""
+        with self._lock:
+            record = self._lent.pop(transfer_id, None)
+            if record is not None:
+                self._of(record).pool.unpin(record.blocks)
+            return record
+
     def end(self, request_id: int) -> SequenceRecord | None:
         """Give back what a request holds. Must not be called while a step reads its blocks."""
         with self._lock:
@@ -347,7 +391,8 @@ class Admission:
             assert counts.reserved + counts.used == held, (counts, held)
             written = [(r.dp_rank, i) for r in self._by_transfer.values() for i in r.own_blocks]
             assert len(set(written)) == len(written), "two transfers write to one block"
-            assert counts.quarantined <= len(written), (counts, written)
+            read = [i for r in self._lent.values() for i in r.blocks]
+            assert counts.quarantined <= len(written) + len(read), (counts, written, read)
 
     def _of(self, record: SequenceRecord) -> Prefixes:
         return self._prefixes[record.dp_rank]

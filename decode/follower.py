@@ -27,7 +27,8 @@ class Follower:
         self._model = model
         self._epoch = who.epoch
         self._say = say
-        self._rank = Rank(settings, model, make_identity(model, who), self._on_event)
+        identity = make_identity(model, who)
+        self._rank = Rank(settings, model, identity, self._on_event, self._on_event)
         self._orders = Orders("decode-rank")
 
     def start(self) -> rank_pb2.RankReady:
@@ -49,6 +50,7 @@ class Follower:
         """See Member."""
         self._orders.stop()
         self._rank.agent.close()
+        self._rank.sender.close()
 
     def act(self, message: rank_pb2.FollowResponse) -> None:
         """See Member."""
@@ -69,6 +71,14 @@ class Follower:
                 self._say(rank_pb2.FollowRequest(opened=opened))
             case "revoke":
                 self._rank.agent.revoke(message.revoke.transfer_id)
+            case "peers":
+                self._rank.sender.update(message.peers.peers)
+            case "send":
+                grant = self._rank.sender.grant(message.send.grant)
+                # After the sequence's last step, which this rank may not have come to the end of.
+                put(partial(self._rank.sender.send, grant, list(message.send.blocks)))
+            case "abort":
+                put(partial(self._rank.sender.abort, message.abort.transfer_id))
 
     def _step(self, number: int, rows: Rows) -> None:
         part = self._rank.compute.run(rows)

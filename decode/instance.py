@@ -12,7 +12,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry
 from twinpool.v1 import common_pb2, rank_pb2, worker_pb2, worker_pb2_grpc
 
-from decode.admission import Admission
+from decode.admission import Admission, SequenceRecord
 from decode.compute import Steps
 from decode.config import DecodeConfig
 from decode.leader import GroupReceiver, OtherRanks
@@ -21,6 +21,7 @@ from decode.prefixes import Prefixes
 from decode.rank import Rank, load
 from decode.receiver import OwnReceiver, Receiver
 from decode.scheduler import Scheduler
+from decode.sender import Sender
 from decode.server import DecodeService
 from decode.worker import Worker
 from engine.blocks import BlockPool
@@ -43,6 +44,7 @@ from service.pool_metrics import PoolMetrics
 from service.prefix_journal import PrefixJournal
 from service.prefix_keys import PrefixKeys
 from service.ranks.group import led, log_name
+from service.ranks.joined import End
 from service.ranks.leader import Followers
 from service.ranks.wire import sum_of_ranks
 from service.registration import Registration
@@ -64,8 +66,21 @@ class Instance:
     ) -> None:
         """`followers` are the other ranks."""
         self.identity = make_identity(model, who)
-        self._rank = Rank(settings, model, self.identity, lambda event: self._on_event(event))
+        self._rank = Rank(
+            settings,
+            model,
+            self.identity,
+            on_event=lambda event: self._on_event(event),
+            on_sent=lambda event: self.sender.take(0, event),
+        )
         self._followers = followers
+        self.sender = Sender(
+            settings,
+            who.name,
+            self._rank.sender,
+            tell=followers.tell if followers is not None else lambda *_: None,
+            emit=lambda end: self.service.sent_event(end),
+        )
         receiver, others = self._join(settings)
         self._steps = Steps(self._rank.compute, depth=settings.pp, others=others)
         self._admission = Admission(
@@ -73,7 +88,7 @@ class Instance:
             block_size=settings.block_size,
             max_sequences=settings.max_sequences,
             revoke=receiver.revoke,
-            on_end=lambda record: self._steps.remove(record.request_id),
+            on_end=self._on_end,
         )
         self._worker = Worker(
             compute=self._steps,
@@ -81,6 +96,7 @@ class Instance:
             scheduler=Scheduler(max_batch=settings.max_batch, dp=settings.dp, depth=settings.pp),
             emit=lambda step: self.service.emit(step),
             on_fatal=die,
+            on_paused=lambda record: self.service.paused(record),
         )
         self.service = DecodeService(
             name=who.name,
@@ -93,6 +109,7 @@ class Instance:
             worker=self._worker,
             compute=self._steps,
             receiver=receiver,
+            sender=self.sender,
             metrics=Metrics(registry, token_bytes=_token_bytes(model.layout)),
         )
         PoolMetrics("decode", registry, heartbeat=self.heartbeat, transfer=self._transfer_stats)
@@ -116,9 +133,19 @@ class Instance:
                 others.sampled(rank, message.sampled)
 
         self._on_event = partial(group.take, 0)
-        self._followers.on_end = group.take
+
+        def ended(rank: int, end: End) -> None:
+            # Each knows its own transfers by their ids.
+            group.take(rank, end)
+            self.sender.take(rank, end)
+
+        self._followers.on_end = ended
         self._followers.on_word = heard
         return group, others
+
+    def _on_end(self, record: SequenceRecord) -> None:
+        self._steps.remove(record.request_id)
+        self.sender.drop(record.request_id)
 
     def _prefixes(self, settings: DecodeConfig, model: Model) -> list[Prefixes]:
         """Return each dp rank's blocks, and what is known of them."""
@@ -150,6 +177,7 @@ class Instance:
         """Stop the threads."""
         self._worker.stop()
         self._rank.agent.close()
+        self._rank.sender.close()
 
     def _transfer_stats(self) -> AgentStats:
         beats = self._followers.beats() if self._followers is not None else {}
@@ -218,6 +246,7 @@ async def _serve(
             ),
             heartbeat=instance.heartbeat,
             assets=lambda: model.assets.files,
+            on_peers=instance.sender.update_peers,
             on_drain=lambda _: server.request_stop(),
             prefixes=instance.journal,
         )

@@ -5,6 +5,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from decode.worker import Step
 from service.metrics import TPOT_BUCKETS_S
 
+# How sending a sequence can end; "ended": the sequence ended, or stayed after all.
+SENDINGS = ("sent", "failed", "ended")
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -43,6 +45,22 @@ class Metrics:
         self._cached_bytes = Counter(
             "twinpool_decode_cached_bytes", "The KV of these tokens.", registry=registry
         )
+        self._sent = Counter(
+            "twinpool_decode_sent_sequences",
+            "Running sequences whose KV was to go to another decode instance.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in SENDINGS:
+            self._sent.labels(outcome)
+        self._sent_bytes = Counter(
+            "twinpool_decode_sent_bytes", "The KV of those that arrived.", registry=registry
+        )
+
+    def sent(self, outcome: str, sent_bytes: int = 0) -> None:
+        """Take note of how sending a sequence elsewhere has ended."""
+        self._sent.labels(outcome).inc()
+        self._sent_bytes.inc(sent_bytes)
 
     def cached(self, tokens: int) -> None:
         """Take note of a reservation and of how many of its prompt's tokens are here already."""

@@ -1,4 +1,6 @@
-"""What every rank of a decode instance has: its part of the model, and the agent that takes KV."""
+"""What every rank of a decode instance has: its part of the model, the agent that takes KV, and the
+one that sends what is there elsewhere.
+"""
 
 import logging
 from collections.abc import Callable
@@ -6,8 +8,9 @@ from dataclasses import replace
 
 from decode.compute import RankCompute
 from decode.config import DecodeConfig
+from decode.sender import RankSender
 from engine.ring.comm import Traffic
-from kvtransfer import Identity, ReceiveAgent, TransferEvent, TransferSettings
+from kvtransfer import Identity, ReceiveAgent, SendAgent, TransferEvent, TransferSettings
 from kvtransfer.hardware import describe_rdma
 from kvtransfer.network import NetworkTransport
 from service.instance import Model, Part, load_model
@@ -19,7 +22,8 @@ class Rank:
     """One rank's compute, and the transfers of what it computes with.
 
     Args:
-        on_event: Told what the agent has to say, in the agent's thread.
+        on_event: Told what the receiving agent has to say, in the agent's thread.
+        on_sent: Likewise of the sending one.
     """
 
     def __init__(
@@ -28,14 +32,16 @@ class Rank:
         model: Model,
         identity: Identity,
         on_event: Callable[[TransferEvent], None],
+        on_sent: Callable[[TransferEvent], None],
     ) -> None:
         layout, rank = model.part.layout, model.part.rank
         transport = NetworkTransport()
+        part = model.layout.dp_rank(layout.dp_rank, layout.dp)
         log.info(describe_rdma(driven=transport.rdma))
         self.agent = ReceiveAgent(
             transport=transport,
             memories=(model.runner.cache.tensor,),
-            layout=model.layout.dp_rank(layout.dp_rank, layout.dp),
+            layout=part,
             rank=rank,
             identity=identity,
             settings=TransferSettings(
@@ -45,6 +51,23 @@ class Rank:
                 checksum=settings.checksum,
             ),
             on_event=on_event,
+        )
+        # Its own transport, since each agent drives one; the cache lies in no shared region, whose
+        # pages might be slower to decode from, so that a receiver has to be sent it.
+        self.sender = RankSender(
+            lambda: SendAgent(
+                transport=NetworkTransport(),
+                memories=(model.runner.cache.tensor,),
+                layout=part,
+                rank=rank,
+                identity=identity,
+                settings=TransferSettings(
+                    host=settings.data_host,
+                    lane="auto" if settings.kv_lane == "mapped" else settings.kv_lane,
+                ),
+                on_event=on_sent,
+            ),
+            model.config.num_layers,
         )
         self.compute = RankCompute(model.runner)
         # What it exchanges with other ranks in steps, by the sort of link.

@@ -17,6 +17,7 @@ from decode.admission import Admission, NoRoom, Reservation, SequenceRecord, Sti
 from decode.compute import Compute
 from decode.metrics import Metrics
 from decode.receiver import Receiver
+from decode.sender import Sender
 from decode.worker import Step, Token, Worker
 from engine.config import ModelConfig
 from kvtransfer import (
@@ -28,7 +29,8 @@ from kvtransfer import (
     Span,
     TransferEvent,
 )
-from service.errors import Incompatible, InvalidRequest, NotFound, Refused, Unavailable
+from service.errors import Incompatible, InvalidRequest, NotFound, Refused, Unavailable, WorkFailed
+from service.ranks.joined import End
 from service.wire import (
     finish_to_wire,
     kept_to_wire,
@@ -74,6 +76,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         worker: Worker,
         compute: Compute,
         receiver: Receiver,
+        sender: Sender,
         metrics: Metrics,
     ) -> None:
         self._name = name
@@ -86,6 +89,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._worker = worker
         self._compute = compute
         self._receiver = receiver
+        self._sender = sender
         self._metrics = metrics
         self._routers: dict[str, _RouterStream] = {}
         self.draining = False
@@ -179,17 +183,43 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                     event.error,
                     extra={"request_id": f"{record.request_id:016x}"},
                 )
-                lost = worker_pb2.TransferLost(
-                    request_id=record.request_id,
-                    transfer_id=event.transfer_id,
-                    reason=type(event.error).__name__,
-                    message=str(event.error),
-                    retryable=event.retryable,
-                )
-                message = worker_pb2.DecodeRunResponse(lost_transfers=[lost])
-                self._loop.call_soon_threadsafe(self._tell, record, message)
+                self._loop.call_soon_threadsafe(self._tell, record, _lost(record, event))
         elif isinstance(event, Closed):
             self._admission.writer_closed(event.transfer_id, event.kept)
+
+    def paused(self, record: SequenceRecord) -> None:
+        """A sequence has left the batch, and its latest tokens have been handed out."""
+        paused = worker_pb2.Paused(
+            request_id=record.request_id,
+            tokens=_tokens_cached(record),
+            ranks=self._sender.ranks_of(record.dp_rank),
+        )
+        message = worker_pb2.DecodeRunResponse(paused=[paused])
+        self._loop.call_soon_threadsafe(self._tell, record, message)
+
+    def sent_event(self, event: End) -> None:
+        """How the sending of a paused sequence has ended, on all ranks."""
+        record = self._admission.returned(event.transfer_id)
+        if record is None:
+            return
+        if isinstance(event, Completed):
+            # All of it is at the other instance, which goes on, or else nobody does.
+            self._worker.abort(record.request_id)
+            sent = worker_pb2.Sent(
+                request_id=record.request_id,
+                transfer_id=event.transfer_id,
+                bytes=event.stats.bytes,
+                transport=event.stats.transport,
+            )
+            self._metrics.sent("sent", event.stats.bytes)
+            message = worker_pb2.DecodeRunResponse(sent=[sent])
+        elif isinstance(event, Failed):
+            self._metrics.sent("failed")
+            message = _lost(record, event)
+        else:
+            self._metrics.sent("ended")
+            return
+        self._loop.call_soon_threadsafe(self._tell, record, message)
 
     # ---- background
 
@@ -206,6 +236,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         Those that take longer than the drain may are handed back, to go on elsewhere.
         """
         self.draining = True
+        # Routers are about to have sequences sent to where there is room.
+        self._sender.connect()
         try:
             async with asyncio.timeout(max(0.0, self._drain_timeout_s - _HAND_BACK_S)):
                 await self._until_empty()
@@ -317,11 +349,48 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     ) -> None:
         try:
             async for request in requests:
+                self._take(request)
+        finally:
+            stream.queue.put_nowait(None)
+
+    def _take(self, request: worker_pb2.DecodeRunRequest) -> None:
+        match request.WhichOneof("kind"):
+            case "activate":
                 activate = request.activate
                 if self._admission.activate(activate.request_id, activate.first_token_id):
                     self._worker.ready(activate.request_id)
-        finally:
-            stream.queue.put_nowait(None)
+            case "pause":
+                self._worker.pause(request.pause.request_id)
+            case "resume":
+                self._sender.drop(request.resume.request_id)
+                self._worker.resume(request.resume.request_id)
+            case "send":
+                self._send(request.send.request_id, request.send.grant)
+
+    def _send(self, request_id: int, grant: kv_pb2.Grant) -> None:
+        """Send a paused sequence; where it cannot be sent, its router is told, and it stays."""
+        record = self._admission.lend(request_id, grant.transfer_id)
+        if record is None:
+            return  # it has ended, and its router knows
+        try:
+            if (found := grant.tokens.end) != (tokens := _tokens_cached(record)):
+                raise WorkFailed(
+                    f"the grant is for {found} tokens, and there are {tokens}",
+                    reason="GrantRefused",
+                    retryable=True,
+                )
+            self._sender.send(request_id, record.dp_rank, record.blocks, grant)
+        except WorkFailed as error:
+            self._admission.returned(grant.transfer_id)
+            self._metrics.sent("failed")
+            lost = worker_pb2.TransferLost(
+                request_id=request_id,
+                transfer_id=grant.transfer_id,
+                reason=error.reason,
+                message=error.message,
+                retryable=error.retryable,
+            )
+            self._tell(record, worker_pb2.DecodeRunResponse(lost_transfers=[lost]))
 
     def _deliver(self, step: Step) -> None:
         self._metrics.observe(step)
@@ -351,6 +420,22 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             log.warning("a router is gone; releasing its %d requests", len(held))
         for request_id in held:
             self._abort(request_id)
+
+
+def _tokens_cached(record: SequenceRecord) -> int:
+    """How many of a sequence's tokens have their KV here, between two steps: all but the last."""
+    return record.sampling.position - 1
+
+
+def _lost(record: SequenceRecord, event: Failed) -> worker_pb2.DecodeRunResponse:
+    lost = worker_pb2.TransferLost(
+        request_id=record.request_id,
+        transfer_id=event.transfer_id,
+        reason=type(event.error).__name__,
+        message=str(event.error),
+        retryable=event.retryable,
+    )
+    return worker_pb2.DecodeRunResponse(lost_transfers=[lost])
 
 
 def _output(token: Token) -> worker_pb2.SequenceOutput:

@@ -54,6 +54,16 @@ class _Abort:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Pause:
+    request_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Resume:
+    request_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Computed:
     batch: Batch
     began_s: float
@@ -62,11 +72,15 @@ class _Computed:
     parts: Sequence[Part]
 
 
+_Item = int | _Abort | _Pause | _Resume | _Computed
+
+
 class Worker:
     """Steps the batch until it is stopped; sleeps while there is none.
 
     Args:
         emit: Called with each step's tokens from the worker's thread; must return at once.
+        on_paused: Called with each sequence that has left the batch as asked, after its tokens.
         on_fatal: Called once when the engine itself breaks; the instance must then go down.
     """
 
@@ -78,19 +92,23 @@ class Worker:
         scheduler: Scheduler,
         emit: Callable[[Step], None],
         on_fatal: Callable[[BaseException], None],
+        on_paused: Callable[[SequenceRecord], None] = lambda _: None,
     ) -> None:
         self._compute = compute
         self._admission = admission
         self._scheduler = scheduler
         self._emit = emit
         self._on_fatal = on_fatal
-        self._inbox: deque[int | _Abort | _Computed] = deque()
+        self._on_paused = on_paused
+        self._inbox: deque[_Item] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._under_way = 0
         self._stepping: set[int] = set()
         # Sequences that were aborted during a step of theirs: they end with it.
         self._leaving: set[int] = set()
+        # Likewise those that are to pause with it.
+        self._pausing: set[int] = set()
         self._idle_since_s: float | None = None
         self._thread = threading.Thread(target=self._main, name="decode-engine", daemon=True)
 
@@ -107,6 +125,17 @@ class Worker:
     def abort(self, request_id: int) -> None:
         """End a running sequence before its next step; no more of its tokens are emitted then."""
         self._post(_Abort(request_id=request_id))
+
+    def pause(self, request_id: int) -> None:
+        """Take a running sequence out of the batch before its next step; `on_paused` follows.
+
+        It does not where the sequence has ended by then.
+        """
+        self._post(_Pause(request_id=request_id))
+
+    def resume(self, request_id: int) -> None:
+        """Put a paused sequence back, if it is still here."""
+        self._post(_Resume(request_id=request_id))
 
     def stop(self) -> None:
         """Stop after the step in progress and wait for the thread to end."""
@@ -126,7 +155,7 @@ class Worker:
         """Sequences that are ready but find no room in the batch."""
         return self._scheduler.waiting
 
-    def _post(self, item: int | _Abort | _Computed) -> None:
+    def _post(self, item: _Item) -> None:
         with self._wake:
             self._inbox.append(item)
             self._wake.notify()
@@ -155,6 +184,10 @@ class Worker:
                 self._finish(item)
             elif isinstance(item, _Abort):
                 self._end(item.request_id)
+            elif isinstance(item, _Pause):
+                self._pause(item.request_id)
+            elif isinstance(item, _Resume):
+                self._resume(item.request_id)
             elif self._admission.holds(item):  # else an abort overtook the announcement
                 self._scheduler.add(item, self._admission.running(item).dp_rank)
 
@@ -194,6 +227,7 @@ class Worker:
             for request_id, sampled in zip(request_ids, part.sampled, strict=True):
                 if request_id in self._leaving:
                     self._leaving.remove(request_id)
+                    self._pausing.discard(request_id)
                     self._end(request_id)
                     continue
                 router_id, token = self._next_token(request_id, sampled)
@@ -211,6 +245,9 @@ class Worker:
                 gap_s=step.gap_s,
             )
         )
+        for request_id in [r for of_rank in step.batch for r in of_rank if r in self._pausing]:
+            self._pausing.remove(request_id)
+            self._pause(request_id)
 
     def _next_token(self, request_id: int, sampled: Sampled) -> tuple[str, Token]:
         record = self._admission.running(request_id)
@@ -221,6 +258,18 @@ class Worker:
             # Before the router hears of it: it may give these blocks to another at once.
             self._end(request_id)
         return reservation.router_id, Token(request_id=request_id, sampled=sampled, finish=finish)
+
+    def _pause(self, request_id: int) -> None:
+        if request_id in self._stepping:
+            self._pausing.add(request_id)
+        elif (record := self._admission.pause(request_id)) is not None:  # else it has ended
+            self._scheduler.remove(request_id)
+            self._on_paused(record)
+
+    def _resume(self, request_id: int) -> None:
+        self._pausing.discard(request_id)
+        if (record := self._admission.resume(request_id)) is not None:
+            self._scheduler.add(request_id, record.dp_rank)
 
     def _end(self, request_id: int) -> None:
         if request_id in self._stepping:

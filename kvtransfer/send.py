@@ -1,4 +1,4 @@
-"""The sending side of KV transfers: one agent for each prefill rank.
+"""The sending side of KV transfers: one agent for each rank that sends, of prefill or decode.
 
 Owns the transfers under way and all reads of this rank's KV memory for them: only this agent's
 thread packs and sends, so of a transfer that this thread has closed nothing is sent any more. Where

@@ -10,25 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvtransfer import CacheLayout, Kept, SendAgent, SendTransfer, Span
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grant:
-    """Leave to write one request's KV to one decode instance, and the layout of its `ranks`.
-
-    What is `kept` there has arrived from elsewhere and is not sent.
-    """
-
-    transfer_id: int
-    epoch: int
-    nonce: bytes
-    tokens: Span
-    ttl_s: float
-    instance: str
-    layout: CacheLayout
-    kept: Kept = ()
-    ranks: tuple[int, ...] = ()
+from kvtransfer import SendAgent, SendTransfer, Span
+from service.peers import Grant
 
 
 class Transfers(Protocol):

@@ -12,9 +12,9 @@ from twinpool.v1 import rank_pb2, worker_pb2
 
 from kvtransfer import Closed, Completed, Failed, SendAgent, Span, TransferEvent
 from prefill.compute import Piece
-from prefill.handoff import Grant, Handoff
-from prefill.peers import grant_to_wire
+from prefill.handoff import Handoff
 from prefill.rank_wire import step_to_wire
+from service.peers import Grant, grant_to_wire
 from service.ranks.joined import JoinedEnds
 from service.ranks.leader import Message
 from service.wire import span_to_wire

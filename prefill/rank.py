@@ -10,8 +10,8 @@ from kvtransfer.network import NetworkTransport
 from prefill.compute import RankCompute
 from prefill.config import PrefillConfig
 from prefill.handoff import Handoff
-from prefill.peers import Peers
 from service.instance import Model, Part, load_model
+from service.peers import Peers
 
 log = logging.getLogger(__name__)
 

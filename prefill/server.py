@@ -14,9 +14,9 @@ from twinpool.v1 import worker_pb2, worker_pb2_grpc
 from engine.config import ModelConfig
 from prefill.handoff import Transfers
 from prefill.metrics import Metrics
-from prefill.peers import Peers
 from prefill.worker import FirstToken, Outcome, Request, RequestFailed, Transferred, Worker
 from service.errors import InvalidRequest, Refused, Unavailable, WorkFailed
+from service.peers import Peers
 from service.wire import (
     finish_to_wire,
     logprobs_to_wire,

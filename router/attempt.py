@@ -11,16 +11,20 @@ from collections.abc import Callable
 
 from router.admission import Admission
 from router.decode_link import DecodeLink
+from router.departure import Departure, sent_away
 from router.events import (
+    DecodeEvent,
     DecodeFailed,
     Event,
     FirstToken,
     Grant,
     Granted,
     Output,
+    Paused,
     PrefillEnded,
     Regranted,
     ResumeFailed,
+    Sent,
     TransferLost,
     Transferred,
 )
@@ -97,6 +101,7 @@ class Attempt:
         self._lost: set[InstanceKey] = set()
         self._give_up_at: float | None = None
         self._gives_up_with: ServiceError | None = None
+        self._departure: Departure | None = None
         self.suspect: InstanceKey | None = None
 
     @property
@@ -108,14 +113,17 @@ class Attempt:
         """Whether decode has given tokens."""
         return self._has_output
 
-    async def next_tokens(self) -> Tokens:
+    async def next_tokens(self) -> Tokens | None:
         """Returns what was generated next; the last of it has `finish` set.
 
+        None says that the sequence has paused at decode, as `depart` has asked.
         Raises ServiceError; `suspect` then names the instance that failed.
         """
         while True:
             tokens = self._take(*await self._next_event())
             if tokens is None:
+                if self._departure is not None and self._departure.paused is not None:
+                    return None
                 continue
             if tokens.finish is not None:
                 self._is_finished = True
@@ -223,11 +231,18 @@ class Attempt:
                 self._take_transferred(event)
             case PrefillEnded(error):
                 self._take_prefill_ended(error)
+            case TransferLost() if self._has_output:
+                pass  # of a transfer from there, which a sequence that has stayed no longer needs
             case TransferLost(transfer_id=transfer_id, error=error):
                 self._lost_transfers[transfer_id] = error
                 self._check_transfer()
             case ResumeFailed(error):
                 self._take_resume_failed(error)
+            case Paused() if self._departure is not None:
+                self._departure.paused = event
+            case Sent():
+                assert self._placement.decode is not None
+                raise sent_away(self._placement.decode)
             case DecodeFailed(error):
                 self.suspect = self._placement.decode
                 raise error
@@ -389,6 +404,32 @@ class Attempt:
         if leg is not None:
             self._admission.end_prefill(leg.leg_id)
             leg.close(self._tasks, is_finished=is_finished)
+
+    # ---- leaving decode
+
+    def depart(self) -> Departure:
+        """Asks for the sequence to pause, so that it may go on elsewhere; it has output."""
+        assert self._decode is not None
+        self._departure = Departure(
+            self._id,
+            self._decode,
+            inbox=lambda event: self._inbox.put_nowait((None, event)),
+            pending=self._take_pending,
+        )
+        return self._departure
+
+    def stay(self) -> None:
+        """Lets a paused sequence go on here after all."""
+        if self._departure is not None:
+            self._departure.go_back()
+        self._departure = None
+
+    def _take_pending(self) -> list[DecodeEvent]:
+        pending = [self._inbox.get_nowait() for _ in range(self._inbox.qsize())]
+        for leg, event in pending:
+            if leg is not None:
+                self._take(leg, event)  # prefill's last words
+        return [event for leg, event in pending if leg is None and isinstance(event, DecodeEvent)]
 
     # ---- ending
 

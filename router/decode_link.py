@@ -6,13 +6,13 @@ Knows no ledger and no request's state: it delivers events to whoever attached f
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import grpc
 from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
-from router.events import DecodeEvent, DecodeFailed, Grant, Output, TransferLost
+from router.events import DecodeEvent, DecodeFailed, Grant, Output, Paused, Sent, TransferLost
 from router.membership import Instance
 from router.request import ValidRequest
 from router.wire import output_from_wire, sampling_to_wire, stop_to_wire
@@ -80,13 +80,16 @@ class DecodeLink:
         self,
         request_id: int,
         request: ValidRequest,
-        prefill: Instance,
+        source: Instance,
         cp_first: int,
         remaining_s: float,
         dp_rank: int = 0,
+        source_ranks: Collection[int] = (),
     ) -> Grant:
         """Reserves for one request, whose prompt begins at a prefill instance's rank `cp_first`.
 
+        The KV may as well come from a decode instance, from `source_ranks` where only some of its
+        ranks have it.
         Raises what the instance answered, as a service error.
         """
         if not self._up:
@@ -102,9 +105,9 @@ class DecodeLink:
             sampling=sampling_to_wire(request.sampling),
             stop=stop_to_wire(request.stop),
             ttl_ms=ttl_ms(remaining_s),
-            prefill_instance=prefill.key.name,
-            prefill_epoch=prefill.key.epoch,
-            prefill_layout=layout_from(prefill, cp_first),
+            prefill_instance=source.key.name,
+            prefill_epoch=source.key.epoch,
+            prefill_layout=layout_from(source, cp_first, source_ranks),
             prompt_token_ids=request.prompt_token_ids[:own] if needs_prompt else (),
             output_token_ids=request.prompt_token_ids[own:],
             cache_salt=request.cache_salt,
@@ -145,6 +148,21 @@ class DecodeLink:
         """Hands the first token over; decode goes on from it."""
         activate = worker_pb2.Activate(request_id=request_id, first_token_id=first_token_id)
         self._outbox.put_nowait(worker_pb2.DecodeRunRequest(activate=activate))
+
+    def pause(self, request_id: int) -> None:
+        """Asks for a running sequence to leave the batch; Paused follows, or its end."""
+        pause = worker_pb2.Pause(request_id=request_id)
+        self._outbox.put_nowait(worker_pb2.DecodeRunRequest(pause=pause))
+
+    def resume(self, request_id: int) -> None:
+        """Lets a paused sequence go on here."""
+        resume = worker_pb2.Resume(request_id=request_id)
+        self._outbox.put_nowait(worker_pb2.DecodeRunRequest(resume=resume))
+
+    def send(self, request_id: int, grant: Grant) -> None:
+        """Has a paused sequence's KV sent where the grant says; Sent follows, or TransferLost."""
+        send = worker_pb2.Send(request_id=request_id, grant=kv_pb2.Grant.FromString(grant.wire))
+        self._outbox.put_nowait(worker_pb2.DecodeRunRequest(send=send))
 
     async def abort(self, request_id: int) -> bool:
         """Ends a request whatever its state; False where the instance did not confirm it.
@@ -242,14 +260,23 @@ class DecodeLink:
             inbox = self._inboxes.get(output.request_id)
             if inbox is not None:
                 inbox(Output(output_from_wire(output)))
+        for request_id, event in self._rare_events(message):
+            inbox = self._inboxes.get(request_id)
+            if inbox is not None:
+                inbox(event)
+
+    def _rare_events(
+        self, message: worker_pb2.DecodeRunResponse
+    ) -> Iterator[tuple[int, DecodeEvent]]:
         for failure in message.failures:
-            inbox = self._inboxes.get(failure.request_id)
-            if inbox is not None:
-                inbox(DecodeFailed(self._failed(failure)))
+            yield failure.request_id, DecodeFailed(self._failed(failure))
         for lost in message.lost_transfers:
-            inbox = self._inboxes.get(lost.request_id)
-            if inbox is not None:
-                inbox(TransferLost(transfer_id=lost.transfer_id, error=self._failed(lost)))
+            error = self._failed(lost)
+            yield lost.request_id, TransferLost(transfer_id=lost.transfer_id, error=error)
+        for paused in message.paused:
+            yield paused.request_id, Paused(tokens=paused.tokens, ranks=tuple(paused.ranks))
+        for sent in message.sent:
+            yield sent.request_id, Sent(kv_bytes=sent.bytes, transport=sent.transport)
 
     def _failed(self, failure: worker_pb2.SequenceFailure | worker_pb2.TransferLost) -> WorkFailed:
         return WorkFailed(

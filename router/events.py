@@ -88,5 +88,26 @@ class Output:
 
 
 PrefillEvent = FirstToken | Transferred | PrefillEnded
-DecodeEvent = Granted | Regranted | TransferLost | Output | DecodeFailed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused:
+    """Decode has taken the request's sequence out of its batch, as asked, after its last Output.
+
+    `tokens` have their KV there, at `ranks` of the instance; none are named where all have it.
+    """
+
+    tokens: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """The sequence's KV is at another decode instance, and the sequence has ended at this one."""
+
+    kv_bytes: int
+    transport: str
+
+
+DecodeEvent = Granted | Regranted | TransferLost | Output | Paused | Sent | DecodeFailed
 Event = PrefillEvent | DecodeEvent | ResumeFailed

@@ -12,14 +12,17 @@ from collections.abc import Callable
 
 from router.admission import Admission
 from router.attempt import Attempt
-from router.ledger import Placement
+from router.carried import Carried
+from router.departure import Departure
+from router.ledger import InstanceKey, Need, Placement
 from router.membership import Model
 from router.metrics import Metrics
 from router.pools import Pools, model_changed
 from router.progress import TRY_BITS, Progress
 from router.queue import Waiting
-from router.request import AnswerPart, Stats, ValidRequest
+from router.request import AnswerPart, Stats, Tokens, ValidRequest
 from router.tasks import Tasks
+from router.tries import Try
 from service.errors import (
     DeadlineExceeded,
     Refused,
@@ -32,9 +35,11 @@ from text import Tokenizer
 Emit = Callable[[AnswerPart], None]
 
 # From so many tokens to go on, a request does not wait for its draining instance to hand it back,
-# but moves while others have room: what it takes to compute it anew is soon made good, and the
-# instance may go sooner. One with fewer is likely to end first.
-_WORTH_MOVING_TOKENS = 256
+# but is carried over while others have room, and the instance may go sooner. One with fewer is
+# likely to end first.
+_WORTH_MOVING_TOKENS = 32
+# How often a try asks for its sequence to be carried over, where that goes wrong.
+_MOST_CARRIES = 3
 # What a draining instance says when it refuses a request, and when it hands one back: once each,
 # since from there on the router knows.
 _DRAINS = ("DRAINING", "DRAINED")
@@ -112,23 +117,20 @@ class Inflight:
             max_retries=self._max_retries,
             clock=self._clock,
         )
-        placement = await self._admit(job, run)
-        while True:
-            attempt = self._attempt(job, run, placement)
-            elsewhere: Placement | None = None
+        following: Try | None = self._attempt(job, run, await self._admit(job, run))
+        while following is not None:
+            attempt, failed = following, False
             try:
                 attempt.start()
-                elsewhere = await self._relay(attempt, run, emit)
-                if elsewhere is None:
-                    return
+                following = await self._relay(job, attempt, run, emit)
             except ServiceError as exc:
                 self._go_on(job, run, attempt, exc)
+                failed = True
             finally:
                 attempt.close()
-            if elsewhere is None:
+            if failed:
                 await asyncio.sleep(_RETRY_BACKOFF_S * run.fruitless)
-                elsewhere = await self._admit(job, run)
-            placement = elsewhere
+                following = self._attempt(job, run, await self._admit(job, run))
 
     # ---- beginning a try
 
@@ -142,7 +144,8 @@ class Inflight:
         """Waits for room for the next try and books it."""
         self._check_model(job.model)
         asked_at = self._clock()
-        waiting = self._waiting(run, start_by=min(job.deadline, asked_at + self._max_queue_wait_s))
+        start_by = min(job.deadline, asked_at + self._max_queue_wait_s)
+        waiting = self._waiting(run, run.request.need, start_by)
         try:
             placement = await self._admission.admit(waiting)
         except BaseException as exc:
@@ -160,10 +163,10 @@ class Inflight:
         self._metrics.waited(waited_s)
         return placement
 
-    def _waiting(self, run: Progress, start_by: float) -> Waiting:
+    def _waiting(self, run: Progress, need: Need, start_by: float) -> Waiting:
         return Waiting(
             request_id=run.id,
-            need=run.request.need,
+            need=need,
             priority=run.request.priority,
             start_by=start_by,
             cached_tokens=self._pools.prefixes.lookup(run.request),
@@ -172,7 +175,7 @@ class Inflight:
             patient=run.has_begun,
         )
 
-    def _attempt(self, job: Job, run: Progress, placement: Placement) -> Attempt:
+    def _attempt(self, job: Job, run: Progress, placement: Placement) -> Try:
         self._metrics.placed(placement.cached_tokens)
         return Attempt(
             run.id,
@@ -190,46 +193,107 @@ class Inflight:
 
     # ---- a try
 
-    async def _relay(self, attempt: Attempt, run: Progress, emit: Emit) -> Placement | None:
-        """Gives out a try's tokens; returns where the rest is to come from, None at the end."""
-        asked = False
-        while True:
-            part, pause_s = run.push(await attempt.next_tokens())
-            if pause_s is not None:
-                self._metrics.paused(pause_s)
-            emit(part)
-            if part.finish is not None:
-                return None
-            if not asked and attempt.has_output:
-                assert attempt.decode_key is not None
-                asked = self._pools.drains(attempt.decode_key)
-                if asked and (placement := self._move_off(attempt, run)) is not None:
-                    return placement
+    async def _relay(self, job: Job, attempt: Try, run: Progress, emit: Emit) -> Try | None:
+        """Gives out a try's tokens; returns the try that goes on from there, None at the end."""
+        asks = _MOST_CARRIES
+        carried: Carried | None = None
+        departure: Departure | None = None
+        try:
+            while True:
+                tokens = await attempt.next_tokens()
+                if tokens is None:
+                    assert carried is not None
+                    assert departure is not None
+                    if await self._carry(job, run, departure, carried):
+                        gone_to, carried = carried, None
+                        return gone_to
+                    carried.close()
+                    carried = None
+                    attempt.stay()
+                    continue
+                if self._give(tokens, run, emit):
+                    return None
+                if carried is None and asks and self._drains(attempt):
+                    carried = self._room_elsewhere(job, run)
+                    # Where there is none, it stays, and is handed back if it does not end in time.
+                    asks = asks - 1 if carried is not None else 0
+                    departure = attempt.depart() if carried is not None else None
+        finally:
+            if carried is not None:
+                carried.close()
 
-    def _move_off(self, attempt: Attempt, run: Progress) -> Placement | None:
-        """Books room elsewhere for a request whose decode instance drains.
+    def _give(self, tokens: Tokens, run: Progress, emit: Emit) -> bool:
+        """Gives tokens out; returns whether they are the last."""
+        part, pause_s = run.push(tokens)
+        if pause_s is not None:
+            self._metrics.paused(pause_s, run.way)
+        emit(part)
+        return part.finish is not None
 
-        Asked once, when the drain is heard of: what cannot go then runs on, and is handed back
-        where the instance cannot wait for its end.
-        """
+    def _drains(self, attempt: Try) -> bool:
+        """Whether a try's decode instance drains that has given tokens."""
+        key = attempt.decode_key
+        return attempt.has_output and key is not None and self._pools.drains(key)
+
+    # ---- off a draining instance
+
+    def _room_elsewhere(self, job: Job, run: Progress) -> Carried | None:
+        """Books room for a sequence at another decode instance, if there is any this moment."""
         need = run.continuation.need
         if need.max_new_tokens < _WORTH_MOVING_TOKENS or not self._admission.has_room(need):
             return None
-        if run.go_on(by_decode=attempt.has_output) is None:
+        request_id = run.begin_carry()
+        if request_id is None:
             return None
-        self._metrics.moved("drained")
-        return self._admission.place(self._waiting(run, start_by=0.0))
+        placement = self._admission.place(self._waiting(run, need, start_by=0.0))
+        if placement is None or placement.decode is None:
+            return None
+        self._admission.end_prefill(request_id)  # which has no part in it
+        return Carried(
+            request_id,
+            placement.decode,
+            placement.dp_rank,
+            pools=self._pools,
+            admission=self._admission,
+            tasks=self._tasks,
+            stats=run.stats,
+            deadline=job.deadline,
+            clock=self._clock,
+        )
+
+    async def _carry(self, job: Job, run: Progress, departure: Departure, carried: Carried) -> bool:
+        """Has a paused sequence go on where its room is; returns whether it does."""
+        run.pause()
+        try:
+            await carried.bring(departure, run.cached, run.last_token_id)
+        except ServiceError as exc:
+            if carried.suspect is not None:
+                self._doubt(carried.suspect, exc)
+            self._metrics.carried("stayed")
+            _log.info("not carried over: %s", exc.message, extra={"request_id": job.shown_id})
+            return False
+        run.carried()
+        self._metrics.moved("drained", "kv")
+        self._metrics.carried("carried", carried.kv_bytes)
+        _log.info("carried over", extra={"request_id": job.shown_id})
+        return True
+
+    def _doubt(self, key: InstanceKey, error: ServiceError) -> None:
+        """Gives nothing new to an instance that drains, or nothing until it has answered."""
+        self._pools.suspect(key)
+        if error.reason in _DRAINS:
+            self._pools.note_drain(key)
 
     # ---- the end of a try
 
-    def _go_on(self, job: Job, run: Progress, attempt: Attempt, error: ServiceError) -> None:
+    def _go_on(self, job: Job, run: Progress, attempt: Try, error: ServiceError) -> None:
         """Makes ready for another try where there may be one, else raises what the client gets."""
         if self._is_over(job.deadline):
             raise DeadlineExceeded from error
         if not error.retryable:
             raise _for_client(error, has_begun=run.has_begun) from error
         if attempt.suspect is not None:
-            self._pools.suspect(attempt.suspect)
+            self._doubt(attempt.suspect, error)
         drains = error.reason in _DRAINS
         moves = run.go_on(by_decode=attempt.has_output, is_failure=not drains)
         if moves is None:
@@ -237,8 +301,6 @@ class Inflight:
         run.error = error
         if attempt.suspect is not None:
             run.avoid |= {attempt.suspect}
-            if drains:
-                self._pools.note_drain(attempt.suspect)
         if moves:
             self._metrics.moved(_why_moved(error))
         else:

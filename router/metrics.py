@@ -15,8 +15,12 @@ from service.metrics import (
 
 # How a request can end.
 OUTCOMES = ("finished", "refused", "invalid", "aborted", "failed")
-# Why an answer that had begun goes on at other instances.
+# Why an answer that had begun goes on at other instances, and how: its KV is computed anew, or
+# carried over from the decode instance that has it.
 MOVES = ("lost", "drained", "failed")
+WAYS = ("prefill", "kv")
+# How carrying a sequence over can end; "stayed": it went on where it was, or was lost there.
+CARRIES = ("carried", "stayed")
 # How the search for another prefill instance can end; "not needed": decode had all of the KV.
 RESUMES = ("resumed", "not needed", "failed")
 
@@ -46,17 +50,34 @@ class Metrics:
         self._moves = Counter(
             "twinpool_router_moved_requests",
             "Moves of answers that had begun to other instances.",
-            ["reason"],
+            ["reason", "way"],
             registry=registry,
         )
         for reason in MOVES:
-            self._moves.labels(reason)
+            self._moves.labels(reason, "prefill")
+        self._moves.labels("drained", "kv")
+        self._carries = Counter(
+            "twinpool_router_carries",
+            "Sequences that were paused for their KV to go to another decode instance.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in CARRIES:
+            self._carries.labels(outcome)
+        self._carried_bytes = Counter(
+            "twinpool_router_carried_bytes",
+            "KV that went from one decode instance to another.",
+            registry=registry,
+        )
         self._pause_s = Histogram(
             "twinpool_router_move_pause_seconds",
             "Last token before a move to the first one after it.",
+            ["way"],
             buckets=QUEUE_BUCKETS_S,
             registry=registry,
         )
+        for way in WAYS:
+            self._pause_s.labels(way)
         self._queue_s = Histogram(
             "twinpool_router_queue_seconds",
             "Wait for room in the pools.",
@@ -112,11 +133,15 @@ class Metrics:
     def resumed(self, outcome: str) -> None:
         self._resumes.labels(outcome).inc()
 
-    def moved(self, reason: str) -> None:
-        self._moves.labels(reason).inc()
+    def moved(self, reason: str, way: str = "prefill") -> None:
+        self._moves.labels(reason, way).inc()
 
-    def paused(self, seconds: float) -> None:
-        self._pause_s.observe(seconds)
+    def carried(self, outcome: str, kv_bytes: int = 0) -> None:
+        self._carries.labels(outcome).inc()
+        self._carried_bytes.inc(kv_bytes)
+
+    def paused(self, seconds: float, way: str) -> None:
+        self._pause_s.labels(way).observe(seconds)
 
     def waited(self, seconds: float) -> None:
         self._queue_s.observe(seconds)

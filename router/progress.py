@@ -48,6 +48,8 @@ class Progress:
         self._fruitless = 0
         self._given_at = 0.0
         self._is_paused = False
+        # How the pause came about: the KV went elsewhere, or is computed anew there.
+        self.way = ""
 
     @property
     def id(self) -> int:
@@ -69,6 +71,16 @@ class Progress:
         """What goes on after all that was given."""
         return self._original.after(self._given)
 
+    @property
+    def cached(self) -> ValidRequest:
+        """What decode has the KV of, between two steps: all that was given but the last token."""
+        return self._original.after(self._given[:-1])
+
+    @property
+    def last_token_id(self) -> int:
+        """The token that decode goes on from; there is one."""
+        return self._given[-1]
+
     def push(self, tokens: Tokens) -> tuple[AnswerPart, float | None]:
         """Takes new tokens; returns what the client gets, and how long it waited after a move."""
         now = self._clock()
@@ -86,6 +98,25 @@ class Progress:
         self.stats.retries += 1
         return self.id
 
+    def begin_carry(self) -> int | None:
+        """Returns the id that the sequence would have at another decode instance.
+
+        None where there have been enough tries. Where nothing comes of it, this try goes on.
+        """
+        self._fruitless = -1  # as in go_on: decode has given tokens
+        self.avoid = frozenset()
+        return self.id if self._spend() else None
+
+    def pause(self) -> None:
+        """Takes note that decode waits for the sequence's KV to be carried over."""
+        self._is_paused = True
+        self.way = "kv"
+
+    def carried(self) -> None:
+        """Turns to the try that has the KV of all that was given but the last token."""
+        self.stats.moves += 1
+        self.request = self.continuation
+
     def go_on(self, *, by_decode: bool, is_failure: bool = True) -> bool | None:
         """Turns to another try after all that was given; `by_decode`: this one got tokens there.
 
@@ -101,6 +132,7 @@ class Progress:
         if not self._spend():
             return None
         moves = len(self._given) > self.request.output_tokens
+        self.way = "prefill"
         if moves:
             self.stats.moves += 1
             self._is_paused = True

@@ -197,7 +197,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             prefix_events=True,
         )
         await context.write(worker_pb2.RegisterResponse(accepted=accepted))
-        session.peers_changed = member.instance.role is Role.PREFILL
+        session.peers_changed = True
         while not session.is_over:
             if session.peers_changed:
                 session.peers_changed = False
@@ -211,9 +211,9 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
                 await session.wake.wait()
 
     def _tell_peers(self) -> None:
-        for member, session in self._sessions.items():
-            if member.instance.role is Role.PREFILL:
-                session.tell_peers()
+        # Prefill instances send to them, and decode instances that drain.
+        for session in self._sessions.values():
+            session.tell_peers()
 
     def _peers(self) -> worker_pb2.Peers:
         return worker_pb2.Peers(

@@ -3,6 +3,7 @@ in a prefill instance a prompt begins, and the question whether an instance answ
 """
 
 from array import array
+from collections.abc import Collection
 from hashlib import blake2b
 
 import grpc
@@ -76,11 +77,18 @@ def cp_first(instance: Instance, request: ValidRequest) -> int:
     return int.from_bytes(digest.digest(), "little") % instance.layout.cp
 
 
-def layout_from(instance: Instance, first: int) -> kv_pb2.KvLayout:
-    """Returns where a prefill instance will have the KV of a prompt that begins at rank `first`."""
+def layout_from(instance: Instance, first: int, ranks: Collection[int] = ()) -> kv_pb2.KvLayout:
+    """Returns where an instance has the KV of a prompt that begins at rank `first`.
+
+    Of `ranks` alone where any are named, the only ones then that have it.
+    """
     layout = kv_pb2.KvLayout.FromString(instance.layout.wire)
     for group in (layout, *layout.more_groups):
         group.cp_first = first
+        if ranks:
+            shards = [shard for shard in group.shards if shard.rank in ranks]
+            del group.shards[:]
+            group.shards.extend(shards)
     return layout
 
 

@@ -54,7 +54,8 @@ class Stream:
     def _run(self, cluster: Cluster, prompt: str, **options: Any) -> None:
         try:
             with cluster.client() as client:
-                for chunk in client.generate(prompt, **options):
+                self._answer = client.generate(prompt, **options)
+                for chunk in self._answer:
                     self.chunks.append(chunk)
                     if self._leave.is_set():
                         return
@@ -70,6 +71,10 @@ class Stream:
         stats = self.chunks[-1].stats
         assert stats is not None
         return stats.moves
+
+    def cancel(self) -> None:
+        """Have the client leave, also where it waits for a token; the answer has begun."""
+        self._answer.close()
 
     def join(self) -> None:
         self._thread.join(60)

@@ -352,6 +352,7 @@ class FollowResponse(_message.Message):
     REVOKE_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
     FORGET_FIELD_NUMBER: _builtins.int
+    SEND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___RankWelcome:
         """The first message: whose ranks these are."""
@@ -382,6 +383,8 @@ class FollowResponse(_message.Message):
     def decode(self) -> Global___RankDecodeStep: ...
     @_builtins.property
     def forget(self) -> Global___RankForget: ...
+    @_builtins.property
+    def send(self) -> Global___RankSend: ...
     def __init__(
         self,
         *,
@@ -399,12 +402,13 @@ class FollowResponse(_message.Message):
         revoke: Global___RankRevoke | None = ...,
         decode: Global___RankDecodeStep | None = ...,
         forget: Global___RankForget | None = ...,
+        send: Global___RankSend | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "decode", b"decode", "expect", b"expect", "forget", b"forget", "grant", b"grant", "kind", b"kind", "open", b"open", "peers", b"peers", "ready", b"ready", "receive", b"receive", "revoke", b"revoke", "sequence", b"sequence", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "decode", b"decode", "expect", b"expect", "forget", b"forget", "grant", b"grant", "kind", b"kind", "open", b"open", "peers", b"peers", "ready", b"ready", "receive", b"receive", "revoke", b"revoke", "send", b"send", "sequence", b"sequence", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "decode", b"decode", "expect", b"expect", "forget", b"forget", "grant", b"grant", "kind", b"kind", "open", b"open", "peers", b"peers", "ready", b"ready", "receive", b"receive", "revoke", b"revoke", "sequence", b"sequence", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "decode", b"decode", "expect", b"expect", "forget", b"forget", "grant", b"grant", "kind", b"kind", "open", b"open", "peers", b"peers", "ready", b"ready", "receive", b"receive", "revoke", b"revoke", "send", b"send", "sequence", b"sequence", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "peers", "step", "expect", "open", "grant", "ready", "close", "abort", "sequence", "receive", "revoke", "decode", "forget"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "peers", "step", "expect", "open", "grant", "ready", "close", "abort", "sequence", "receive", "revoke", "decode", "forget", "send"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -900,3 +904,29 @@ class RankForget(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RankForget: _TypeAlias = RankForget  # noqa: Y015
+
+@_typing.final
+class RankSend(_message.Message):
+    """A sequence's KV is to go to another instance, all of it at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def grant(self) -> _kv_pb2.Grant: ...
+    def __init__(
+        self,
+        *,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
+        grant: _kv_pb2.Grant | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "grant", b"grant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankSend: _TypeAlias = RankSend  # noqa: Y015

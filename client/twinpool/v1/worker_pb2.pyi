@@ -433,7 +433,9 @@ Global___Accepted: _TypeAlias = Accepted  # noqa: Y015
 
 @_typing.final
 class Peers(_message.Message):
-    """The instances a prefill instance may send KV to: all of them, each time one comes or goes."""
+    """The decode instances: all that KV may be sent to, each time one comes or goes. To a decode
+    instance its own name among them means nothing.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -948,7 +950,9 @@ class ReserveRequest(_message.Message):
     """Tokens whose KV prefill will write: those generated before among them."""
     ttl_ms: _builtins.int
     prefill_instance: _builtins.str
-    """The prefill instance that will write, as it registered."""
+    """The instance that will write, as it registered: a prefill instance, or the decode instance that
+    the sequence leaves.
+    """
     prefill_epoch: _builtins.int
     cache_salt: _builtins.str
     """As in GenerateRequest."""
@@ -962,8 +966,8 @@ class ReserveRequest(_message.Message):
 
     @_builtins.property
     def prefill_layout(self) -> _kv_pb2.KvLayout:
-        """Prefill's layout, with `cp_first` set for this request: decode plans what each source rank has
-        to send.
+        """Its layout, with `cp_first` set for this request, and of a decode instance those ranks alone
+        that have the sequence: decode plans what each source rank has to send.
         """
 
     @_builtins.property
@@ -1086,6 +1090,9 @@ class DecodeRunRequest(_message.Message):
 
     HELLO_FIELD_NUMBER: _builtins.int
     ACTIVATE_FIELD_NUMBER: _builtins.int
+    PAUSE_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    SEND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RouterHello:
         """First message: who the router is."""
@@ -1094,17 +1101,32 @@ class DecodeRunRequest(_message.Message):
     def activate(self) -> Global___Activate:
         """A request's first token, which prefill sampled: decode goes on from it."""
 
+    @_builtins.property
+    def pause(self) -> Global___Pause:
+        """A running sequence is to leave the batch, for another decode instance to go on with it."""
+
+    @_builtins.property
+    def resume(self) -> Global___Resume:
+        """It stays after all: a paused sequence goes on here."""
+
+    @_builtins.property
+    def send(self) -> Global___Send:
+        """A paused sequence's KV is to go where the grant says."""
+
     def __init__(
         self,
         *,
         hello: Global___RouterHello | None = ...,
         activate: Global___Activate | None = ...,
+        pause: Global___Pause | None = ...,
+        resume: Global___Resume | None = ...,
+        send: Global___Send | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "hello", b"hello", "kind", b"kind"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "hello", b"hello", "kind", b"kind", "pause", b"pause", "resume", b"resume", "send", b"send"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "hello", b"hello", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate", b"activate", "hello", b"hello", "kind", b"kind", "pause", b"pause", "resume", b"resume", "send", b"send"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "activate"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "activate", "pause", "resume", "send"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1152,6 +1174,67 @@ class Activate(_message.Message):
 Global___Activate: _TypeAlias = Activate  # noqa: Y015
 
 @_typing.final
+class Pause(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pause: _TypeAlias = Pause  # noqa: Y015
+
+@_typing.final
+class Resume(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resume: _TypeAlias = Resume  # noqa: Y015
+
+@_typing.final
+class Send(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    @_builtins.property
+    def grant(self) -> _kv_pb2.Grant: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        grant: _kv_pb2.Grant | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Send: _TypeAlias = Send  # noqa: Y015
+
+@_typing.final
 class DecodeRunResponse(_message.Message):
     """What one step of the model made for this router."""
 
@@ -1160,26 +1243,99 @@ class DecodeRunResponse(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
     LOST_TRANSFERS_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]: ...
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailure]: ...
     @_builtins.property
-    def lost_transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferLost]: ...
+    def lost_transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferLost]:
+        """Of sequences that receive their KV, and of those whose KV was to be sent from here."""
+
+    @_builtins.property
+    def paused(self) -> _containers.RepeatedCompositeFieldContainer[Global___Paused]: ...
+    @_builtins.property
+    def sent(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sent]: ...
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
         failures: _abc.Iterable[Global___SequenceFailure] | None = ...,
         lost_transfers: _abc.Iterable[Global___TransferLost] | None = ...,
+        paused: _abc.Iterable[Global___Paused] | None = ...,
+        sent: _abc.Iterable[Global___Sent] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "lost_transfers", b"lost_transfers", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "lost_transfers", b"lost_transfers", "outputs", b"outputs", "paused", b"paused", "sent", b"sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DecodeRunResponse: _TypeAlias = DecodeRunResponse  # noqa: Y015
+
+@_typing.final
+class Paused(_message.Message):
+    """A sequence has left the batch, as asked; all of its tokens have been told. One that has ended
+    meanwhile is not paused: its end has been told.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    tokens: _builtins.int
+    """Tokens whose KV is here: all but the last."""
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The instance's ranks that have it; empty for all."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ranks", b"ranks", "request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Paused: _TypeAlias = Paused  # noqa: Y015
+
+@_typing.final
+class Sent(_message.Message):
+    """A sequence's KV is where it was to go, and the sequence has ended here."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    transfer_id: _builtins.int
+    bytes: _builtins.int
+    transport: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        transfer_id: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        transport: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "request_id", b"request_id", "transfer_id", b"transfer_id", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sent: _TypeAlias = Sent  # noqa: Y015
 
 @_typing.final
 class SequenceOutput(_message.Message):

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from twinpool.v1 import common_pb2, worker_pb2
+from twinpool.v1 import common_pb2, kv_pb2, worker_pb2
 
 from decode.metrics import Metrics
 from decode.server import DecodeService
 from kvtransfer import Completed, Failed, KVShape, ReceiveGrant, TransferStats, uniform_cache
 from kvtransfer.errors import PeerLost
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, WorkFailed
 from service.wire import layout_to_wire
 from tests.unit.decode.test_prefixes import BLOCK_SIZE, BLOCKS, LAYERS, make
 
@@ -39,6 +39,29 @@ class StubReceiver:
         raise NotImplementedError
 
 
+class StubSender:
+    """Keeps what it is told to send; one instance is unknown to it."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, list[int], kv_pb2.Grant]] = []
+        self.dropped: list[int] = []
+        self.is_connected = False
+
+    def connect(self) -> None:
+        self.is_connected = True
+
+    def ranks_of(self, dp_rank: int) -> tuple[int, ...]:
+        return (0,)
+
+    def send(self, request_id: int, dp_rank: int, blocks: list[int], message: kv_pb2.Grant) -> None:
+        if message.instance == "stranger":
+            raise WorkFailed("not a peer", reason="UnknownPeer", retryable=True)
+        self.sent.append((request_id, blocks, message))
+
+    def drop(self, request_id: int) -> None:
+        self.dropped.append(request_id)
+
+
 class System:
     """A service whose transfers end when they are told to, and one router's stream to it."""
 
@@ -56,6 +79,7 @@ class System:
             worker=SimpleNamespace(ready=lambda _: None),  # type: ignore[arg-type]
             compute=SimpleNamespace(add=lambda _: None),
             receiver=self.receiver,
+            sender=StubSender(),  # type: ignore[arg-type]
             metrics=Metrics(self.registry, token_bytes=TOKEN_BYTES),
         )
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from decode.admission import Admission, Reservation
+from decode.admission import Admission, Reservation, SequenceRecord
 from decode.compute import Done, Part, Rows
 from decode.prefixes import Prefixes
 from decode.scheduler import Scheduler
@@ -64,6 +64,8 @@ class System:
         )
         self.steps: list[Step] = []
         self.fatal: list[BaseException] = []
+        # Each sequence that has paused, and its tokens by then.
+        self.paused: list[tuple[int, list[int]]] = []
         self._emitted = threading.Condition()
         self.worker = Worker(
             compute=self.compute,
@@ -71,7 +73,13 @@ class System:
             scheduler=Scheduler(max_batch=8, dp=dp, depth=depth),
             emit=self._emit,
             on_fatal=self.fatal.append,
+            on_paused=self._pause,
         )
+
+    def _pause(self, record: SequenceRecord) -> None:
+        with self._emitted:
+            self.paused.append((record.request_id, list(record.output)))
+            self._emitted.notify_all()
 
     def _emit(self, step: Step) -> None:
         with self._emitted:
@@ -201,3 +209,57 @@ def test_error_of_a_step_brings_the_instance_down(system: System) -> None:
     system.wait(lambda: True)
     system.worker._thread.join(WAIT_S)
     assert [str(error) for error in system.fatal] == ["no step"]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_paused_sequence_leaves_after_the_step_under_way_and_others_go_on(depth: int) -> None:
+    system = System(depth)
+    system.run(1, max_new_tokens=9)
+    system.run(2, max_new_tokens=9)
+    system.worker.start()
+    system.compute.wait_begun(depth)
+    system.worker.pause(1)
+    for _ in range(4):
+        system.compute.end_step()
+    system.wait(lambda: len(system.steps) >= 4)
+    assert system.paused == [(1, [100, 101])]
+    assert system.tokens(1) == [101]
+    assert len(system.tokens(2)) >= 3
+    system.worker.resume(1)
+    while 102 not in system.tokens(1):
+        done = len(system.steps)
+        system.compute.end_step()
+        system.wait(lambda done=done: len(system.steps) > done)  # type: ignore[misc]
+    system.worker.stop()
+    assert not system.fatal
+    system.admission.check_integrity()
+
+
+def test_sequence_that_ends_in_its_step_does_not_pause(system: System) -> None:
+    system.run(1, max_new_tokens=2)
+    system.run(2, max_new_tokens=9)
+    system.worker.start()
+    system.compute.wait_begun(1)
+    system.worker.pause(1)
+    system.worker.abort(2)
+    finish(system, 1)
+    assert system.tokens(1) == [101]
+    assert system.paused == []
+    assert system.admission.held == 0
+
+
+def test_paused_sequence_may_be_aborted(system: System) -> None:
+    system.run(1, max_new_tokens=9)
+    system.worker.start()
+    system.compute.wait_begun(1)
+    system.worker.pause(1)
+    system.compute.end_step()
+    system.wait(lambda: bool(system.paused))
+    system.worker.abort(1)
+    system.worker.resume(1)  # too late, and of no effect
+    system.run(2, max_new_tokens=2)
+    system.compute.end_step()
+    system.wait(lambda: bool(system.tokens(2)))
+    finish(system, 0)
+    assert system.tokens(1) == [101]
+    assert system.admission.held == 0

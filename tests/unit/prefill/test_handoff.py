@@ -3,7 +3,8 @@
 from typing import Any
 
 from kvtransfer import KVShape, Span, uniform_cache
-from prefill.handoff import Grant, Handoff
+from prefill.handoff import Handoff
+from service.peers import Grant
 
 LAYOUT = uniform_cache((KVShape(layers=2, kv_heads=1, head_size=8, dtype="float32"),), 16)
 TOKENS = Span(0, 20)

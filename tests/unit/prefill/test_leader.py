@@ -5,9 +5,10 @@ from typing import Any
 from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferStats, uniform_cache
 from kvtransfer.errors import ChecksumMismatch
 from prefill.compute import Piece
-from prefill.handoff import Grant, Handoff
+from prefill.handoff import Handoff
 from prefill.leader import GroupTransfers
 from prefill.rank_wire import step_from_wire, step_to_wire
+from service.peers import Grant
 from service.ranks.leader import Message
 
 LAYOUT = uniform_cache((KVShape(layers=2, kv_heads=2, head_size=8, dtype="float32"),), 4)

@@ -16,7 +16,7 @@ from engine.stopping import StopCriteria
 from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferStats, uniform_cache
 from kvtransfer.errors import PeerLost
 from prefill.compute import RankCompute, Steps, layers_at_once
-from prefill.handoff import Grant, Handoff
+from prefill.handoff import Handoff
 from prefill.scheduler import Scheduler
 from prefill.worker import (
     FirstToken,
@@ -27,6 +27,7 @@ from prefill.worker import (
     Transferred,
     Worker,
 )
+from service.peers import Grant
 from service.prefix_keys import PrefixKeys
 
 BLOCKS = 8

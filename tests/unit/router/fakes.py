@@ -7,7 +7,7 @@ a transfer is complete.
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -195,6 +195,18 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         self.tokens_per_step = 1
         self.silent_after = silent_after
         self.fail_after: tuple[int, worker_pb2.SequenceFailure] | None = None
+        # Sequences that are to pause or have, and what makes them go on.
+        self.pausing: dict[int, asyncio.Event] = {}
+        # After so many tokens it waits to be asked for a pause.
+        self.pause_after: int | None = None
+        self._asked_to_pause = asyncio.Event()
+        self.decode_named: Callable[[str], FakeDecode] = lambda _: self
+        self.paused_ranks: list[int] = []
+        self.sends: list[worker_pb2.Send] = []
+        self.send_gate = _open_gate()
+        self.send_failure: worker_pb2.TransferLost | None = None
+        # Says nothing of what it has sent.
+        self.is_mute = False
         self._transfer_ids = itertools.count(1)
         self._streams: dict[str, asyncio.Queue[worker_pb2.DecodeRunResponse | None]] = {}
         self._activated: dict[int, asyncio.Future[None]] = {}
@@ -217,9 +229,7 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         self.held[request.request_id] = request.router_id
         self._activated[request.request_id] = loop.create_future()
         self._complete[request.request_id] = loop.create_future()
-        task = asyncio.create_task(self._decode(request))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._spawn(self._decode(request))
         return worker_pb2.ReserveResponse(
             grant=self._grant(request.request_id), blocks=1, cached_tokens=self.cached_tokens
         )
@@ -292,9 +302,41 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         queue: "asyncio.Queue[worker_pb2.DecodeRunResponse | None]",
     ) -> None:
         async for request in requests:
-            self.first_token = request.activate.first_token_id
-            self._activated[request.activate.request_id].set_result(None)
+            match request.WhichOneof("kind"):
+                case "activate":
+                    self.first_token = request.activate.first_token_id
+                    self._activated[request.activate.request_id].set_result(None)
+                case "pause":
+                    self.pausing[request.pause.request_id] = asyncio.Event()
+                    self._asked_to_pause.set()
+                case "resume":
+                    self.pausing.pop(request.resume.request_id).set()
+                case "send":
+                    self.sends.append(request.send)
+                    self._spawn(self._send(request.send))
         queue.put_nowait(None)
+
+    async def _send(self, send: worker_pb2.Send) -> None:
+        await self.send_gate.wait()
+        router_id = self.held.get(send.request_id)
+        if router_id is None:
+            return
+        if self.send_failure is not None:
+            lost = worker_pb2.TransferLost()
+            lost.CopyFrom(self.send_failure)
+            lost.request_id, lost.transfer_id = send.request_id, send.grant.transfer_id
+            self._say(router_id, worker_pb2.DecodeRunResponse(lost_transfers=[lost]))
+            return
+        self.decode_named(send.grant.instance).complete(send.grant.transfer_id)
+        if not self.is_mute:
+            del self.held[send.request_id]
+            sent = worker_pb2.Sent(
+                request_id=send.request_id,
+                transfer_id=send.grant.transfer_id,
+                bytes=8192,
+                transport="fake/memory",
+            )
+            self._say(router_id, worker_pb2.DecodeRunResponse(sent=[sent]))
 
     async def Abort(
         self, request: worker_pb2.DecodeAbortRequest, context: Any
@@ -311,6 +353,18 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         position = len(request.output_token_ids) + 1
         while position < total and request_id in self.held:
             await self.step_gate.wait()
+            if self.pause_after is not None and position >= self.pause_after:
+                await self._asked_to_pause.wait()
+            if request_id in self.pausing:
+                go_on = self.pausing[request_id]
+                paused = worker_pb2.Paused(
+                    request_id=request_id,
+                    tokens=request.prompt_tokens - len(request.output_token_ids) + position - 1,
+                    ranks=self.paused_ranks,
+                )
+                self._say(request.router_id, worker_pb2.DecodeRunResponse(paused=[paused]))
+                await go_on.wait()
+                continue
             if self.silent_after is not None and position >= self.silent_after:
                 return
             if self.fail_after is not None and position >= self.fail_after[0]:
@@ -333,6 +387,11 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
             )
             self._say(request.router_id, worker_pb2.DecodeRunResponse(outputs=[output]))
             await asyncio.sleep(0)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _say(self, router_id: str, message: worker_pb2.DecodeRunResponse) -> None:
         if router_id in self._streams:

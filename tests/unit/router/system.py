@@ -38,6 +38,7 @@ class System:
     async def add_decode(self, name: str = "decode", **options: Any) -> FakeDecode:
         options.setdefault("epoch", next(self._epochs))
         decode = FakeDecode(name, **options)
+        decode.decode_named = self.decode_named
         await self._add(decode)
         await until(lambda: self._knows(decode))
         return decode

@@ -117,3 +117,32 @@ def test_pause_is_from_the_last_token_to_the_next() -> None:
     assert push(run, 9) == 7.0
     assert push(run, 10) is None
     assert run.stats.pause_s == 7.0
+
+
+def test_carried_sequence_goes_on_from_its_last_token() -> None:
+    clock = Clock()
+    run = make(clock=clock)
+    push(run, 7, 8)
+    assert run.begin_carry() == FIRST_ID | 1
+    push(run, 9)
+    run.pause()
+    assert run.cached == replace(REQUEST, prompt_token_ids=(1, 2, 3, 7, 8), output_tokens=2)
+    assert run.last_token_id == 9
+    run.carried()
+    clock.now += 2
+    assert push(run, 10) == 2
+    assert (run.way, run.stats.moves, run.stats.retries) == ("kv", 1, 0)
+    assert run.go_on(by_decode=True)
+    assert run.request.prompt_token_ids == (1, 2, 3, 7, 8, 9, 10)
+
+
+def test_sequence_that_was_not_carried_over_may_go_on_by_other_ways() -> None:
+    run = make(max_retries=1)
+    push(run, 7)
+    ids = {run.id, run.begin_carry(), run.begin_carry()}
+    assert len(ids) == 3
+    run.pause()
+    assert run.stats.moves == 0
+    assert run.go_on(by_decode=True)
+    assert (run.way, run.stats.moves) == ("prefill", 1)
+    assert run.request.prompt_token_ids == (1, 2, 3, 7)

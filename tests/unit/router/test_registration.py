@@ -30,7 +30,7 @@ async def test_assets_are_asked_for_only_while_there_are_none() -> None:
         assert (first.assets_asked, second.assets_asked) == (1, 0)
 
 
-async def test_prefill_hears_of_decode_instances_as_they_come_and_go() -> None:
+async def test_instances_hear_of_decode_instances_as_they_come_and_go() -> None:
     async with pair() as (system, prefill, decode):
         await until(lambda: [p.name for p in prefill.peers] == ["decode"])
         [peer] = prefill.peers
@@ -40,7 +40,7 @@ async def test_prefill_hears_of_decode_instances_as_they_come_and_go() -> None:
         await until(lambda: [p.name for p in prefill.peers] == ["decode", "other"])
         await other.die()
         await until(lambda: [p.name for p in prefill.peers] == ["decode"])
-        assert not decode.peers
+        await until(lambda: [p.name for p in decode.peers] == ["decode"])  # as it may drain
 
 
 async def test_instance_of_another_model_is_refused_for_good() -> None:

@@ -1,11 +1,14 @@
-"""Which decode instances a prefill rank may send to. Owns what the router last said of them."""
+"""Which decode instances a rank may send KV to, and the leave that they give.
+
+Owns what the router last said of these instances.
+"""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from twinpool.v1 import kv_pb2, worker_pb2
 
-from kvtransfer import CacheLayout, PeerAddress, SendAgent
-from prefill.handoff import Grant
+from kvtransfer import CacheLayout, Kept, PeerAddress, SendAgent, Span
 from service.errors import WorkFailed
 from service.wire import (
     addresses_from_wire,
@@ -15,6 +18,24 @@ from service.wire import (
     span_from_wire,
     span_to_wire,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grant:
+    """Leave to write one request's KV to one decode instance, and the layout of its `ranks`.
+
+    What is `kept` there has arrived from elsewhere and is not sent.
+    """
+
+    transfer_id: int
+    epoch: int
+    nonce: bytes
+    tokens: Span
+    ttl_s: float
+    instance: str
+    layout: CacheLayout
+    kept: Kept = ()
+    ranks: tuple[int, ...] = ()
 
 
 class Peers:

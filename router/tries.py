@@ -1,0 +1,48 @@
+"""The seam between a request and its tries: one that begins with a prefill, and one that is carried
+over with its KV.
+"""
+
+from typing import Protocol
+
+from router.departure import Departure
+from router.ledger import InstanceKey
+from router.request import Tokens
+
+
+class Try(Protocol):
+    """One try at the pools: `start`, `next_tokens` until its end, `close` once at any point.
+
+    `suspect` names the instance that failed, where one did.
+    """
+
+    suspect: InstanceKey | None
+
+    @property
+    def decode_key(self) -> InstanceKey | None:
+        """Where it decodes, if it does."""
+        ...
+
+    @property
+    def has_output(self) -> bool:
+        """Whether decode has given tokens."""
+        ...
+
+    def start(self) -> None:
+        """Begins; raises Unavailable where an instance has gone."""
+        ...
+
+    async def next_tokens(self) -> Tokens | None:
+        """Returns what came next, None where the sequence has paused; raises ServiceError."""
+        ...
+
+    def depart(self) -> Departure:
+        """Asks for the sequence to pause."""
+        ...
+
+    def stay(self) -> None:
+        """Lets it go on where it is after all."""
+        ...
+
+    def close(self) -> None:
+        """Gives everything back."""
+        ...
