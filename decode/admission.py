@@ -13,6 +13,9 @@ what has arrived.
 A prompt's known beginning is shared with whoever has it too: no transfer and no step writes there.
 Once its KV is complete, a prompt's full blocks may be shared in turn; when its sequence ends, with
 all that it has written, they stay as cache until somebody needs the room.
+
+Where less is reserved than a sequence may come to, it grows block by block; `decode.growth` decides
+who goes when there is none left.
 """
 
 import secrets
@@ -20,11 +23,12 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from enum import Enum, auto
 
+from decode.growth import plan_growth
 from decode.prefixes import Prefixes
 from engine.blocks import BlockCounts
 from engine.errors import OutOfBlocks
@@ -52,6 +56,7 @@ class Reservation:
         ttl_s: Remaining time of the request.
         cache_salt: Only requests with the same one share blocks.
         dp_rank: Which of the instance's dp ranks is to have it.
+        came_us: When the request first came, by its router's clock.
     """
 
     request_id: int
@@ -64,6 +69,7 @@ class Reservation:
     cache_salt: bytes = b""
     dp_rank: int = 0
     output_ids: Sequence[int] = ()
+    came_us: int = 0
 
     @property
     def own_prompt_tokens(self) -> int:
@@ -101,7 +107,7 @@ class SequenceRecord:
     A running one that `is_paused` is in no batch, to go on elsewhere.
     `kept` is what of its KV has arrived, while no transfer is open. Its blocks are the dp rank's.
     The first ones, with the KV of `cached_tokens`, may be others' as well: `own_blocks` are what
-    may be written to.
+    may be written to. One that is `handed_back` steps no more, and ends soon.
     """
 
     reservation: Reservation
@@ -115,6 +121,7 @@ class SequenceRecord:
     kv_complete: bool = False
     kept: Kept = ()
     is_paused: bool = False
+    handed_back: bool = False
     output: "array[int]" = field(default_factory=lambda: array("I"), repr=False)
 
     @property
@@ -131,6 +138,11 @@ class SequenceRecord:
     def dp_rank(self) -> int:
         """Whose blocks it has."""
         return self.reservation.dp_rank
+
+    @property
+    def came(self) -> tuple[int, int]:
+        """Sorts sequences by when their requests came; ids decide where that is the same moment."""
+        return self.reservation.came_us, self.request_id
 
     def append(self, token_id: int) -> None:
         """Note the sequence's next token."""
@@ -156,6 +168,21 @@ class NoRoom(Exception):
         self.free = free
 
 
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """What came of sequences that need a block each.
+
+    Attributes:
+        grown: Those that have one now, and which.
+        lacking: Those that have none yet, and must not step.
+        handed_back: Who has to end for them.
+    """
+
+    grown: Sequence[tuple[SequenceRecord, int]]
+    lacking: frozenset[int]
+    handed_back: Sequence[SequenceRecord]
+
+
 class Admission:
     """The table of sequences, and the rules by which they come and go.
 
@@ -164,7 +191,10 @@ class Admission:
         revoke: Tells the transfer agent to let no more data in for a transfer; its confirmation
             comes back through `writer_closed`.
         on_end: Told of each sequence that ends.
+        on_room: Called, with the lock held, when a dp rank where a sequence lacks a block may have
+            one.
         max_sequences: Sequences held at once, reserved or running.
+        expected_output_tokens: Room for so many is reserved at first; None: for all there may be.
     """
 
     def __init__(
@@ -175,6 +205,8 @@ class Admission:
         max_sequences: int,
         revoke: Callable[[int], None],
         on_end: Callable[["SequenceRecord"], None] = lambda _: None,
+        on_room: Callable[[], None] = lambda: None,
+        expected_output_tokens: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._prefixes = prefixes
@@ -182,12 +214,16 @@ class Admission:
         self._max_sequences = max_sequences
         self._revoke = revoke
         self._on_end = on_end
+        self._on_room = on_room
+        self._expected_output_tokens = expected_output_tokens
         self._clock = clock
         self._lock = threading.RLock()
         self._by_request: dict[int, SequenceRecord] = {}
         self._by_transfer: dict[int, SequenceRecord] = {}
         # Sequences whose KV is being sent elsewhere, by transfer.
         self._lent: dict[int, SequenceRecord] = {}
+        # The dp ranks where a sequence lacks a block: what comes back there is for those it has.
+        self._short: frozenset[int] = frozenset()
 
     def reserve(self, reservation: Reservation) -> SequenceRecord:
         """Hold blocks and a place for a request.
@@ -196,7 +232,8 @@ class Admission:
             NoRoom: Too few free blocks or places.
             ValueError: The request is already here.
         """
-        needed = -(-reservation.max_tokens // self._block_size)
+        most = self._blocks_for(reservation.max_tokens)
+        needed = self._blocks_for(self._expected_tokens(reservation))
         with self._lock:
             if reservation.request_id in self._by_request:
                 raise ValueError("the request is already reserved here")
@@ -204,6 +241,9 @@ class Admission:
             if places <= 0:
                 raise NoRoom("SEQUENCES_FULL", needed=1, free=0)
             prefixes = self._prefixes[reservation.dp_rank]
+            counts = prefixes.pool.counts()
+            if most > counts.total or reservation.dp_rank in self._short:
+                raise NoRoom("KV_BLOCKS_FULL", needed=most, free=counts.available)
             try:
                 taken = prefixes.take(reservation.known_ids, reservation.cache_salt, needed)
             except OutOfBlocks as error:
@@ -323,6 +363,43 @@ class Admission:
                 self._of(record).pool.unpin(record.blocks)
             return record
 
+    @property
+    def overcommits(self) -> bool:
+        """Whether sequences may have to `grow`."""
+        return self._expected_output_tokens is not None
+
+    def grow(self, request_ids: Iterable[int]) -> Growth:
+        """Give a block to each of these running sequences whose next token has no cell.
+
+        They must be in no step, and all that are in none have to be named. Where a dp rank lacks a
+        block and none is about to come back, its latest sequence is marked to be handed back: the
+        caller ends it, whereupon this may be called again.
+        """
+        grown: list[tuple[SequenceRecord, int]] = []
+        waiting: list[SequenceRecord] = []
+        handed_back: list[SequenceRecord] = []
+        with self._lock:
+            records = [self._by_request[request_id] for request_id in request_ids]
+            lacking = [record for record in records if self._lacks(record)]
+            for dp_rank in {record.dp_rank for record in lacking}:
+                plan = plan_growth(
+                    [record for record in lacking if record.dp_rank == dp_rank],
+                    [r for r in self._by_request.values() if r.dp_rank == dp_rank],
+                    self._prefixes[dp_rank].pool.counts(),
+                )
+                grown += [(record, self._take_block(record)) for record in plan.grow]
+                waiting += plan.wait
+                if plan.hand_back is not None:
+                    plan.hand_back.handed_back = True
+                    handed_back.append(plan.hand_back)
+            self._short = frozenset(record.dp_rank for record in waiting)
+            waiting += [record for record in records if record.handed_back]
+        return Growth(
+            grown=grown,
+            lacking=frozenset(record.request_id for record in waiting),
+            handed_back=handed_back,
+        )
+
     def end(self, request_id: int) -> SequenceRecord | None:
         """Give back what a request holds. Must not be called while a step reads its blocks."""
         with self._lock:
@@ -394,6 +471,32 @@ class Admission:
             read = [i for r in self._lent.values() for i in r.blocks]
             assert counts.quarantined <= len(written) + len(read), (counts, written, read)
 
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._block_size)
+
+    def _expected_tokens(self, reservation: Reservation) -> int:
+        """Those generated elsewhere are prompt: what is expected begins anew behind them."""
+        if self._expected_output_tokens is None:
+            return reservation.max_tokens
+        expected = reservation.prompt_tokens + self._expected_output_tokens
+        return min(expected, reservation.max_tokens)
+
+    def _lacks(self, record: SequenceRecord) -> bool:
+        # The next step writes the KV of the latest token.
+        return record.sampling.position > len(record.blocks) * self._block_size
+
+    def _take_block(self, record: SequenceRecord) -> int:
+        pool = self._of(record).pool
+        [block] = pool.reserve(1)
+        pool.mark_used([block])
+        record.blocks.append(block)
+        record.own_blocks.append(block)
+        return block
+
+    def _tell_of_room(self, record: SequenceRecord) -> None:
+        if record.dp_rank in self._short:
+            self._on_room()
+
     def _of(self, record: SequenceRecord) -> Prefixes:
         return self._prefixes[record.dp_rank]
 
@@ -404,7 +507,7 @@ class Admission:
         return BlockCounts(**total)
 
     def _start_if_ready(self, record: SequenceRecord) -> bool:
-        if not record.kv_complete or record.last_token_id is None:
+        if not record.kv_complete or record.last_token_id is None or record.handed_back:
             return False
         record.state = State.RUNNING
         self._of(record).pool.mark_used(record.blocks)
@@ -415,6 +518,7 @@ class Admission:
         if record is not None:
             self._of(record).pool.unpin(record.own_blocks)
             record.transfer.over.set_result(None)
+            self._tell_of_room(record)
         return record
 
     def _remember(self, record: SequenceRecord) -> None:
@@ -433,3 +537,4 @@ class Admission:
         self._of(record).pool.release(record.blocks)
         if not record.transfer.over.done():
             self._revoke(record.transfer.transfer_id)
+        self._tell_of_room(record)

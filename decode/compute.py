@@ -28,7 +28,7 @@ class Row(NamedTuple):
 class DecodeSequence:
     """What a rank knows of one sequence."""
 
-    blocks: Sequence[int]
+    blocks: list[int]
     sampling: SequenceState
 
 
@@ -56,6 +56,10 @@ class Compute(Protocol):
         """A sequence will be decoded; from any thread."""
         ...
 
+    def grow(self, record: SequenceRecord, block: int) -> None:
+        """A sequence in no step has one more block; for the engine's thread."""
+        ...
+
     def remove(self, request_id: int) -> None:
         """A sequence is over, and in no step under way; from any thread."""
         ...
@@ -81,6 +85,10 @@ class RankCompute:
     def add(self, request_id: int, sequence: DecodeSequence) -> None:
         """See Compute."""
         self._sequences[request_id] = sequence
+
+    def grow(self, request_id: int, blocks: Sequence[int]) -> None:
+        """A sequence has more blocks."""
+        self._sequences[request_id].blocks.extend(blocks)
 
     def remove(self, request_id: int) -> None:
         """See Compute."""
@@ -114,6 +122,10 @@ class Others(Protocol):
     """The other ranks of an instance."""
 
     def add(self, record: SequenceRecord) -> None:
+        """See Compute."""
+        ...
+
+    def grow(self, request_id: int, block: int) -> None:
         """See Compute."""
         ...
 
@@ -162,6 +174,12 @@ class Steps:
             self._own.add(record.request_id, sequence)
         if self._others is not None:
             self._others.add(record)
+
+    def grow(self, record: SequenceRecord, block: int) -> None:
+        """See Compute."""
+        # This rank reads the record's own list, which has the block already.
+        if self._others is not None:
+            self._others.grow(record.request_id, block)
 
     def remove(self, request_id: int) -> None:
         """See Compute."""

@@ -35,6 +35,12 @@ class DecodeConfig(RanksConfig):
     max_sequences: int = Field(
         default=256, ge=1, description="Sequences held at once, reserved or running."
     )
+    kv_overcommit: int | None = Field(
+        default=None,
+        ge=1,
+        description="Output tokens that a request is thought to have: more blocks are taken only"
+        " when needed. By default all of its max_new_tokens are reserved.",
+    )
     prefix_cache: bool = Field(
         default=True,
         description="Keep the KV of ended sequences while there is room, for prompts that begin"

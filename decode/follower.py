@@ -62,6 +62,8 @@ class Follower:
             case "sequence":
                 sequence = message.sequence
                 put(partial(compute.add, sequence.request_id, sequence_from_wire(sequence)))
+            case "grow":
+                put(partial(compute.grow, message.grow.request_id, list(message.grow.blocks)))
             case "forget":
                 put(partial(compute.remove, message.forget.request_id))
             case "receive":

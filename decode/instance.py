@@ -89,12 +89,15 @@ class Instance:
             max_sequences=settings.max_sequences,
             revoke=receiver.revoke,
             on_end=self._on_end,
+            on_room=lambda: self._worker.room(),
+            expected_output_tokens=settings.kv_overcommit,
         )
         self._worker = Worker(
             compute=self._steps,
             admission=self._admission,
             scheduler=Scheduler(max_batch=settings.max_batch, dp=settings.dp, depth=settings.pp),
             emit=lambda step: self.service.emit(step),
+            hand_back=lambda record: self.service.hand_back(record),
             on_fatal=die,
             on_paused=lambda record: self.service.paused(record),
         )
@@ -243,6 +246,7 @@ async def _serve(
                 data_addresses=data_addresses,
                 data_token=instance.identity.token,
                 prefix_seed=instance.prefix_seed,
+                expected_output_tokens=settings.kv_overcommit or 0,
             ),
             heartbeat=instance.heartbeat,
             assets=lambda: model.assets.files,

@@ -47,6 +47,11 @@ class OtherRanks:
         ranks = self._ranks_of[record.request_id] = self._settings.dp_ranks(record.dp_rank)
         self._followers.tell(Message(sequence=sequence_to_wire(record)), ranks)
 
+    def grow(self, request_id: int, block: int) -> None:
+        """See compute.Others."""
+        grow = rank_pb2.RankGrow(request_id=request_id, blocks=[block])
+        self._followers.tell(Message(grow=grow), self._ranks_of[request_id])
+
     def remove(self, request_id: int) -> None:
         """See compute.Others."""
         ranks = self._ranks_of.pop(request_id, None)

@@ -37,6 +37,16 @@ class Metrics:
             registry=registry,
         )
 
+        self._preempted = Counter(
+            "twinpool_decode_preempted_sequences",
+            "Sequences handed back because earlier ones needed their blocks.",
+            registry=registry,
+        )
+        self._grown_blocks = Counter(
+            "twinpool_decode_grown_blocks",
+            "Blocks taken for sequences that had outgrown what was reserved for them.",
+            registry=registry,
+        )
         self._cached_tokens = Counter(
             "twinpool_decode_cached_tokens",
             "Prompt tokens that were not sent: their KV was here from earlier requests.",
@@ -67,6 +77,10 @@ class Metrics:
         self._cached_tokens.inc(tokens)
         self._cached_bytes.inc(tokens * self._token_bytes)
 
+    def preempted(self) -> None:
+        """Take note of a sequence that is handed back for want of blocks."""
+        self._preempted.inc()
+
     def resumed(self) -> None:
         """Take note of a request that another prefill instance goes on with."""
         self._resumed.inc()
@@ -77,3 +91,4 @@ class Metrics:
         self._step_s.observe(step.seconds)
         self._batch.observe(tokens)
         self._tokens.inc(tokens)
+        self._grown_blocks.inc(step.grown_blocks)

@@ -1,13 +1,13 @@
 """Decides which sequences the next decode step works on.
 
 Owns the running batch of each dp rank and the order in which sequences join it. Knows nothing of
-tensors, threads or block ids. Every sequence here has its whole KV reserved, so none is ever
-preempted.
+tensors, threads or block ids: its caller says which sequences have no room for their next token.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 Step = tuple[tuple[int, ...], ...]  # request ids, of each dp rank
 
@@ -62,12 +62,17 @@ class Scheduler:
         """Sequences that are ready but find no room."""
         return sum(len(share.waiting) for share in self._shares)
 
-    def schedule(self) -> Step:
+    @property
+    def idle(self) -> list[int]:
+        """Sequences in the batches that are in no step under way."""
+        return [request_id for share in self._shares for request_id in share.idle]
+
+    def schedule(self, without: Collection[int] = ()) -> Step:
         """The next step, which is under way from here on; empty where nothing can step now.
 
-        Of each dp rank, those whose latest step is longest ago.
+        Of each dp rank, those whose latest step is longest ago, `without` those that have to wait.
         """
-        step = tuple(tuple(self._begin(share)) for share in self._shares)
+        step = tuple(tuple(self._begin(share, without)) for share in self._shares)
         return step if any(step) else ()
 
     def finished(self, step: Step) -> None:
@@ -75,10 +80,12 @@ class Scheduler:
         for share, request_ids in zip(self._shares, step, strict=True):
             share.idle.update((r, None) for r in request_ids if r in share.running)
 
-    def _begin(self, share: _Share) -> Iterable[int]:
+    def _begin(self, share: _Share, without: Collection[int]) -> Iterable[int]:
         while share.waiting and len(share.running) < self._max_batch:
             request_id, _ = share.waiting.popitem(last=False)
             share.running[request_id] = share.idle[request_id] = None
         most = -(-len(share.running) // self._depth)
-        for _ in range(min(most, len(share.idle))):
-            yield share.idle.popitem(last=False)[0]
+        able = (request_id for request_id in share.idle if request_id not in without)
+        for request_id in list(islice(able, most)):
+            del share.idle[request_id]
+            yield request_id

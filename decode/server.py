@@ -169,6 +169,12 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         """Hand a step's tokens to the routers' streams."""
         self._loop.call_soon_threadsafe(self._deliver, step)
 
+    def hand_back(self, record: SequenceRecord) -> None:
+        """Have a sequence go on elsewhere, or here later, since others need its blocks."""
+        # A reserved one ends in the loop's thread: between its reservation and the opening of its
+        # grant nothing else runs there, so that what is to be revoked is known.
+        self._loop.call_soon_threadsafe(self._preempt, record)
+
     def transfer_event(self, event: TransferEvent) -> None:
         """What the receive agent has to say. A failed transfer never yields a token."""
         if isinstance(event, Completed):
@@ -266,6 +272,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             ttl_s=request.ttl_ms / 1000,
             cache_salt=request.cache_salt.encode(),
             dp_rank=request.dp_rank,
+            came_us=request.came_us,
         )
         if reservation.dp_rank >= self._dp:
             raise InvalidRequest(
@@ -405,6 +412,10 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         )
         self._tell(record, worker_pb2.DecodeRunResponse(failures=[failure]))
         self._abort(record.request_id)
+
+    def _preempt(self, record: SequenceRecord) -> None:
+        self._metrics.preempted()
+        self._fail(record, "PREEMPTED", "earlier requests need its room", True)
 
     def _tell(self, record: SequenceRecord, message: worker_pb2.DecodeRunResponse) -> None:
         if (stream := self._routers.get(record.reservation.router_id)) is not None:

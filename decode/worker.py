@@ -9,10 +9,10 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from decode.admission import Admission, SequenceRecord
+from decode.admission import Admission, SequenceRecord, State
 from decode.compute import Compute, Part, Row
 from decode.scheduler import Scheduler
 from decode.scheduler import Step as Batch
@@ -39,6 +39,7 @@ class Step:
         sample_s: Choosing the tokens, on the dp rank where it took longest.
         gap_s: From the end of the step before, where there was no lack of sequences, to this one's
             beginning: 0 where steps overlap.
+        grown_blocks: Blocks taken since the step before for sequences that had outgrown theirs.
     """
 
     tokens: Mapping[str, list[Token]]
@@ -46,6 +47,7 @@ class Step:
     forward_s: float
     sample_s: float
     gap_s: float
+    grown_blocks: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,11 @@ class _Resume:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Room:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Computed:
     batch: Batch
     began_s: float
@@ -72,7 +79,7 @@ class _Computed:
     parts: Sequence[Part]
 
 
-_Item = int | _Abort | _Pause | _Resume | _Computed
+_Item = int | _Abort | _Pause | _Resume | _Room | _Computed
 
 
 class Worker:
@@ -81,6 +88,8 @@ class Worker:
     Args:
         emit: Called with each step's tokens from the worker's thread; must return at once.
         on_paused: Called with each sequence that has left the batch as asked, after its tokens.
+        hand_back: Called likewise with each sequence that has to end for want of blocks. A running
+            one has no more steps; one that is reserved yet is the callee's to end.
         on_fatal: Called once when the engine itself breaks; the instance must then go down.
     """
 
@@ -91,6 +100,7 @@ class Worker:
         admission: Admission,
         scheduler: Scheduler,
         emit: Callable[[Step], None],
+        hand_back: Callable[[SequenceRecord], None] = lambda _: None,
         on_fatal: Callable[[BaseException], None],
         on_paused: Callable[[SequenceRecord], None] = lambda _: None,
     ) -> None:
@@ -98,12 +108,14 @@ class Worker:
         self._admission = admission
         self._scheduler = scheduler
         self._emit = emit
+        self._hand_back = hand_back
         self._on_fatal = on_fatal
         self._on_paused = on_paused
         self._inbox: deque[_Item] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._under_way = 0
+        self._grown_blocks = 0
         self._stepping: set[int] = set()
         # Sequences that were aborted during a step of theirs: they end with it.
         self._leaving: set[int] = set()
@@ -137,6 +149,10 @@ class Worker:
         """Put a paused sequence back, if it is still here."""
         self._post(_Resume(request_id=request_id))
 
+    def room(self) -> None:
+        """There may be a block for a sequence that lacks one."""
+        self._post(_Room())
+
     def stop(self) -> None:
         """Stop after the step in progress and wait for the thread to end."""
         with self._wake:
@@ -165,12 +181,16 @@ class Worker:
     def _main(self) -> None:
         try:
             while not self._stopping:
-                self._take_inbox()
-                if not self._begin():
+                if not self.turn():
                     self._wait()
         except BaseException as error:
             log.exception("the decode engine broke")
             self._on_fatal(error)
+
+    def turn(self) -> bool:
+        """Act on what has come, and begin a step if there may be one; whether there was."""
+        self._take_inbox()
+        return self._begin()
 
     def _wait(self) -> None:
         with self._wake:
@@ -188,6 +208,8 @@ class Worker:
                 self._pause(item.request_id)
             elif isinstance(item, _Resume):
                 self._resume(item.request_id)
+            elif isinstance(item, _Room):
+                continue  # the next step is tried anyway
             elif self._admission.holds(item):  # else an abort overtook the announcement
                 self._scheduler.add(item, self._admission.running(item).dp_rank)
 
@@ -195,7 +217,7 @@ class Worker:
         """Begin a step, if there may be another one and there is a sequence for it."""
         if self._under_way == self._compute.depth:
             return False
-        batch = self._scheduler.schedule()
+        batch = self._scheduler.schedule(self._grow() if self._admission.overcommits else ())
         if not batch:
             return False
         began_s = time.monotonic()
@@ -217,6 +239,24 @@ class Worker:
             ),
         )
         return True
+
+    def _grow(self) -> Collection[int]:
+        """Make room for the next tokens; the sequences that have none yet.
+
+        A sequence that waits for what is coming back is tried again with each step, and when
+        `room` tells of it.
+        """
+        while True:
+            growth = self._admission.grow(self._scheduler.idle)
+            for record, block in growth.grown:
+                self._compute.grow(record, block)
+            self._grown_blocks += len(growth.grown)
+            if not growth.handed_back:
+                return growth.lacking
+            for record in growth.handed_back:
+                if record.state is State.RUNNING:
+                    self._end(record.request_id)
+                self._hand_back(record)
 
     def _finish(self, step: _Computed) -> None:
         self._under_way -= 1
@@ -243,11 +283,13 @@ class Worker:
                 forward_s=step.ended_s - step.began_s - sample_s,
                 sample_s=sample_s,
                 gap_s=step.gap_s,
+                grown_blocks=self._grown_blocks,
             )
         )
         for request_id in [r for of_rank in step.batch for r in of_rank if r in self._pausing]:
             self._pausing.remove(request_id)
             self._pause(request_id)
+        self._grown_blocks = 0
 
     def _next_token(self, request_id: int, sampled: Sampled) -> tuple[str, Token]:
         record = self._admission.running(request_id)

@@ -117,6 +117,10 @@ class Admission:
             self._book(waiting, placement)
         return placement
 
+    def grow(self, request_id: int, tokens: int) -> None:
+        """A sequence at decode has come to so many tokens."""
+        self._ledger.grow(request_id, tokens)
+
     def end_prefill(self, request_id: int) -> None:
         self._ledger.end_prefill(request_id)
         self._pump()
@@ -228,7 +232,8 @@ class Admission:
 
     def _refusal(self, reason: str, need: Need, retry_after_s: float | None) -> Refused:
         free = max(
-            (d.free_blocks * d.capacity.block_size for d in self._ledger.decodes()), default=0
+            (max(0, d.free_blocks) * d.capacity.block_size for d in self._ledger.decodes()),
+            default=0,
         )
         return Refused(reason, needed=need.total_tokens, free=free, retry_after_s=retry_after_s)
 

@@ -36,12 +36,15 @@ from router.queue import Waiting
 from router.request import Stats, Tokens, ValidRequest
 from router.tasks import Tasks
 from router.workers import cp_first
-from service.errors import Refused, ServiceError, Unavailable
+from service.errors import Refused, ServiceError, Unavailable, WorkFailed
 
 # Where nobody takes over, decode may have had the whole of a lost transfer all the same.
 HANDOFF_GRACE_S = 1.0
 # The end of the transfer is told on another stream than the tokens it made possible.
 STATS_GRACE_S = 0.2
+# What a decode instance that promised more than it has says of a request whose room earlier ones
+# need. Nothing is wrong with it; the request goes on when there is room.
+PREEMPTED = "PREEMPTED"
 # How long decode may lack room that the ledger says it has, as after an abort.
 RESERVE_PATIENCE_S = 10.0
 _FIRST_RESERVE_BACKOFF_S = 0.02
@@ -94,6 +97,7 @@ class Attempt:
         self._is_granted = False
         self._is_activated = False
         self._has_output = False
+        self._tokens = len(request.prompt_token_ids) + 1  # with the first one, of prefill
         self._is_transferred = False
         self._is_finished = False
         self._transfer_id: int | None = None
@@ -184,7 +188,7 @@ class Attempt:
                 )
             except ServiceError as exc:
                 if not _is_passing(exc) or self._clock() >= patience_ends:
-                    self._inbox.put_nowait((None, DecodeFailed(_as_unavailable(exc))))
+                    self._inbox.put_nowait((None, DecodeFailed(_refused(decode, exc))))
                     return
             else:
                 self._is_granted = True
@@ -226,6 +230,8 @@ class Attempt:
             case Output(tokens):
                 self._has_output = True
                 self._give_up_at = None
+                self._tokens += len(tokens.token_ids)
+                self._admission.grow(self._id, self._tokens)
                 return tokens
             case Transferred():
                 self._take_transferred(event)
@@ -244,7 +250,7 @@ class Attempt:
                 assert self._placement.decode is not None
                 raise sent_away(self._placement.decode)
             case DecodeFailed(error):
-                self.suspect = self._placement.decode
+                self.suspect = self._placement.decode if error.reason != PREEMPTED else None
                 raise error
         return None
 
@@ -463,7 +469,11 @@ def _is_passing(error: ServiceError) -> bool:
     return (isinstance(error, Refused) and error.retryable) or error.reason == "NO_RUN_STREAM"
 
 
-def _as_unavailable(error: ServiceError) -> ServiceError:
+def _refused(decode: DecodeLink, error: ServiceError) -> ServiceError:
+    """Returns what it means for the try that its reservation was refused for good."""
     if isinstance(error, Refused) and error.retryable:
+        if decode.instance.capacity.expected_output_tokens:
+            # Others have outgrown what was booked for them: as if it had been handed back.
+            return WorkFailed(error.message, reason=PREEMPTED, retryable=True)
         return Unavailable(f"decode had no room after all: {error.message}", reason=error.reason)
     return error

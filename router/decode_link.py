@@ -112,6 +112,7 @@ class DecodeLink:
             output_token_ids=request.prompt_token_ids[own:],
             cache_salt=request.cache_salt,
             dp_rank=dp_rank,
+            came_us=request.came_us,
         )
         try:
             response = await self._stub.Reserve(

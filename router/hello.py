@@ -144,6 +144,7 @@ def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity
         max_sequence_tokens=message.max_sequence_tokens,
         cp=_cp(layout),
         dp=dp,
+        expected_output_tokens=message.expected_output_tokens,
     )
 
 

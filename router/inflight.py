@@ -8,10 +8,11 @@ import asyncio
 import dataclasses
 import logging
 import random
+import time
 from collections.abc import Callable
 
 from router.admission import Admission
-from router.attempt import Attempt
+from router.attempt import PREEMPTED, Attempt
 from router.carried import Carried
 from router.departure import Departure
 from router.ledger import InstanceKey, Need, Placement
@@ -80,6 +81,7 @@ class Inflight:
         max_retries: int,
         clock: Callable[[], float],
         rng: random.Random,
+        wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._pools = pools
         self._admission = admission
@@ -88,6 +90,7 @@ class Inflight:
         self._max_retries = max_retries
         self._clock = clock
         self._rng = rng
+        self._wall_ns = wall_ns
         self._tasks = Tasks()
 
     def new_request_id(self) -> int:
@@ -111,7 +114,7 @@ class Inflight:
     async def _serve(self, job: Job, stats: Stats, emit: Emit) -> None:
         run = Progress(
             job.request_id,
-            self._with_seed(job.request),
+            dataclasses.replace(self._with_seed(job.request), came_us=self._wall_ns() // 1000),
             job.tokenizer,
             stats,
             max_retries=self._max_retries,
@@ -145,6 +148,9 @@ class Inflight:
         self._check_model(job.model)
         asked_at = self._clock()
         start_by = min(job.deadline, asked_at + self._max_queue_wait_s)
+        if _is_preempted(run.error):
+            # Its room is sure to come: those that it was handed back for end.
+            start_by = job.deadline
         waiting = self._waiting(run, run.request.need, start_by)
         try:
             placement = await self._admission.admit(waiting)
@@ -171,8 +177,8 @@ class Inflight:
             start_by=start_by,
             cached_tokens=self._pools.prefixes.lookup(run.request),
             avoid=run.avoid,
-            resumes=run.has_begun,
-            patient=run.has_begun,
+            resumes=run.has_begun or _is_preempted(run.error),
+            patient=run.has_begun or _is_preempted(run.error),
         )
 
     def _attempt(self, job: Job, run: Progress, placement: Placement) -> Try:
@@ -295,7 +301,8 @@ class Inflight:
         if attempt.suspect is not None:
             self._doubt(attempt.suspect, error)
         drains = error.reason in _DRAINS
-        moves = run.go_on(by_decode=attempt.has_output, is_failure=not drains)
+        is_failure = not drains and not _is_preempted(error)
+        moves = run.go_on(by_decode=attempt.has_output, is_failure=is_failure)
         if moves is None:
             raise _for_client(error, has_begun=run.has_begun) from error
         run.error = error
@@ -324,9 +331,15 @@ class Inflight:
         return dataclasses.replace(request, sampling=seeded)
 
 
+def _is_preempted(error: ServiceError | None) -> bool:
+    return error is not None and error.reason == PREEMPTED
+
+
 def _why_moved(error: ServiceError) -> str:
     if error.reason in _DRAINS:
         return "drained"
+    if _is_preempted(error):
+        return "preempted"
     return "failed" if isinstance(error, WorkFailed) else "lost"
 
 

@@ -24,7 +24,8 @@ class InstanceKey(NamedTuple):
 class Capacity:
     """What an instance said it can hold. A block is a grain of tokens on each of `cp` ranks.
 
-    Each of `dp` ranks has as many of the blocks, and a sequence is on one of them.
+    Each of `dp` ranks has as many of the blocks, and a sequence is on one of them. Decode reserves
+    room for `expected_output_tokens` at first, and takes more when needed; 0: for all there may be.
     """
 
     blocks: int
@@ -33,6 +34,7 @@ class Capacity:
     max_sequence_tokens: int
     cp: int = 1
     dp: int = 1
+    expected_output_tokens: int = 0
 
     @property
     def dp_blocks(self) -> int:
@@ -41,6 +43,13 @@ class Capacity:
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
+
+    def blocks_at_first(self, need: "Need") -> int:
+        """Returns what decode reserves for a request; what was generated before is prompt."""
+        new = need.max_new_tokens
+        if self.expected_output_tokens:
+            new = min(new, self.expected_output_tokens)
+        return self.blocks_for(need.prompt_tokens + new)
 
     @property
     def largest_sequence(self) -> int:
@@ -116,7 +125,7 @@ class DecodeView:
         return (
             need.total_tokens <= self.capacity.largest_sequence
             and self.sequences < self.capacity.max_sequences
-            and self.capacity.blocks_for(need.total_tokens) <= self.free_blocks
+            and self.capacity.blocks_at_first(need) <= self.free_blocks
         )
 
     def room(self, cached_tokens: int) -> int:
@@ -183,9 +192,28 @@ class _DecodeAccount(_Account):
 
     dp_rank_of: dict[int, int] = field(default_factory=dict)
     of_ranks: list[int] = field(default_factory=list)
+    # Those that have taken more than was booked for them at first.
+    outgrown: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.of_ranks = [0] * self.capacity.dp
+
+    def free(self, dp_rank: int) -> int:
+        """Returns the blocks that a new sequence may take.
+
+        One is left to each that grows: it will take it soon, and then it would be the new one that
+        has to give its own back, with all that it was prefilled for.
+        """
+        growing = sum(self.dp_rank_of[request_id] == dp_rank for request_id in self.outgrown)
+        return self.capacity.dp_blocks - self.of_ranks[dp_rank] - growing
+
+    def grow(self, request_id: int, blocks: int) -> None:
+        more = blocks - self.entries[request_id]
+        if more > 0:
+            self.entries[request_id] = blocks
+            self.total += more
+            self.of_ranks[self.dp_rank_of[request_id]] += more
+            self.outgrown.add(request_id)
 
     def take(self, request_id: int, blocks: int, dp_rank: int) -> None:
         self.enter(request_id, blocks)
@@ -194,6 +222,7 @@ class _DecodeAccount(_Account):
 
     def strike(self, request_id: int) -> None:
         self.of_ranks[self.dp_rank_of.pop(request_id)] -= self.entries[request_id]
+        self.outgrown.discard(request_id)
         super().strike(request_id)
 
 
@@ -281,13 +310,13 @@ class Ledger:
             DecodeView(
                 key=key,
                 capacity=account.capacity,
-                free_blocks=account.capacity.dp_blocks - held,
+                free_blocks=account.free(dp_rank),
                 sequences=len(account.entries),
                 dp_rank=dp_rank,
             )
             for key, account in self._decodes.items()
             if account.takes_new
-            for dp_rank, held in enumerate(account.of_ranks)
+            for dp_rank in range(account.capacity.dp)
         ]
 
     def prefills(self) -> list[PrefillView]:
@@ -344,16 +373,26 @@ class Ledger:
         account = self._decodes.get(key)
         if account is None or not account.takes_new:
             return False
-        blocks = account.capacity.blocks_for(need.total_tokens)
+        blocks = account.capacity.blocks_at_first(need)
         if (
             need.total_tokens > account.capacity.largest_sequence
             or len(account.entries) >= account.capacity.max_sequences
-            or account.of_ranks[dp_rank] + blocks > account.capacity.dp_blocks
+            or blocks > account.free(dp_rank)
         ):
             return False
         account.take(request_id, blocks, dp_rank)
         self._decode_of[request_id] = key
         return True
+
+    def grow(self, request_id: int, tokens: int) -> None:
+        """Books what decode has taken for a sequence that has come to so many tokens.
+
+        It may be more than there is, since blocks that sequences share are booked for each. Does
+        nothing where decode reserves all at first.
+        """
+        key = self._decode_of.get(request_id)
+        if key is not None and (account := self._decodes[key]).capacity.expected_output_tokens:
+            account.grow(request_id, account.capacity.blocks_for(tokens))
 
     def end_prefill(self, request_id: int) -> None:
         """Prefill owes this request nothing any more; no error where it never did."""
@@ -396,7 +435,12 @@ class Ledger:
                 of_ranks[dp_rank] += account.entries[request_id]
             if of_ranks != account.of_ranks:
                 raise LedgerError(f"{key.name}: the dp ranks' sums are {account.of_ranks}")
-            if max(of_ranks) > capacity.dp_blocks or len(account.entries) > capacity.max_sequences:
+            overcommits = bool(capacity.expected_output_tokens)
+            if not account.outgrown <= (account.entries.keys() if overcommits else set()):
+                raise LedgerError(f"{key.name}: what has grown is not there, or must not grow")
+            if len(account.entries) > capacity.max_sequences or (
+                max(of_ranks) > capacity.dp_blocks and not overcommits
+            ):
                 raise LedgerError(f"{key.name}: more is promised than it has")
 
 

@@ -17,7 +17,7 @@ from service.metrics import (
 OUTCOMES = ("finished", "refused", "invalid", "aborted", "failed")
 # Why an answer that had begun goes on at other instances, and how: its KV is computed anew, or
 # carried over from the decode instance that has it.
-MOVES = ("lost", "drained", "failed")
+MOVES = ("lost", "drained", "failed", "preempted")
 WAYS = ("prefill", "kv")
 # How carrying a sequence over can end; "stayed": it went on where it was, or was lost there.
 CARRIES = ("carried", "stayed")

@@ -99,7 +99,8 @@ class ValidRequest:
     """A request that every check has passed; what the router works with from there on.
 
     Where it goes on after an instance was lost, the last `output_tokens` of its prompt are the ones
-    that were generated before; sampling and stop are the same and count them.
+    that were generated before; sampling and stop are the same and count them. `came_us` is when it
+    came, in microseconds by this host's clock.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -109,6 +110,7 @@ class ValidRequest:
     cache_salt: str = field(default="", repr=False)
     tenant: str = ""
     output_tokens: int = 0
+    came_us: int = 0
 
     @property
     def need(self) -> Need:

@@ -240,6 +240,7 @@ def make_hello(
     data_addresses: Sequence[tuple[str, int]] = (),
     data_token: bytes = b"",
     prefix_seed: bytes = b"",
+    expected_output_tokens: int = 0,
 ) -> worker_pb2.InstanceHello:
     """What the instance tells routers; `data_addresses` is where its ranks take KV, if they do."""
     return worker_pb2.InstanceHello(
@@ -255,6 +256,7 @@ def make_hello(
             max_sequences=max_sequences,
             max_sequence_tokens=model.max_sequence_tokens,
             dp=model.part.layout.dp,
+            expected_output_tokens=expected_output_tokens,
         ),
         data_token=data_token,
         version=server_version(),

@@ -27,7 +27,7 @@ from twinpool.v1 import kv_pb2 as twinpool_dot_v1_dot_kv__pb2
 from twinpool.v1 import worker_pb2 as twinpool_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16twinpool/v1/rank.proto\x12\x0btwinpool.v1\x1a\x18twinpool/v1/common.proto\x1a\x14twinpool/v1/kv.proto\x1a\x18twinpool/v1/worker.proto\"\xa8\x02\n\rFollowRequest\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.twinpool.v1.RankHelloH\x00\x12\'\n\x05ready\x18\x02 \x01(\x0b\x32\x16.twinpool.v1.RankReadyH\x00\x12\x34\n\x0ctransfer_end\x18\x03 \x01(\x0b\x32\x1c.twinpool.v1.RankTransferEndH\x00\x12/\n\theartbeat\x18\x04 \x01(\x0b\x32\x1a.twinpool.v1.RankHeartbeatH\x00\x12)\n\x06opened\x18\x05 \x01(\x0b\x32\x17.twinpool.v1.RankOpenedH\x00\x12+\n\x07sampled\x18\x06 \x01(\x0b\x32\x18.twinpool.v1.RankSampledH\x00\x42\x06\n\x04kind\")\n\tRankHello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\"V\n\tRankReady\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x11\n\tdata_host\x18\x03 \x01(\t\x12\x11\n\tdata_port\x18\x04 \x01(\r\"\xb5\x01\n\x0fRankTransferEnd\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12/\n\tcompleted\x18\x02 \x01(\x0b\x32\x1a.twinpool.v1.RankCompletedH\x00\x12)\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x17.twinpool.v1.RankFailedH\x00\x12)\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x17.twinpool.v1.RankClosedH\x00\x42\x06\n\x04kind\"j\n\rRankCompleted\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x10\n\x08messages\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x14\n\x0chidden_bytes\x18\x05 \x01(\x04\"e\n\nRankFailed\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12%\n\x04kept\x18\x04 \x03(\x0b\x32\x17.twinpool.v1.KeptTokens\"3\n\nRankClosed\x12%\n\x04kept\x18\x01 \x03(\x0b\x32\x17.twinpool.v1.KeptTokens\"\x9e\x02\n\rRankHeartbeat\x12\"\n\x05pairs\x18\x01 \x03(\x0b\x32\x13.twinpool.v1.KvPair\x12:\n\x08transfer\x18\x02 \x03(\x0b\x32(.twinpool.v1.RankHeartbeat.TransferEntry\x12\x34\n\x05links\x18\x03 \x03(\x0b\x32%.twinpool.v1.RankHeartbeat.LinksEntry\x1a/\n\rTransferEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x46\n\nLinksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.twinpool.v1.RankTraffic:\x02\x38\x01\",\n\x0bRankTraffic\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\"\x95\x05\n\x0e\x46ollowResponse\x12+\n\x07welcome\x18\x01 \x01(\x0b\x32\x18.twinpool.v1.RankWelcomeH\x00\x12#\n\x05peers\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.PeersH\x00\x12%\n\x04step\x18\x03 \x01(\x0b\x32\x15.twinpool.v1.RankStepH\x00\x12)\n\x06\x65xpect\x18\x04 \x01(\x0b\x32\x17.twinpool.v1.RankExpectH\x00\x12%\n\x04open\x18\x05 \x01(\x0b\x32\x15.twinpool.v1.RankOpenH\x00\x12\'\n\x05grant\x18\x06 \x01(\x0b\x32\x16.twinpool.v1.RankGrantH\x00\x12-\n\x05ready\x18\x07 \x01(\x0b\x32\x1c.twinpool.v1.RankReadyTokensH\x00\x12\'\n\x05\x63lose\x18\x08 \x01(\x0b\x32\x16.twinpool.v1.RankCloseH\x00\x12\'\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x16.twinpool.v1.RankAbortH\x00\x12-\n\x08sequence\x18\n \x01(\x0b\x32\x19.twinpool.v1.RankSequenceH\x00\x12+\n\x07receive\x18\x0b \x01(\x0b\x32\x18.twinpool.v1.RankReceiveH\x00\x12)\n\x06revoke\x18\x0c \x01(\x0b\x32\x17.twinpool.v1.RankRevokeH\x00\x12-\n\x06\x64\x65\x63ode\x18\r \x01(\x0b\x32\x1b.twinpool.v1.RankDecodeStepH\x00\x12)\n\x06\x66orget\x18\x0e \x01(\x0b\x32\x17.twinpool.v1.RankForgetH\x00\x12%\n\x04send\x18\x0f \x01(\x0b\x32\x15.twinpool.v1.RankSendH\x00\x42\x06\n\x04kind\"B\n\x0bRankWelcome\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x12\n\ndata_token\x18\x03 \x01(\x0c\"2\n\x08RankStep\x12&\n\x06pieces\x18\x01 \x03(\x0b\x32\x16.twinpool.v1.RankPiece\"u\n\tRankPiece\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\r\n\x05start\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0e\n\x06\x62locks\x18\x04 \x03(\r\x12\x10\n\x08transfer\x18\x05 \x01(\x08\x12\x10\n\x08\x63p_first\x18\x06 \x01(\r\" \n\nRankExpect\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\"P\n\x08RankOpen\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x10\n\x08\x63p_first\x18\x04 \x01(\r\"B\n\tRankGrant\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12!\n\x05grant\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Grant\"I\n\x0fRankReadyTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Range\"\x1f\n\tRankClose\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\" \n\tRankAbort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\"\xdb\x01\n\x0cRankSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.twinpool.v1.SamplingParams\x12\x16\n\x0emin_new_tokens\x18\x05 \x01(\r\x12\x15\n\rend_token_ids\x18\x06 \x03(\r\x12\x18\n\x10prompt_token_ids\x18\x07 \x03(\r\x12\x18\n\x10output_token_ids\x18\x08 \x03(\r\"\xf9\x01\n\x0bRankReceive\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\"\n\x06tokens\x18\x03 \x01(\x0b\x32\x12.twinpool.v1.Range\x12\x14\n\x0ctotal_tokens\x18\x04 \x01(\r\x12\x0e\n\x06\x62locks\x18\x05 \x03(\r\x12,\n\rsource_layout\x18\x06 \x01(\x0b\x32\x15.twinpool.v1.KvLayout\x12\x17\n\x0fsource_instance\x18\x07 \x01(\t\x12\x0e\n\x06ttl_ms\x18\x08 \x01(\r\x12%\n\x04kept\x18\t \x03(\x0b\x32\x17.twinpool.v1.KeptTokens\"!\n\nRankOpened\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\"!\n\nRankRevoke\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\"L\n\x0eRankDecodeStep\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12*\n\x0bof_dp_ranks\x18\x02 \x03(\x0b\x32\x15.twinpool.v1.RankRows\"B\n\x08RankRows\x12\x13\n\x0brequest_ids\x18\x01 \x03(\x06\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06starts\x18\x03 \x03(\r\"s\n\x0bRankSampled\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.twinpool.v1.PositionLogprobs\x12\x10\n\x08sample_s\x18\x04 \x01(\x01\" \n\nRankForget\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\"=\n\x08RankSend\x12\x0e\n\x06\x62locks\x18\x01 \x03(\r\x12!\n\x05grant\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Grant2N\n\x05Ranks\x12\x45\n\x06\x46ollow\x12\x1a.twinpool.v1.FollowRequest\x1a\x1b.twinpool.v1.FollowResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16twinpool/v1/rank.proto\x12\x0btwinpool.v1\x1a\x18twinpool/v1/common.proto\x1a\x14twinpool/v1/kv.proto\x1a\x18twinpool/v1/worker.proto\"\xa8\x02\n\rFollowRequest\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.twinpool.v1.RankHelloH\x00\x12\'\n\x05ready\x18\x02 \x01(\x0b\x32\x16.twinpool.v1.RankReadyH\x00\x12\x34\n\x0ctransfer_end\x18\x03 \x01(\x0b\x32\x1c.twinpool.v1.RankTransferEndH\x00\x12/\n\theartbeat\x18\x04 \x01(\x0b\x32\x1a.twinpool.v1.RankHeartbeatH\x00\x12)\n\x06opened\x18\x05 \x01(\x0b\x32\x17.twinpool.v1.RankOpenedH\x00\x12+\n\x07sampled\x18\x06 \x01(\x0b\x32\x18.twinpool.v1.RankSampledH\x00\x42\x06\n\x04kind\")\n\tRankHello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\"V\n\tRankReady\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x11\n\tdata_host\x18\x03 \x01(\t\x12\x11\n\tdata_port\x18\x04 \x01(\r\"\xb5\x01\n\x0fRankTransferEnd\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12/\n\tcompleted\x18\x02 \x01(\x0b\x32\x1a.twinpool.v1.RankCompletedH\x00\x12)\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x17.twinpool.v1.RankFailedH\x00\x12)\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x17.twinpool.v1.RankClosedH\x00\x42\x06\n\x04kind\"j\n\rRankCompleted\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x10\n\x08messages\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x14\n\x0chidden_bytes\x18\x05 \x01(\x04\"e\n\nRankFailed\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12%\n\x04kept\x18\x04 \x03(\x0b\x32\x17.twinpool.v1.KeptTokens\"3\n\nRankClosed\x12%\n\x04kept\x18\x01 \x03(\x0b\x32\x17.twinpool.v1.KeptTokens\"\x9e\x02\n\rRankHeartbeat\x12\"\n\x05pairs\x18\x01 \x03(\x0b\x32\x13.twinpool.v1.KvPair\x12:\n\x08transfer\x18\x02 \x03(\x0b\x32(.twinpool.v1.RankHeartbeat.TransferEntry\x12\x34\n\x05links\x18\x03 \x03(\x0b\x32%.twinpool.v1.RankHeartbeat.LinksEntry\x1a/\n\rTransferEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x46\n\nLinksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.twinpool.v1.RankTraffic:\x02\x38\x01\",\n\x0bRankTraffic\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\"\xbc\x05\n\x0e\x46ollowResponse\x12+\n\x07welcome\x18\x01 \x01(\x0b\x32\x18.twinpool.v1.RankWelcomeH\x00\x12#\n\x05peers\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.PeersH\x00\x12%\n\x04step\x18\x03 \x01(\x0b\x32\x15.twinpool.v1.RankStepH\x00\x12)\n\x06\x65xpect\x18\x04 \x01(\x0b\x32\x17.twinpool.v1.RankExpectH\x00\x12%\n\x04open\x18\x05 \x01(\x0b\x32\x15.twinpool.v1.RankOpenH\x00\x12\'\n\x05grant\x18\x06 \x01(\x0b\x32\x16.twinpool.v1.RankGrantH\x00\x12-\n\x05ready\x18\x07 \x01(\x0b\x32\x1c.twinpool.v1.RankReadyTokensH\x00\x12\'\n\x05\x63lose\x18\x08 \x01(\x0b\x32\x16.twinpool.v1.RankCloseH\x00\x12\'\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x16.twinpool.v1.RankAbortH\x00\x12-\n\x08sequence\x18\n \x01(\x0b\x32\x19.twinpool.v1.RankSequenceH\x00\x12+\n\x07receive\x18\x0b \x01(\x0b\x32\x18.twinpool.v1.RankReceiveH\x00\x12)\n\x06revoke\x18\x0c \x01(\x0b\x32\x17.twinpool.v1.RankRevokeH\x00\x12-\n\x06\x64\x65\x63ode\x18\r \x01(\x0b\x32\x1b.twinpool.v1.RankDecodeStepH\x00\x12)\n\x06\x66orget\x18\x0e \x01(\x0b\x32\x17.twinpool.v1.RankForgetH\x00\x12%\n\x04send\x18\x0f \x01(\x0b\x32\x15.twinpool.v1.RankSendH\x00\x12%\n\x04grow\x18\x10 \x01(\x0b\x32\x15.twinpool.v1.RankGrowH\x00\x42\x06\n\x04kind\"B\n\x0bRankWelcome\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x06\x12\x12\n\ndata_token\x18\x03 \x01(\x0c\"2\n\x08RankStep\x12&\n\x06pieces\x18\x01 \x03(\x0b\x32\x16.twinpool.v1.RankPiece\"u\n\tRankPiece\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\r\n\x05start\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0e\n\x06\x62locks\x18\x04 \x03(\r\x12\x10\n\x08transfer\x18\x05 \x01(\x08\x12\x10\n\x08\x63p_first\x18\x06 \x01(\r\" \n\nRankExpect\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\"P\n\x08RankOpen\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x10\n\x08\x63p_first\x18\x04 \x01(\r\"B\n\tRankGrant\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12!\n\x05grant\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Grant\"I\n\x0fRankReadyTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Range\"\x1f\n\tRankClose\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\" \n\tRankAbort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\"\xdb\x01\n\x0cRankSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.twinpool.v1.SamplingParams\x12\x16\n\x0emin_new_tokens\x18\x05 \x01(\r\x12\x15\n\rend_token_ids\x18\x06 \x03(\r\x12\x18\n\x10prompt_token_ids\x18\x07 \x03(\r\x12\x18\n\x10output_token_ids\x18\x08 \x03(\r\"\xf9\x01\n\x0bRankReceive\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\"\n\x06tokens\x18\x03 \x01(\x0b\x32\x12.twinpool.v1.Range\x12\x14\n\x0ctotal_tokens\x18\x04 \x01(\r\x12\x0e\n\x06\x62locks\x18\x05 \x03(\r\x12,\n\rsource_layout\x18\x06 \x01(\x0b\x32\x15.twinpool.v1.KvLayout\x12\x17\n\x0fsource_instance\x18\x07 \x01(\t\x12\x0e\n\x06ttl_ms\x18\x08 \x01(\r\x12%\n\x04kept\x18\t \x03(\x0b\x32\x17.twinpool.v1.KeptTokens\"!\n\nRankOpened\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\"!\n\nRankRevoke\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x06\"L\n\x0eRankDecodeStep\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12*\n\x0bof_dp_ranks\x18\x02 \x03(\x0b\x32\x15.twinpool.v1.RankRows\"B\n\x08RankRows\x12\x13\n\x0brequest_ids\x18\x01 \x03(\x06\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06starts\x18\x03 \x03(\r\"s\n\x0bRankSampled\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.twinpool.v1.PositionLogprobs\x12\x10\n\x08sample_s\x18\x04 \x01(\x01\".\n\x08RankGrow\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\" \n\nRankForget\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\"=\n\x08RankSend\x12\x0e\n\x06\x62locks\x18\x01 \x03(\r\x12!\n\x05grant\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Grant2N\n\x05Ranks\x12\x45\n\x06\x46ollow\x12\x1a.twinpool.v1.FollowRequest\x1a\x1b.twinpool.v1.FollowResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -61,43 +61,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RANKTRAFFIC']._serialized_start=1280
   _globals['_RANKTRAFFIC']._serialized_end=1324
   _globals['_FOLLOWRESPONSE']._serialized_start=1327
-  _globals['_FOLLOWRESPONSE']._serialized_end=1988
-  _globals['_RANKWELCOME']._serialized_start=1990
-  _globals['_RANKWELCOME']._serialized_end=2056
-  _globals['_RANKSTEP']._serialized_start=2058
-  _globals['_RANKSTEP']._serialized_end=2108
-  _globals['_RANKPIECE']._serialized_start=2110
-  _globals['_RANKPIECE']._serialized_end=2227
-  _globals['_RANKEXPECT']._serialized_start=2229
-  _globals['_RANKEXPECT']._serialized_end=2261
-  _globals['_RANKOPEN']._serialized_start=2263
-  _globals['_RANKOPEN']._serialized_end=2343
-  _globals['_RANKGRANT']._serialized_start=2345
-  _globals['_RANKGRANT']._serialized_end=2411
-  _globals['_RANKREADYTOKENS']._serialized_start=2413
-  _globals['_RANKREADYTOKENS']._serialized_end=2486
-  _globals['_RANKCLOSE']._serialized_start=2488
-  _globals['_RANKCLOSE']._serialized_end=2519
-  _globals['_RANKABORT']._serialized_start=2521
-  _globals['_RANKABORT']._serialized_end=2553
-  _globals['_RANKSEQUENCE']._serialized_start=2556
-  _globals['_RANKSEQUENCE']._serialized_end=2775
-  _globals['_RANKRECEIVE']._serialized_start=2778
-  _globals['_RANKRECEIVE']._serialized_end=3027
-  _globals['_RANKOPENED']._serialized_start=3029
-  _globals['_RANKOPENED']._serialized_end=3062
-  _globals['_RANKREVOKE']._serialized_start=3064
-  _globals['_RANKREVOKE']._serialized_end=3097
-  _globals['_RANKDECODESTEP']._serialized_start=3099
-  _globals['_RANKDECODESTEP']._serialized_end=3175
-  _globals['_RANKROWS']._serialized_start=3177
-  _globals['_RANKROWS']._serialized_end=3243
-  _globals['_RANKSAMPLED']._serialized_start=3245
-  _globals['_RANKSAMPLED']._serialized_end=3360
-  _globals['_RANKFORGET']._serialized_start=3362
-  _globals['_RANKFORGET']._serialized_end=3394
-  _globals['_RANKSEND']._serialized_start=3396
-  _globals['_RANKSEND']._serialized_end=3457
-  _globals['_RANKS']._serialized_start=3459
-  _globals['_RANKS']._serialized_end=3537
+  _globals['_FOLLOWRESPONSE']._serialized_end=2027
+  _globals['_RANKWELCOME']._serialized_start=2029
+  _globals['_RANKWELCOME']._serialized_end=2095
+  _globals['_RANKSTEP']._serialized_start=2097
+  _globals['_RANKSTEP']._serialized_end=2147
+  _globals['_RANKPIECE']._serialized_start=2149
+  _globals['_RANKPIECE']._serialized_end=2266
+  _globals['_RANKEXPECT']._serialized_start=2268
+  _globals['_RANKEXPECT']._serialized_end=2300
+  _globals['_RANKOPEN']._serialized_start=2302
+  _globals['_RANKOPEN']._serialized_end=2382
+  _globals['_RANKGRANT']._serialized_start=2384
+  _globals['_RANKGRANT']._serialized_end=2450
+  _globals['_RANKREADYTOKENS']._serialized_start=2452
+  _globals['_RANKREADYTOKENS']._serialized_end=2525
+  _globals['_RANKCLOSE']._serialized_start=2527
+  _globals['_RANKCLOSE']._serialized_end=2558
+  _globals['_RANKABORT']._serialized_start=2560
+  _globals['_RANKABORT']._serialized_end=2592
+  _globals['_RANKSEQUENCE']._serialized_start=2595
+  _globals['_RANKSEQUENCE']._serialized_end=2814
+  _globals['_RANKRECEIVE']._serialized_start=2817
+  _globals['_RANKRECEIVE']._serialized_end=3066
+  _globals['_RANKOPENED']._serialized_start=3068
+  _globals['_RANKOPENED']._serialized_end=3101
+  _globals['_RANKREVOKE']._serialized_start=3103
+  _globals['_RANKREVOKE']._serialized_end=3136
+  _globals['_RANKDECODESTEP']._serialized_start=3138
+  _globals['_RANKDECODESTEP']._serialized_end=3214
+  _globals['_RANKROWS']._serialized_start=3216
+  _globals['_RANKROWS']._serialized_end=3282
+  _globals['_RANKSAMPLED']._serialized_start=3284
+  _globals['_RANKSAMPLED']._serialized_end=3399
+  _globals['_RANKGROW']._serialized_start=3401
+  _globals['_RANKGROW']._serialized_end=3447
+  _globals['_RANKFORGET']._serialized_start=3449
+  _globals['_RANKFORGET']._serialized_end=3481
+  _globals['_RANKSEND']._serialized_start=3483
+  _globals['_RANKSEND']._serialized_end=3544
+  _globals['_RANKS']._serialized_start=3546
+  _globals['_RANKS']._serialized_end=3624
 # @@protoc_insertion_point(module_scope)

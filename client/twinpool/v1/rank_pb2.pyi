@@ -353,6 +353,7 @@ class FollowResponse(_message.Message):
     DECODE_FIELD_NUMBER: _builtins.int
     FORGET_FIELD_NUMBER: _builtins.int
     SEND_FIELD_NUMBER: _builtins.int
+    GROW_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___RankWelcome:
         """The first message: whose ranks these are."""
@@ -385,6 +386,8 @@ class FollowResponse(_message.Message):
     def forget(self) -> Global___RankForget: ...
     @_builtins.property
     def send(self) -> Global___RankSend: ...
+    @_builtins.property
+    def grow(self) -> Global___RankGrow: ...
     def __init__(
         self,
         *,
@@ -403,12 +406,13 @@ class FollowResponse(_message.Message):
         decode: Global___RankDecodeStep | None = ...,
         forget: Global___RankForget | None = ...,
         send: Global___RankSend | None = ...,
+        grow: Global___RankGrow | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "decode", b"decode", "expect", b"expect", "forget", b"forget", "grant", b"grant", "kind", b"kind", "open", b"open", "peers", b"peers", "ready", b"ready", "receive", b"receive", "revoke", b"revoke", "send", b"send", "sequence", b"sequence", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "decode", b"decode", "expect", b"expect", "forget", b"forget", "grant", b"grant", "grow", b"grow", "kind", b"kind", "open", b"open", "peers", b"peers", "ready", b"ready", "receive", b"receive", "revoke", b"revoke", "send", b"send", "sequence", b"sequence", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "decode", b"decode", "expect", b"expect", "forget", b"forget", "grant", b"grant", "kind", b"kind", "open", b"open", "peers", b"peers", "ready", b"ready", "receive", b"receive", "revoke", b"revoke", "send", b"send", "sequence", b"sequence", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "decode", b"decode", "expect", b"expect", "forget", b"forget", "grant", b"grant", "grow", b"grow", "kind", b"kind", "open", b"open", "peers", b"peers", "ready", b"ready", "receive", b"receive", "revoke", b"revoke", "send", b"send", "sequence", b"sequence", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "peers", "step", "expect", "open", "grant", "ready", "close", "abort", "sequence", "receive", "revoke", "decode", "forget", "send"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "peers", "step", "expect", "open", "grant", "ready", "close", "abort", "sequence", "receive", "revoke", "decode", "forget", "send", "grow"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -883,6 +887,31 @@ class RankSampled(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RankSampled: _TypeAlias = RankSampled  # noqa: Y015
+
+@_typing.final
+class RankGrow(_message.Message):
+    """More blocks of a sequence, behind those it has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankGrow: _TypeAlias = RankGrow  # noqa: Y015
 
 @_typing.final
 class RankForget(_message.Message):

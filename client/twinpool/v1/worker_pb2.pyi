@@ -194,6 +194,7 @@ class Capacity(_message.Message):
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
     DP_FIELD_NUMBER: _builtins.int
+    EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
     block_size: _builtins.int
     """Tokens of a block of the whole instance: with context parallelism a multiple of the layout's."""
@@ -204,6 +205,8 @@ class Capacity(_message.Message):
     """Parts that the blocks are in, as many in each; a sequence is in one of them: the dp ranks of a
     decode instance. 0 is 1.
     """
+    expected_output_tokens: _builtins.int
+    """Output tokens that a decode instance reserves room for at first; 0: all that a request may have."""
     def __init__(
         self,
         *,
@@ -212,10 +215,11 @@ class Capacity(_message.Message):
         max_sequences: _builtins.int = ...,
         max_sequence_tokens: _builtins.int = ...,
         dp: _builtins.int = ...,
+        expected_output_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "dp", b"dp", "max_sequence_tokens", b"max_sequence_tokens", "max_sequences", b"max_sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "dp", b"dp", "expected_output_tokens", b"expected_output_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_sequences", b"max_sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -943,6 +947,7 @@ class ReserveRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DP_RANK_FIELD_NUMBER: _builtins.int
+    CAME_US_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     router_id: _builtins.str
     """Which router's Run stream the tokens go to, and whose end releases the reservation."""
@@ -958,6 +963,10 @@ class ReserveRequest(_message.Message):
     """As in GenerateRequest."""
     dp_rank: _builtins.int
     """Which of the instance's dp ranks is to have the sequence."""
+    came_us: _builtins.int
+    """When the request came, in microseconds by the clock of its router's host: the same in all of its
+    tries. An instance that has promised too much hands the latest back.
+    """
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...
     @_builtins.property
@@ -996,10 +1005,11 @@ class ReserveRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         output_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         dp_rank: _builtins.int = ...,
+        came_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefill_layout", b"prefill_layout", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "dp_rank", b"dp_rank", "output_token_ids", b"output_token_ids", "prefill_epoch", b"prefill_epoch", "prefill_instance", b"prefill_instance", "prefill_layout", b"prefill_layout", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sampling", b"sampling", "stop", b"stop", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "came_us", b"came_us", "dp_rank", b"dp_rank", "output_token_ids", b"output_token_ids", "prefill_epoch", b"prefill_epoch", "prefill_instance", b"prefill_instance", "prefill_layout", b"prefill_layout", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sampling", b"sampling", "stop", b"stop", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1378,7 +1388,8 @@ class SequenceFailure(_message.Message):
     request_id: _builtins.int
     reason: _builtins.str
     """A name from the transfer or engine error tree: PeerLost, GrantExpired, ChecksumMismatch, ...;
-    DRAINED where the instance stops and hands the sequence back.
+    DRAINED where the instance stops and hands the sequence back, PREEMPTED where earlier ones need
+    its room.
     """
     message: _builtins.str
     retryable: _builtins.bool

@@ -193,10 +193,12 @@ def test_others_of_the_dp_rank_hear_of_a_sequence_and_all_of_steps(dp_rank: int)
     others = OtherRanks(SETTINGS, followers, lambda *part: taken.append(part))  # type: ignore[arg-type]
     sequence = record(dp_rank)
     others.add(sequence)
+    others.grow(sequence.request_id, 7)
     others.step(1, [[], []])
     others.remove(sequence.request_id)
     others.remove(sequence.request_id)
     ranks = [2 * dp_rank, 2 * dp_rank + 1]
-    assert followers.told == [("sequence", ranks), ("decode", None), ("forget", ranks)]
+    kinds = ["sequence", "grow", "decode", "forget"]
+    assert followers.told == [(kind, None if kind == "decode" else ranks) for kind in kinds]
     others.sampled(2, part_to_wire(1, Part(sampled=[Sampled(token_id=3)])))
     assert taken == [(1, 1, Part(sampled=[Sampled(token_id=3)]))]

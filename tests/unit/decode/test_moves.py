@@ -174,6 +174,25 @@ async def test_drain_hands_back_what_takes_too_long_and_frees_it() -> None:
     task.cancel()
 
 
+@pytest.mark.parametrize("runs", [False, True])
+async def test_sequence_whose_room_others_need_is_handed_back_and_frees_it(runs: bool) -> None:
+    instance = Instance()
+    task = await listening(instance)
+    await instance.reserve(7, came_us=3)
+    [record] = instance.admission.all()
+    assert record.reservation.came_us == 3
+    if runs:
+        instance.admission.activate(7, 5)
+        instance.admission.complete(record.transfer.transfer_id)
+    await asyncio.to_thread(instance.service.hand_back, record)
+    await asyncio.sleep(0)
+    [failure] = [failure for message in instance.told for failure in message.failures]
+    assert (failure.request_id, failure.reason, failure.retryable) == (7, "PREEMPTED", True)
+    assert instance.worker.aborted == [7] * runs
+    assert instance.admission.counts().free == BLOCKS
+    task.cancel()
+
+
 async def test_drain_waits_for_what_ends_in_time_and_takes_nothing_new() -> None:
     instance = Instance()
     task = await listening(instance)

@@ -30,6 +30,9 @@ class Controlled:
     def add(self, record: object) -> None:
         pass
 
+    def grow(self, record: object, block: int) -> None:
+        pass
+
     def remove(self, request_id: int) -> None:
         self.removed.append(request_id)
 

@@ -97,6 +97,7 @@ class FakeInstance:
         model_description: worker_pb2.ModelDescription | None = None,
         prefix_seed: bytes = b"",
         prefixes: PrefixSource | None = None,
+        expected_output_tokens: int = 0,
     ) -> None:
         self.name = name
         self.epoch = epoch
@@ -106,6 +107,7 @@ class FakeInstance:
             block_size=16,
             max_sequences=max_sequences,
             max_sequence_tokens=16 * blocks,
+            expected_output_tokens=expected_output_tokens,
         )
         self.model = model_description or model()
         self.layout = layout()

@@ -272,6 +272,61 @@ TestLedgerAndQueue: Any = LedgerAndQueue.TestCase
 TestLedgerAndQueue.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+def overcommitted(blocks: int = 8, expected: int = 8, dp: int = 1) -> Ledger:
+    made = Ledger(max_prefill_requests=64)
+    made.add_prefill(PREFILL, capacity(1000))
+    made.add_decode(DECODE, replace(capacity(blocks), expected_output_tokens=expected, dp=dp))
+    return made
+
+
+def test_only_the_output_that_is_expected_is_booked() -> None:
+    book = overcommitted(blocks=8, expected=8)
+    assert book.try_reserve(1, need(24, 100), PLACE)
+    assert book.try_reserve(2, need(24, 2), PLACE)
+    assert book.reserved_blocks(DECODE) == 4
+    assert not book.fits_ever(need(24, 105))
+    assert not book.try_reserve(3, need(24, 105), PLACE)
+    assert not book.decodes()[0].fits(need(24, 105))
+    book.check_integrity()
+
+
+def test_what_a_sequence_has_grown_to_is_booked_and_given_back() -> None:
+    book = overcommitted(blocks=8, expected=8)
+    assert book.try_reserve(1, need(24, 100), PLACE)
+    book.grow(1, 32)
+    assert (book.reserved_blocks(DECODE), book.decodes()[0].free_blocks) == (2, 6)
+    book.grow(1, 33)
+    assert book.reserved_blocks(DECODE) == 3
+    # One more is left to it: it will need it soon.
+    assert book.decodes()[0].free_blocks == 4
+    assert not book.try_reserve(2, need(80, 100), PLACE)
+    assert book.try_reserve(2, need(56, 40), PLACE)
+    book.grow(2, 96)
+    book.check_integrity()
+    assert book.reserved_blocks(DECODE) == 9  # more than there is, if they share blocks
+    book.grow(3, 1000)
+    book.release(1)
+    book.release(2)
+    book.check_integrity()
+    assert book.decodes()[0].free_blocks == 8
+
+
+def test_nothing_grows_where_all_is_booked_at_first() -> None:
+    book = ledger(blocks=8)
+    assert book.try_reserve(1, need(16, 16), PLACE)
+    book.grow(1, 33)
+    assert book.reserved_blocks(DECODE) == 2
+    book.check_integrity()
+
+
+def test_growth_is_its_own_dp_ranks() -> None:
+    book = overcommitted(blocks=8, dp=2)
+    assert book.try_reserve(1, need(24, 30), replace(PLACE, dp_rank=1))
+    book.grow(1, 40)
+    assert [view.free_blocks for view in book.decodes()] == [4, 0]
+    book.check_integrity()
+
+
 def test_sequence_must_fit_one_dp_rank() -> None:
     book = Ledger(max_prefill_requests=9)
     book.add_prefill(PREFILL, capacity(1000))
