@@ -25,6 +25,9 @@ on: computing the prompts is no part of it, for nobody.
 - Inter-token latency: at the client, while requests come at random times, one in a second, whether
   or not earlier ones have ended; prompts of 256 tokens, answers of 32 to 96. Ours as a user starts
   it: half of the cores for each instance. Half as many rounds.
+- Balance: how far the hottest of 8 ranks is above the mean where made-up skewed tokens go to
+  experts that have been placed by the window before, beside the even places; and how long a step
+  waits while all of a rank's experts of a layer are exchanged.
 
     python -m bench.decode --checkpoints DIR --vllm-python PEER/bin/python --json FILE
     python -m bench.decode --checkpoints DIR --rows 'dense, batch 16'
@@ -39,7 +42,7 @@ from typing import Annotated
 import typer
 
 from bench import checkpoints as models
-from bench.decodes import batches, served
+from bench.decodes import balance, batches, served
 from bench.decodes.settings import Settings
 from bench.report import Row, report
 from bench.sides.process import SideFailed
@@ -62,6 +65,7 @@ def _measure(settings: Settings) -> list[Row]:
             rows += batches.of_overhead(model, settings, say)
             rows += served.of_batches(model, settings, say)
             rows += served.of_load(model, settings, say)
+        rows += balance.rows(settings, say)
     except SideFailed as exc:
         say(str(exc))
         raise typer.Exit(1) from exc

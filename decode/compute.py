@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from decode.admission import SequenceRecord
+from decode.orders import NOTHING, Order
+from decode.rank_experts import RankExperts
 from engine.runner import Chunk, ModelRunner
 from engine.sampling import Sampled, SequenceState
+from engine.step_watch import REBALANCE, REST, SAMPLING
 from engine.vocabulary import sample_part
 
 
@@ -70,9 +73,9 @@ class Compute(Protocol):
 
 
 class RankCompute:
-    """One rank's part in every step."""
+    """One rank's part in every step; `experts` are its own where ranks have different ones."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, experts: RankExperts | None = None) -> None:
         layout = runner.layout
         self.dp_rank = layout.dp_rank
         self._samples = layout.pp_rank == layout.pp - 1
@@ -80,6 +83,8 @@ class RankCompute:
         self.answers = self._samples and layout.tp_rank == 0
         self._runner = runner
         self._vocabulary = runner.vocabulary
+        self._experts = experts
+        self.watch = runner.watch
         self._sequences: dict[int, DecodeSequence] = {}
 
     def add(self, request_id: int, sequence: DecodeSequence) -> None:
@@ -94,8 +99,23 @@ class RankCompute:
         """See Compute."""
         self._sequences.pop(request_id, None)
 
-    def run(self, rows: Rows) -> Part | None:
+    def run(self, rows: Rows, order: Order = NOTHING) -> Part | None:
         """Compute this rank's part of a step; the tokens where it `answers` and there are any."""
+        self.watch.begin()
+        try:
+            self._act(order)
+            return self._run(rows)
+        finally:
+            self.watch.end()
+
+    def _act(self, order: Order) -> None:
+        if order != NOTHING:
+            assert self._experts is not None
+            self.watch.to(REBALANCE)
+            self._experts.act(order)
+            self.watch.to(REST)
+
+    def _run(self, rows: Rows) -> Part | None:
         own = rows[self.dp_rank]
         sequences = [self._sequences[row.request_id] for row in own]
         for row, sequence in zip(own, sequences, strict=True):
@@ -111,6 +131,7 @@ class RankCompute:
         )
         if not own or not self._samples:
             return None
+        self.watch.to(SAMPLING)
         began_s = time.monotonic()
         states = [sequence.sampling for sequence in sequences]
         sampled = sample_part(logits_SW, states, self._vocabulary)
@@ -133,7 +154,7 @@ class Others(Protocol):
         """See Compute."""
         ...
 
-    def step(self, number: int, rows: Rows) -> None:
+    def step(self, number: int, rows: Rows, order: Order) -> None:
         """Tell all of a step; what they make of it goes to `Steps.take`."""
         ...
 
@@ -151,6 +172,7 @@ class Steps:
     Args:
         own: This rank's, the instance's first one's.
         others: None where this is the only rank.
+        order: Says what all ranks do before the step that begins.
     """
 
     def __init__(
@@ -159,10 +181,12 @@ class Steps:
         *,
         depth: int = 1,
         others: Others | None = None,
+        order: Callable[[], Order] = lambda: NOTHING,
     ) -> None:
         self.depth = depth
         self._own = own
         self._others = others
+        self._order = order
         self._number = 0
         self._lock = threading.Lock()
         self._under_way: dict[int, _UnderWay] = {}
@@ -189,15 +213,16 @@ class Steps:
 
     def run(self, rows: Rows, done: Done) -> None:
         """See Compute."""
+        self._own.watch.begin()
         self._number += 1
-        number = self._number
+        number, order = self._number, self._order()
         missing = {rank for rank, of_rank in enumerate(rows) if of_rank}  # the others say nothing
         parts = [Part() for _ in rows]
         with self._lock:
             self._under_way[number] = _UnderWay(done=done, parts=parts, missing=missing)
         if self._others is not None:
-            self._others.step(number, rows)
-        part = self._own.run(rows)
+            self._others.step(number, rows, order)
+        part = self._own.run(rows, order)
         if part is not None:
             self.take(number, self._own.dp_rank, part)
 

@@ -29,6 +29,19 @@ class DecodeConfig(RanksConfig):
         default="auto",
         description="How tokens get to experts on other ranks; auto measures at the start.",
     )
+    redundant_experts: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="Experts that each of the --ep parts has beside its even share: room for more"
+        " copies of those that get much.",
+    )
+    balance_interval_s: float = Field(
+        default=30.0,
+        ge=0,
+        description="Seconds after which experts change places, where that spreads the tokens of"
+        " these seconds better over --ep; 0 leaves them where they are.",
+    )
     max_batch: int = Field(
         default=64, ge=1, description="Sequences that one step works on at most, times --dp."
     )

@@ -13,18 +13,25 @@ from prometheus_client import CollectorRegistry
 from twinpool.v1 import common_pb2, rank_pb2, worker_pb2, worker_pb2_grpc
 
 from decode.admission import Admission, SequenceRecord
+from decode.balancer import Balancer
 from decode.compute import Steps
 from decode.config import DecodeConfig
+from decode.expert_metrics import ExpertMetrics
 from decode.leader import GroupReceiver, OtherRanks
 from decode.metrics import Metrics
+from decode.orders import NOTHING, Placing
 from decode.prefixes import Prefixes
 from decode.rank import Rank, load
+from decode.rank_wire import loads_from_wire
 from decode.receiver import OwnReceiver, Receiver
 from decode.scheduler import Scheduler
 from decode.sender import Sender
 from decode.server import DecodeService
-from decode.worker import Worker
+from decode.step_metrics import RankSteps, StepMetrics
+from decode.worker import Step, Worker
 from engine.blocks import BlockPool
+from engine.config import MoeConfig
+from engine.dispatch import ExpertMap
 from engine.prefix_cache import PrefixCache
 from kvtransfer import AgentStats, CacheLayout, TransferEvent
 from service.instance import (
@@ -46,11 +53,14 @@ from service.prefix_keys import PrefixKeys
 from service.ranks.group import led, log_name
 from service.ranks.joined import End
 from service.ranks.leader import Followers
-from service.ranks.wire import sum_of_ranks
+from service.ranks.wire import collectives_from_wire, sum_of_ranks
 from service.registration import Registration
 from service.wire import counts_to_wire
 
 log = logging.getLogger(__name__)
+
+# Of experts that a rank puts in their places between two steps: a few milliseconds of copying.
+_SWITCH_BYTES = 8 << 20
 
 
 class Instance:
@@ -82,7 +92,16 @@ class Instance:
             emit=lambda end: self.service.sent_event(end),
         )
         receiver, others = self._join(settings)
-        self._steps = Steps(self._rank.compute, depth=settings.pp, others=others)
+        self._balancer = self._balance(settings, model, registry, others)
+        self._steps = Steps(
+            self._rank.compute,
+            depth=settings.pp,
+            others=others,
+            order=self._balancer.order if self._balancer is not None else lambda: NOTHING,
+        )
+        self._step_metrics = StepMetrics(
+            registry, ranks=self._rank_steps, most_rows=settings.max_batch * settings.dp
+        )
         self._admission = Admission(
             prefixes=self._prefixes(settings, model),
             block_size=settings.block_size,
@@ -96,7 +115,7 @@ class Instance:
             compute=self._steps,
             admission=self._admission,
             scheduler=Scheduler(max_batch=settings.max_batch, dp=settings.dp, depth=settings.pp),
-            emit=lambda step: self.service.emit(step),
+            emit=self._emit,
             hand_back=lambda record: self.service.hand_back(record),
             on_fatal=die,
             on_paused=lambda record: self.service.paused(record),
@@ -130,10 +149,16 @@ class Instance:
         others = OtherRanks(settings, self._followers, lambda *part: self._steps.take(*part))
 
         def heard(rank: int, message: rank_pb2.FollowRequest) -> None:
-            if message.WhichOneof("kind") == "opened":
-                group.opened(rank, message.opened.transfer_id)
-            else:
-                others.sampled(rank, message.sampled)
+            match message.WhichOneof("kind"):
+                case "opened":
+                    group.opened(rank, message.opened.transfer_id)
+                case "sampled":
+                    others.sampled(rank, message.sampled)
+                case "loads" if self._balancer is not None:
+                    self._balancer.took_loads(rank, loads_from_wire(message.loads))
+                case "staged" if self._balancer is not None:
+                    staged = message.staged
+                    self._balancer.staged(rank, staged.number, staged.failed)
 
         self._on_event = partial(group.take, 0)
 
@@ -149,6 +174,37 @@ class Instance:
     def _on_end(self, record: SequenceRecord) -> None:
         self._steps.remove(record.request_id)
         self.sender.drop(record.request_id)
+        self._step_metrics.ended(record.request_id)
+
+    def _balance(
+        self,
+        settings: DecodeConfig,
+        model: Model,
+        registry: CollectorRegistry,
+        others: OtherRanks | None,
+    ) -> Balancer | None:
+        """Return what says where experts are, where ranks have different ones."""
+        own, moe = self._rank.experts, model.config.moe
+        if own is None or others is None or moe is None:
+            return None
+
+        def stage(placing: Placing) -> None:
+            others.stage(placing)
+            own.stage(placing)
+
+        layout = model.runner.layout
+        balancer = Balancer(
+            even=ExpertMap.even(moe.num_experts, layout, settings.redundant_experts).slots,
+            ranks=settings.ranks,
+            interval_s=settings.balance_interval_s,
+            most_slots=max(1, _SWITCH_BYTES // _expert_bytes(model, moe)),
+            stage=stage,
+            later=own.later,
+        )
+        own.on_loads = partial(balancer.took_loads, 0)
+        own.on_staged = partial(balancer.staged, 0)
+        own.on_switch = ExpertMetrics(registry, balancer.figures).switched
+        return balancer
 
     def _prefixes(self, settings: DecodeConfig, model: Model) -> list[Prefixes]:
         """Return each dp rank's blocks, and what is known of them."""
@@ -173,14 +229,34 @@ class Instance:
     def start(self) -> tuple[str, int]:
         """Start the threads; return where this rank takes KV."""
         address = self._rank.agent.start()
+        if self._rank.experts is not None:
+            self._rank.experts.start()
         self._worker.start()
         return address
 
     def close(self) -> None:
         """Stop the threads."""
         self._worker.stop()
+        if self._rank.experts is not None:
+            self._rank.experts.close()
         self._rank.agent.close()
         self._rank.sender.close()
+
+    def _emit(self, step: Step) -> None:
+        self._step_metrics.observe(step)
+        self.service.emit(step)
+
+    def _rank_steps(self) -> dict[int, RankSteps]:
+        found = {
+            0: RankSteps(
+                seconds=self._rank.compute.watch.seconds, collectives=self._rank.tally.so_far()
+            )
+        }
+        for rank, beat in (self._followers.beats() if self._followers is not None else {}).items():
+            found[rank] = RankSteps(
+                seconds=dict(beat.step_seconds), collectives=collectives_from_wire(beat)
+            )
+        return found
 
     def _transfer_stats(self) -> AgentStats:
         beats = self._followers.beats() if self._followers is not None else {}
@@ -202,6 +278,12 @@ def _token_bytes(layout: CacheLayout) -> int:
         shape.layers * shape.planes * shape.kv_heads * shape.head_size * shape.element_bytes
         for shape in shapes
     )
+
+
+def _expert_bytes(model: Model, moe: MoeConfig) -> int:
+    """Return what a rank's part of an expert takes."""
+    inner = moe.intermediate_size // model.runner.layout.etp
+    return 3 * model.config.hidden_size * inner * model.runner.cache.tensor.element_size()
 
 
 async def main(settings: DecodeConfig) -> None:

@@ -13,8 +13,10 @@ from twinpool.v1 import rank_pb2
 from decode.admission import SequenceRecord
 from decode.compute import Part, Rows
 from decode.config import DecodeConfig
+from decode.orders import Order, Placing
 from decode.rank_wire import (
     part_from_wire,
+    placing_to_wire,
     receive_to_wire,
     sequence_to_wire,
     step_to_wire,
@@ -59,9 +61,13 @@ class OtherRanks:
             forget = rank_pb2.RankForget(request_id=request_id)
             self._followers.tell(Message(forget=forget), ranks)
 
-    def step(self, number: int, rows: Rows) -> None:
+    def step(self, number: int, rows: Rows, order: Order) -> None:
         """See compute.Others."""
-        self._followers.tell(Message(decode=step_to_wire(number, rows)))
+        self._followers.tell(Message(decode=step_to_wire(number, rows, order)))
+
+    def stage(self, placing: Placing) -> None:
+        """Have the other ranks read what a placing brings them; see decode.balancer."""
+        self._followers.tell(Message(placing=placing_to_wire(placing)))
 
     def sampled(self, rank: int, message: rank_pb2.RankSampled) -> None:
         """A rank says which tokens its dp rank has chosen."""

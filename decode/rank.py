@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from decode.compute import RankCompute
 from decode.config import DecodeConfig
+from decode.rank_experts import RankExperts
 from decode.sender import RankSender
 from engine.ring.comm import Traffic
 from kvtransfer import Identity, ReceiveAgent, SendAgent, TransferEvent, TransferSettings
@@ -69,7 +70,12 @@ class Rank:
             ),
             model.config.num_layers,
         )
-        self.compute = RankCompute(model.runner)
+        # None where all ranks have the same experts, or parts of the same.
+        self.experts = (
+            RankExperts(model.runner, settings.model.expanduser()) if settings.ep > 1 else None
+        )
+        self.compute = RankCompute(model.runner, self.experts)
+        self.tally = model.runner.tally
         # What it exchanges with other ranks in steps, by the sort of link.
         self.links: dict[str, Traffic] = {
             name: wire.traffic for name, wire in model.part.wires.items()
@@ -78,7 +84,8 @@ class Rank:
 
 def load(settings: DecodeConfig, part: Part) -> Model:
     """Load a rank's part of the model; see service.instance."""
-    part = replace(part, dispatch=settings.dispatch)
+    part = replace(part, dispatch=settings.dispatch, redundant_experts=settings.redundant_experts)
     model = load_model(settings, None, part, settings.rank_threads, keeps_logits=True)
     model.runner.experts.measure(settings.max_batch)
+    model.runner.tally.take()  # those were no steps
     return model

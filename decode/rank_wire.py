@@ -7,6 +7,7 @@ from twinpool.v1 import common_pb2, rank_pb2
 
 from decode.admission import SequenceRecord
 from decode.compute import DecodeSequence, Part, Row, Rows
+from decode.orders import NOTHING, Loads, Order, Placing
 from engine.sampling import Sampled, SamplingParams, SequenceState, TokenLogprobs
 from kvtransfer import ReceiveGrant
 from service.wire import (
@@ -56,9 +57,48 @@ def _sampling_to_wire(params: SamplingParams) -> common_pb2.SamplingParams:
     return common_pb2.SamplingParams(**values)
 
 
-def step_to_wire(number: int, rows: Rows) -> rank_pb2.RankDecodeStep:
+def step_to_wire(number: int, rows: Rows, order: Order = NOTHING) -> rank_pb2.RankDecodeStep:
     """One step."""
-    return rank_pb2.RankDecodeStep(number=number, of_dp_ranks=[_rows_to_wire(of) for of in rows])
+    return rank_pb2.RankDecodeStep(
+        number=number,
+        of_dp_ranks=[_rows_to_wire(of) for of in rows],
+        take_loads=order.take_loads,
+        switch_to=order.switch,
+    )
+
+
+def order_from_wire(message: rank_pb2.RankDecodeStep) -> Order:
+    """What is done before a step."""
+    return Order(take_loads=message.take_loads, switch=message.switch_to)
+
+
+def loads_to_wire(loads: Loads) -> rank_pb2.RankLoads:
+    """How many tokens have chosen each expert."""
+    layers = [rank_pb2.RankLayerLoads(layer=each, tokens=loads[each]) for each in loads]
+    return rank_pb2.RankLoads(layers=layers)
+
+
+def loads_from_wire(message: rank_pb2.RankLoads) -> Loads:
+    """How many tokens have chosen each expert."""
+    return {each.layer: list(each.tokens) for each in message.layers}
+
+
+def placing_to_wire(placing: Placing) -> rank_pb2.RankPlacing:
+    """Where a layer's experts are to be."""
+    return rank_pb2.RankPlacing(
+        number=placing.number,
+        layer=placing.layer,
+        of_ep_ranks=[rank_pb2.RankSlots(experts=held) for held in placing.slots],
+    )
+
+
+def placing_from_wire(message: rank_pb2.RankPlacing) -> Placing:
+    """Where a layer's experts are to be."""
+    return Placing(
+        number=message.number,
+        layer=message.layer,
+        slots=tuple(tuple(held.experts) for held in message.of_ep_ranks),
+    )
 
 
 def _rows_to_wire(rows: Sequence[Row]) -> rank_pb2.RankRows:

@@ -40,6 +40,7 @@ class Step:
         gap_s: From the end of the step before, where there was no lack of sequences, to this one's
             beginning: 0 where steps overlap.
         grown_blocks: Blocks taken since the step before for sequences that had outgrown theirs.
+        wait_s: In which the loop stood still for other ranks, since the step before.
     """
 
     tokens: Mapping[str, list[Token]]
@@ -47,6 +48,7 @@ class Step:
     forward_s: float
     sample_s: float
     gap_s: float
+    wait_s: float
     grown_blocks: int = 0
 
 
@@ -103,6 +105,7 @@ class Worker:
         hand_back: Callable[[SequenceRecord], None] = lambda _: None,
         on_fatal: Callable[[BaseException], None],
         on_paused: Callable[[SequenceRecord], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._compute = compute
         self._admission = admission
@@ -111,6 +114,7 @@ class Worker:
         self._hand_back = hand_back
         self._on_fatal = on_fatal
         self._on_paused = on_paused
+        self._clock = clock
         self._inbox: deque[_Item] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -122,6 +126,7 @@ class Worker:
         # Likewise those that are to pause with it.
         self._pausing: set[int] = set()
         self._idle_since_s: float | None = None
+        self._waited_s = 0.0
         self._thread = threading.Thread(target=self._main, name="decode-engine", daemon=True)
 
     # ---- any thread
@@ -193,9 +198,12 @@ class Worker:
         return self._begin()
 
     def _wait(self) -> None:
+        began_s = self._clock()
         with self._wake:
             while not self._inbox and not self._stopping:
                 self._wake.wait()
+        if self._under_way:
+            self._waited_s += self._clock() - began_s
 
     def _take_inbox(self) -> None:
         while self._inbox:
@@ -220,7 +228,7 @@ class Worker:
         batch = self._scheduler.schedule(self._grow() if self._admission.overcommits else ())
         if not batch:
             return False
-        began_s = time.monotonic()
+        began_s = self._clock()
         gap_s = began_s - self._idle_since_s if self._idle_since_s is not None else 0.0
         rows = [[_row(self._admission.running(r)) for r in of_rank] for of_rank in batch]
         self._stepping.update(*batch)
@@ -233,7 +241,7 @@ class Worker:
                     batch=batch,
                     began_s=began_s,
                     gap_s=gap_s,
-                    ended_s=time.monotonic(),
+                    ended_s=self._clock(),
                     parts=parts,
                 )
             ),
@@ -272,7 +280,8 @@ class Worker:
                     continue
                 router_id, token = self._next_token(request_id, sampled)
                 tokens[router_id].append(token)
-        now = time.monotonic()
+        now = self._clock()
+        waited_s, self._waited_s = self._waited_s, 0.0
         sample_s = max(part.sample_s for part in step.parts)
         if not self._under_way and self._scheduler.running:
             self._idle_since_s = step.ended_s
@@ -284,6 +293,7 @@ class Worker:
                 sample_s=sample_s,
                 gap_s=step.gap_s,
                 grown_blocks=self._grown_blocks,
+                wait_s=waited_s,
             )
         )
         for request_id in [r for of_rank in step.batch for r in of_rank if r in self._pausing]:

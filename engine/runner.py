@@ -29,6 +29,8 @@ from engine.ring.comm import Wire
 from engine.ring.cyclic import Dealing
 from engine.ring.passes import AUTO, Ring
 from engine.split_experts import SplitExperts
+from engine.step_watch import COLLECTIVES, REST, StepWatch
+from engine.tally import CountedCollectives, CountedExperts, Tally
 from engine.vocabulary import Vocabulary
 from engine.weights import Progress, load_weights
 
@@ -60,6 +62,7 @@ class ModelRunner:
         experts: ExpertGroup | None = None,
         dispatch: str = AUTO_DISPATCH,
         expert_maps: Mapping[int, ExpertMap] | None = None,
+        redundant_experts: int = 0,
         ring: Wire | None = None,
         ring_mode: str = AUTO,
         stages: Wire | None = None,
@@ -67,6 +70,7 @@ class ModelRunner:
         choose_grain: Callable[[Trial], int] | None = None,
         progress: Progress | None = None,
         allocate: Allocate | None = None,
+        watch: StepWatch | None = None,
     ) -> None:
         """`num_blocks` are the instance's; with cp each has a grain on every cp rank, which
         `choose_grain` chooses by timing passes of the loaded model where the layout leaves it open.
@@ -74,13 +78,26 @@ class ModelRunner:
         With a layout of several ranks, `ranks` joins those of tp, `ring` those of cp, in the way
         `ring_mode` says (engine.ring.passes.MODES), and `stages` those of pp: all must run the same
         passes. With ep or dp, `experts` joins those that share the experts, in the way `dispatch`
-        says (engine.dispatch), whose places are `expert_maps`' by layer, else even; all dp ranks
-        have as many blocks. With `keeps_logits` all ranks of the last stage get logits, each those
-        of its part of the `vocabulary`.
+        says (engine.dispatch), whose places are `expert_maps`' by layer, else even, with
+        `redundant_experts` more on each ep rank; all dp ranks have as many blocks. With
+        `keeps_logits` all ranks of the last stage get logits, each those of its part of the
+        `vocabulary`.
         """
         layout = layout or Layout()
         layout.check(config)
         self.config = config
+        if redundant_experts and (layout.ep == 1 or config.moe is None):
+            raise UnsupportedError(
+                f"redundant_experts={redundant_experts} with ep={layout.ep}: use 0, or ep of 2 or "
+                "more for a model with experts"
+            )
+        # The times and the collectives of steps, where somebody counts steps.
+        self.watch = watch or StepWatch()
+        self.tally = Tally(watch=self.watch)
+        if ranks is not None:
+            ranks = CountedCollectives(ranks, self.tally)
+        if experts is not None:
+            experts = CountedExperts(experts, self.tally)
         with torch.inference_mode():
             placement = Placement(
                 dtype=dtype,
@@ -92,6 +109,8 @@ class ModelRunner:
                     config, layout, ranks or Alone(), experts, device=device, setting=dispatch
                 ),
                 expert_maps=expert_maps or {},
+                redundant_experts=redundant_experts,
+                watch=self.watch,
             )
             if expert_maps and placement.dispatch is None:
                 raise ValueError("maps of experts need a group of the ranks that share them")
@@ -104,6 +123,8 @@ class ModelRunner:
         self._placement = placement
         self.experts = SplitExperts(self._model.sparse, placement, config.hidden_size)
         self._is_last_stage = layout.pp_rank == layout.pp - 1
+        # What the way to other stages belongs to, of a step's parts.
+        self._between = COLLECTIVES if layout.pp > 1 else REST
         self._num_heads = config.num_heads // layout.tp
         self._stages: Stages = OneStage()
         if layout.pp > 1:
@@ -292,9 +313,7 @@ class ModelRunner:
             on_layer=on_layer,
             most_rows=most_rows,
         )
-        return self._stages.pass_on(
-            self._model(shared, wanted_S, self._receive(shared)), len(wanted_S)
-        )
+        return self._pass_on(self._model(shared, wanted_S, self._receive(shared)), len(wanted_S))
 
     @torch.inference_mode()
     def _run_ring(self, ring: Ring, chunks: Sequence[Chunk], on_layer: OnLayer | None) -> Logits:
@@ -315,10 +334,19 @@ class ModelRunner:
         result = self._model(shared, wanted_S, self._receive(shared))
         if self._is_last_stage:
             result = ring.collect(made, result)
-        return self._stages.pass_on(result, len(chunks))
+        return self._pass_on(result, len(chunks))
 
     def _receive(self, shared: Pass) -> Tensor | None:
-        return self._stages.receive(self._stream.rows(len(shared.token_ids_T)))
+        before = self.watch.to(self._between)
+        found = self._stages.receive(self._stream.rows(len(shared.token_ids_T)))
+        self.watch.to(before)
+        return found
+
+    def _pass_on(self, result: Tensor, sequences: int) -> Logits:
+        before = self.watch.to(self._between)
+        found = self._stages.pass_on(result, sequences)
+        self.watch.to(before)
+        return found
 
     def _trial(self, tokens: int, wire: Wire) -> Callable[[], object]:
         """See Trial. The pass has a cache of its own, one block: there is no other yet.

@@ -1,6 +1,6 @@
 """The layers of a rank whose experts are split over ranks: what is measured, moved and counted.
 
-Owns no weights; the layers do. All calls are the step loop's, between passes.
+Owns no weights; the layers do. Calls are the step loop's, between passes, but where it says so.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from engine.dispatch import Dispatch, Dispatcher, ExpertMap
+from engine.kernels.experts import Put
 from engine.layers.layer import Placement
-from engine.layers.moe import SparseMLP
+from engine.layers.moe import Fill, SparseMLP
 
 
 class SplitExperts:
@@ -58,20 +59,28 @@ class SplitExperts:
             mlp.place(experts)
 
     @torch.inference_mode()
-    def put(self, layer: int, slot: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
-        """Replace what a slot of this rank holds; see engine.layers.moe.SparseMLP.put."""
-        self._layers[layer].put(slot, expert, gate_up, down)
+    def stage(self, layer: int, expert: int, fill: Fill) -> Put:
+        """Get an expert's weights ready for a slot; see engine.layers.moe.SparseMLP.stage.
 
-    def held(self, layer: int) -> tuple[int, ...]:
-        """Return the experts in this rank's slots."""
-        return self._layers[layer].held
+        From any thread.
+        """
+        return self._layers[layer].stage(expert, fill)
+
+    @torch.inference_mode()
+    def put(self, layer: int, slot: int, expert: int, staged: Put) -> None:
+        """Replace what a slot of this rank holds; see engine.layers.moe.SparseMLP.put."""
+        self._layers[layer].put(slot, expert, staged)
+
+    def held(self, layer: int) -> tuple[int, ...] | None:
+        """Return the experts in this rank's slots; None of a layer that is not in its stage."""
+        return self._layers[layer].held if layer in self._layers else None
 
     @torch.inference_mode()
     def take_loads(self) -> dict[int, Tensor]:
         """Return how many tokens chose each expert since the last call, [E] int64, by layer.
 
-        Only where there is a dispatcher. Every token is counted on one of the ranks that share the
-        experts: the instance's loads are the sum over them.
+        Zeros where there is no dispatcher. Every token is counted on one of the ranks that share
+        the experts: the instance's loads are the sum over them.
         """
         return {layer: mlp.take_loads() for layer, mlp in self._layers.items()}
 

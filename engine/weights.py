@@ -6,6 +6,7 @@ that fused and stacked weights are built in place: the peak is the weights and o
 
 import hashlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +27,13 @@ _TORCH_DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-_LOADABLE = ("BF16", "F16", "F32", "F64")
+_STORED = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_LOADABLE = tuple(_STORED)
 _SAMPLED_TENSORS = 4096
 _SAMPLE_BYTES = 1024
 
@@ -116,6 +123,59 @@ def _copy(file: Path, slots: Iterable[WeightSlot]) -> Iterable[WeightSlot]:
                 yield slot
     except (SafetensorError, OSError) as exc:
         raise WeightError(file, f"cannot be read: {exc}") from exc
+
+
+class Reader:
+    """Reads some tensors of a checkpoint beside other threads, which it leaves the interpreter to.
+
+    Args:
+        pause: Called with the seconds that a tensor took, after each: how it is kept from taking
+            what the others need.
+
+    What it reads is what was there when it was made: a file that is another one since is refused,
+    since a model must not be of two checkpoints. Raises WeightError for a folder that is none.
+    """
+
+    def __init__(self, folder: Path, pause: Callable[[float], None] = lambda seconds: None) -> None:
+        self._folder = folder
+        self._tensors = read_checkpoint(folder)
+        self._versions = {each.file: _version(each.file) for each in self._tensors.values()}
+        self._pause = pause
+
+    def fill(self, slots: Sequence[WeightSlot]) -> None:
+        """Copy tensors into their slots as `load_weights` does; raises WeightError likewise."""
+        for slot in slots:
+            began_s = time.perf_counter()
+            tensor = self._tensors.get(slot.name)
+            _check(self._folder, slot, tensor)
+            assert tensor is not None
+            try:
+                if _version(tensor.file) != self._versions[tensor.file]:
+                    raise WeightError(tensor.file, "has changed since the model was loaded")
+                slot.target.copy_(_read(tensor)[slot.part])
+            except OSError as exc:
+                raise WeightError(tensor.file, f"cannot be read: {exc}") from exc
+            self._pause(time.perf_counter() - began_s)
+
+
+def _version(file: Path) -> tuple[int, int, int]:
+    """Return what changes when a file is written to or replaced."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(tensor: TensorInfo) -> Tensor:
+    """Return a whole tensor. The file's own reader would hold the interpreter until it is there."""
+    data = bytearray(tensor.end - tensor.begin)
+    with tensor.file.open("rb", buffering=0) as opened:
+        opened.seek(tensor.begin)
+        view, done = memoryview(data), 0
+        while done < len(data):
+            more = opened.readinto(view[done:])
+            if not more:
+                raise OSError(f"{tensor.name} ends after {done} of {len(data)} bytes")
+            done += more
+    return torch.frombuffer(data, dtype=_STORED[tensor.dtype]).view(tensor.shape)
 
 
 def fingerprint(folder: Path) -> str:

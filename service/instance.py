@@ -71,6 +71,7 @@ class Part:
     ranks: Collectives | None = None
     experts: ExpertGroup | None = None
     dispatch: str = "auto"
+    redundant_experts: int = 0
     ring: Wire | None = None
     ring_mode: str = "auto"
     stages: Wire | None = None
@@ -153,6 +154,7 @@ def load_model(
                 ranks=part.ranks,
                 experts=part.experts,
                 dispatch=part.dispatch,
+                redundant_experts=part.redundant_experts,
                 ring=part.ring,
                 ring_mode=part.ring_mode,
                 stages=part.stages,

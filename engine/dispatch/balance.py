@@ -7,9 +7,15 @@ Legend: E logical experts.
 """
 
 import heapq
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+import numpy as np
+
 Slots = tuple[tuple[int, ...], ...]  # the experts of each ep rank, as in an ExpertMap
+
+_Place = tuple[int, int]  # rank, slot
+_SlotsOf = defaultdict[int, set[_Place]]  # of each expert
 
 # Exchanges between two ranks that are tried to even out what the greedy choice has left.
 _EXCHANGES = 64
@@ -26,6 +32,56 @@ def balanced(loads_E: Sequence[int], now: Slots) -> Slots:
     ranks = _packed(weights, sizes)
     _even_out(ranks, {expert: weight for expert, weight, _ in weights})
     return _kept_in_place(ranks, now)
+
+
+def in_parts(now: Slots, to: Slots, most: int) -> list[Slots]:
+    """Return maps that lead from one to the other, the last one included; none where they are one.
+
+    Every expert has a slot in each of them. From one to the next not more than `most` slots of a
+    rank change, but where several must at once: when one expert takes the only slot of another.
+    """
+    current, found = [list(held) for held in now], []
+    changing = {
+        (rank, slot): expert
+        for rank, held in enumerate(to)
+        for slot, expert in enumerate(held)
+        if now[rank][slot] != expert
+    }
+    slots_of: _SlotsOf = defaultdict(set)
+    for rank, held in enumerate(now):
+        for slot, expert in enumerate(held):
+            slots_of[expert].add((rank, slot))
+    part: Counter[int] = Counter()  # slots of each rank that change
+    while changing:
+        together = _changed_together(current, changing, slots_of)
+        more = Counter(rank for rank, _ in together)
+        if part and max((part + more).values()) > most:
+            found.append(tuple(map(tuple, current)))
+            part.clear()
+        part += more
+        for rank, slot in together:
+            current[rank][slot] = changing.pop((rank, slot))
+    return [*found, tuple(map(tuple, current))] if part else []
+
+
+def _changed_together(
+    current: list[list[int]], changing: dict[_Place, int], slots_of: _SlotsOf
+) -> set[_Place]:
+    """Return one of the slots that change, and those without which an expert would have none.
+
+    They have changed in `slots_of`.
+    """
+    found: set[_Place] = set()
+    following = [next(iter(changing))]
+    while following:
+        place = following.pop()
+        found.add(place)
+        leaving = current[place[0]][place[1]]
+        slots_of[leaving].discard(place)
+        slots_of[changing[place]].add(place)
+        if not slots_of[leaving]:
+            following.append(next(at for at, expert in changing.items() if expert == leaving))
+    return found
 
 
 def rank_loads(loads_E: Sequence[int], slots: Slots) -> list[float]:
@@ -93,17 +149,19 @@ def _even_out(ranks: list[set[int]], weight_of: dict[int, float]) -> None:
         hot = max(range(len(ranks)), key=loads.__getitem__)
         cold = min(range(len(ranks)), key=loads.__getitem__)
         gap = loads[hot] - loads[cold]
-        best = min(
-            (
-                (abs(gap - 2 * (weight_of[x] - weight_of[y])), x, y)
-                for x in ranks[hot] - ranks[cold]
-                for y in ranks[cold] - ranks[hot]
-            ),
-            default=(gap, 0, 0),
-        )
-        left, x, y = best
-        if left >= gap * (1 - 1e-9):
+        from_hot, from_cold = sorted(ranks[hot] - ranks[cold]), sorted(ranks[cold] - ranks[hot])
+        if not from_hot or not from_cold:
             return
+        # All pairs at once: in Python they would take the step loop's interpreter for too long.
+        hot_X, cold_Y = (
+            np.array([weight_of[e] for e in each], dtype=np.float64)
+            for each in (from_hot, from_cold)
+        )
+        left_XY = np.abs(gap - 2 * (hot_X[:, None] - cold_Y))
+        at_x, at_y = divmod(int(left_XY.argmin()), len(from_cold))
+        if left_XY[at_x, at_y] >= gap * (1 - 1e-9):
+            return
+        x, y = from_hot[at_x], from_cold[at_y]
         ranks[hot] ^= {x, y}
         ranks[cold] ^= {x, y}
         loads[hot] += weight_of[y] - weight_of[x]

@@ -41,10 +41,20 @@ class ExpertMap:
             raise UnsupportedError(f"no ep rank has the experts {sorted(missing)}")
 
     @classmethod
-    def even(cls, num_experts: int, layout: Layout) -> "ExpertMap":
-        """Return the map without replicas, of neighbours on each rank."""
-        parts = (layout.expert_part(num_experts, rank) for rank in range(layout.ep))
-        return cls(num_experts, tuple(map(tuple, parts)))
+    def even(cls, num_experts: int, layout: Layout, redundant: int = 0) -> "ExpertMap":
+        """Return the map of neighbours on each rank; `redundant` more slots have those that follow.
+
+        Raises UnsupportedError where a rank would have more slots than there are experts.
+        """
+        parts = [layout.expert_part(num_experts, rank) for rank in range(layout.ep)]
+        most = num_experts - max(map(len, parts))
+        if redundant > most:
+            raise UnsupportedError(
+                f"{redundant} redundant experts on each of {layout.ep} ep ranks, beside their part "
+                f"of {num_experts}: a rank has none twice; use 0 to {most}"
+            )
+        wider = (range(part.start, part.stop + redundant) for part in parts)
+        return cls(num_experts, tuple(tuple(e % num_experts for e in part) for part in wider))
 
     @property
     def width(self) -> int:

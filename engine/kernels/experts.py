@@ -11,6 +11,8 @@ from torch import Tensor
 
 from engine.kernels.rows import Routes, RowKernels
 
+Put = Callable[[int], None]  # gives the expert of a number the staged weights
+
 
 class Experts(Protocol):
     """Some experts with their weights."""
@@ -30,8 +32,12 @@ class Experts(Protocol):
         """
         ...
 
-    def put(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
-        """Replace an expert's weights, [2I, D] and [D, I]."""
+    def stage(self, gate_up: Tensor, down: Tensor) -> Put:
+        """Bring an expert's weights, [2I, D] and [D, I], into their form; return what puts them in.
+
+        From any thread: what takes long is done here. To put them is the calling thread's, between
+        two calls, and replaces an expert's weights by a copy at most.
+        """
         ...
 
 
@@ -84,13 +90,17 @@ class ProductExperts:
             y_PD.index_copy_(0, order_P, sorted_PD)
         return y_PD
 
-    def put(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+    def stage(self, gate_up: Tensor, down: Tensor) -> Put:
         """See `Experts`."""
-        self._gate_up_products[expert] = self._make_product(gate_up)
-        self._down_products[expert] = self._make_product(down)
-        if self._together:
-            for stacked, weight in zip(self._together, (gate_up, down), strict=True):
-                stacked[expert] = weight
+        products = self._make_product(gate_up), self._make_product(down)
+
+        def put(expert: int) -> None:
+            self._gate_up_products[expert], self._down_products[expert] = products
+            if self._together:
+                for stacked, weight in zip(self._together, (gate_up, down), strict=True):
+                    stacked[expert] = weight
+
+        return put
 
     def _through_chosen(self, x_TD: Tensor, tokens_P: Tensor, loads: list[int]) -> Iterator[Tensor]:
         slices = torch.split(tokens_P, loads)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels import linear_cpu, rows_cpu
-from engine.kernels.experts import Experts, ProductExperts
+from engine.kernels.experts import Experts, ProductExperts, Put
 from engine.kernels.rows import Routes
 from native import OPENMP, load_if_possible
 
@@ -89,10 +89,15 @@ class NativeExperts:
             raise IndexError(f"{wrong} pairs name an expert that is none of the {experts}")
         return y_PD
 
-    def put(self, expert: int, gate_up: Tensor, down: Tensor) -> None:
+    def stage(self, gate_up: Tensor, down: Tensor) -> Put:
         """See `Experts`."""
-        self.gate_up[expert] = _gate_up_panels(gate_up[None])[0]
-        self.down[expert] = _panels(down[None])[0]
+        panels = _gate_up_panels(gate_up[None])[0], _panels(down[None])[0]
+
+        def put(expert: int) -> None:
+            # In place: the whole step's kernel has these addresses.
+            self.gate_up[expert], self.down[expert] = panels
+
+        return put
 
 
 def experts(gate_up: Tensor, down: Tensor) -> Experts:

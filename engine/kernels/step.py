@@ -4,7 +4,7 @@ Legend: T tokens of the pass, D hidden size, M query and key heads, X = 2G cells
 experts, H head size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -58,7 +58,8 @@ class LayerWeights:
 
 # Runs the fp32 residual stream [T, D] of decoding sequences through all layers, in place, and
 # writes their K and V to the cache: (stream, rows, slots [T, X], cosines and signed sines
-# [T, 1, H]). `rows` are all of the pass's rows.
-Step = Callable[[Tensor, DecodeRows, Tensor, Tensor, Tensor], None]
+# [T, 1, H]). `rows` are all of the pass's rows. Returns the seconds that parts of it have taken, by
+# their names in engine.step_watch.
+Step = Callable[[Tensor, DecodeRows, Tensor, Tensor, Tensor], Mapping[str, float]]
 # What makes it, or None where the layers' own kernels are to be used.
 StepKernel = Callable[[Sequence[LayerWeights]], Step | None]

@@ -10,9 +10,11 @@
 //
 // Legend: T tokens, D hidden size, N query heads, G KV heads, H head size, E experts, K experts of
 // a token, P = T * K pairs, I inner size.
+#include <omp.h>
 #include <sched.h>
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <memory>
 #include <vector>
@@ -65,6 +67,7 @@ struct TwinpoolStep {
   Bf16* more_TD;                // to be added to x: of attention or of a dense layer
   float* logits_TE;
   Bf16* y_PD;
+  double* seconds;              // that the first thread spent in each Part
 };
 
 }
@@ -82,6 +85,14 @@ enum class Work {
   kScore, kRoute, kExpertGateUp, kExpertDown,      // of a sparse one
   kEnd,
 };
+
+// What a phase belongs to; the last layer's addition to its MLP.
+enum Part { kAttentionPart, kDensePart, kExpertsPart, kParts };
+
+Part part_of(Work work, const TwinpoolLayer& layer) {
+  if (work < Work::kMlpNorm) return kAttentionPart;
+  return layer.router_ED ? kExpertsPart : kDensePart;
+}
 
 struct alignas(64) Phase {
   Work work;
@@ -123,17 +134,27 @@ class Step {
     open(0);
   }
 
-  // What every thread does.
-  void run() {
+  // What every thread does; the one that is `timed` says how long the parts took, waits included.
+  void run(bool timed) {
     const auto scratch = std::make_unique<Scratch>();
+    Part part = kAttentionPart;
+    auto since = std::chrono::steady_clock::now();
+    const auto charge = [&](Part next) {
+      const auto now = std::chrono::steady_clock::now();
+      s_.seconds[part] += std::chrono::duration<double>(now - since).count();
+      since = now;
+      part = next;
+    };
     for (Index i = 0; i < size_; ++i) {
       Phase& phase = phases_[i];
       const Index count = wait(phase);
+      if (const Part next = part_of(phase.work, *phase.layer); timed && next != part) charge(next);
       for (Index item; (item = phase.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
         perform(phase, item, *scratch);
         if (phase.done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) open(i + 1);
       }
     }
+    if (timed) charge(part);
   }
 
  private:
@@ -378,5 +399,5 @@ class Step {
 extern "C" void twinpool_step(const TwinpoolStep* problem, int threads) {
   Step step(*problem);
 #pragma omp parallel num_threads(threads)
-  step.run();
+  step.run(omp_get_thread_num() == 0);
 }

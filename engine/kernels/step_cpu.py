@@ -5,7 +5,7 @@ pairs of a token and an expert, I inner size.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from engine.kernels.attention_native import CPU_FLAGS, HEAD_SIZES
 from engine.kernels.experts_cpu import NativeExperts
 from engine.kernels.linear_cpu import NativeProduct
 from engine.kernels.step import DenseWeights, LayerWeights, Product, SparseWeights, Step
+from engine.step_watch import ATTENTION, DENSE, EXPERTS
 from native import OPENMP, load_if_possible
 
 _SOURCE = Path(__file__).with_name("step_cpu.cpp")
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _LINE = 64
 _HALF = 32  # as kHalf in step_cpu.cpp
+_PARTS = (ATTENTION, DENSE, EXPERTS)  # as Part in step_cpu.cpp
 
 
 class _Weight(ctypes.Structure):
@@ -77,6 +79,7 @@ class _Step(ctypes.Structure):
         ("more", _POINTER),
         ("logits", _POINTER),
         ("y", _POINTER),
+        ("seconds", _POINTER),
     )
 
 
@@ -100,8 +103,8 @@ class NativeStep:
 
     def __call__(
         self, x_TD: Tensor, rows: DecodeRows, slots_TX: Tensor, cos_T1H: Tensor, sin_T1H: Tensor
-    ) -> None:
-        """See `Step`; there is at least one row."""
+    ) -> Mapping[str, float]:
+        """See `Step`; there is at least one row. The seconds are its first thread's."""
         for tensor, dtype in ((x_TD, torch.float32), (slots_TX, torch.int64)):
             assert tensor.dtype == dtype
             assert tensor.is_contiguous()
@@ -127,8 +130,11 @@ class NativeStep:
             values_after=values_after,
         )
         room = self._give_room(step, rows)
+        seconds = (ctypes.c_double * len(_PARTS))()
+        step.seconds = ctypes.addressof(seconds)
         self._run(ctypes.addressof(step), torch.get_num_threads())
         del room
+        return dict(zip(_PARTS, seconds, strict=True))
 
     def _give_room(self, step: _Step, rows: DecodeRows) -> Tensor:
         """Return memory that must last while the step does."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.dispatch import Dispatch, ExpertMap
 from engine.layers.stream import Stream, stream_of
 from engine.parallel import Collectives, Layout
+from engine.step_watch import StepWatch
 from engine.weights import WeightSlot
 
 
@@ -19,7 +20,7 @@ class Placement:
 
     With `whole_logits` each tp rank gets those of all tokens, else those of its own part.
     Without `dispatch` the experts' inner size is split like a dense MLP's. `expert_maps` are by
-    layer; those of others are even.
+    layer; those of others are even, with `redundant_experts` more slots on each ep rank.
     """
 
     dtype: torch.dtype
@@ -29,6 +30,8 @@ class Placement:
     whole_logits: bool = True
     dispatch: Dispatch | None = None
     expert_maps: Mapping[int, ExpertMap] = field(default_factory=dict)
+    redundant_experts: int = 0
+    watch: StepWatch = field(default_factory=StepWatch)
 
     @property
     def stream(self) -> Stream:

@@ -8,7 +8,7 @@ inner size.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from engine.config import ModelConfig
 from engine.dispatch import Choices, Dispatcher, ExpertMap
 from engine.errors import UnsupportedError
 from engine.kernels import experts_kernel, row_kernels
-from engine.kernels.experts import Experts
+from engine.kernels.experts import Experts, Put
 from engine.kernels.step import SparseWeights
 from engine.layers.layer import Placement
 from engine.weights import WeightSlot
+
+Fill = Callable[[Sequence[WeightSlot]], None]
 
 _OF_EXPERT = re.compile(r"\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -41,7 +43,9 @@ class SparseMLP:
         self._add_up = placement.stream.add_up
         self._dispatch = placement.dispatch
         self._ep_rank, self._dp_rank = layout.ep_rank, layout.dp_rank
-        experts = placement.expert_maps.get(layer) or ExpertMap.even(self._num_experts, layout)
+        experts = placement.expert_maps.get(layer) or ExpertMap.even(
+            self._num_experts, layout, placement.redundant_experts
+        )
         self._ep = layout.ep
         self._check_size(experts)
         self._held = experts.slots[self._ep_rank]
@@ -52,25 +56,28 @@ class SparseMLP:
         self._router_ED = torch.empty(self._num_experts, hidden, device=placement.device)
         self._make_experts = experts_kernel(placement.device)
         self._rows = row_kernels(placement.device, placement.dtype)
-        inner = self._inner.stop - self._inner.start
-        self._loading: tuple[Tensor, Tensor] | None = (
-            placement.empty(len(self._held), 2 * inner, hidden),
-            placement.empty(len(self._held), hidden, inner),
-        )
+        self._empty = placement.empty
+        self._loading: tuple[Tensor, Tensor] | None = self._room(len(self._held))
         self._experts: Experts
+
+    def _room(self, experts: int) -> tuple[Tensor, Tensor]:
+        """Return uninitialised weights of experts, [E, 2I, D] and [E, D, I]."""
+        inner, hidden = self._inner.stop - self._inner.start, self._sizes[0]
+        return self._empty(experts, 2 * inner, hidden), self._empty(experts, hidden, inner)
 
     def slots(self) -> Iterator[WeightSlot]:
         yield self._slot("gate", tuple(self._router_ED.shape), (), self._router_ED)
         assert self._loading is not None
-        all_gate_up, all_down = self._loading
+        for expert, gate_up, down in zip(self._held, *self._loading, strict=True):
+            yield from self._slots_of(expert, gate_up, down)
+
+    def _slots_of(self, expert: int, gate_up: Tensor, down: Tensor) -> Iterator[WeightSlot]:
         hidden, whole = self._sizes
-        inner, rows, columns = all_down.shape[2], (self._inner,), (slice(None), self._inner)
-        for local, expert in enumerate(self._held):
-            gate, up = all_gate_up[local, :inner], all_gate_up[local, inner:]
-            name = f"experts.{expert}"
-            yield self._slot(f"{name}.gate_proj", (whole, hidden), rows, gate)
-            yield self._slot(f"{name}.up_proj", (whole, hidden), rows, up)
-            yield self._slot(f"{name}.down_proj", (hidden, whole), columns, all_down[local])
+        inner, rows, columns = down.shape[1], (self._inner,), (slice(None), self._inner)
+        name = f"experts.{expert}"
+        yield self._slot(f"{name}.gate_proj", (whole, hidden), rows, gate_up[:inner])
+        yield self._slot(f"{name}.up_proj", (whole, hidden), rows, gate_up[inner:])
+        yield self._slot(f"{name}.down_proj", (hidden, whole), columns, down)
 
     def _slot(
         self, name: str, shape: tuple[int, ...], part: tuple[slice, ...], target: Tensor
@@ -140,12 +147,21 @@ class SparseMLP:
                 f"it is of {experts.num_experts} on {len(experts.slots)}"
             )
 
-    def put(self, slot: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
-        """Give a slot of this rank another expert: this rank's part of it, [2I, D] and [D, I].
+    def stage(self, expert: int, fill: Fill) -> Put:
+        """Have an expert's weights filled, this rank's part; return what gives a slot that expert.
+
+        From any thread.
+        """
+        (gate_up,), (down,) = self._room(1)
+        fill(list(self._slots_of(expert, gate_up, down)))
+        return self._experts.stage(gate_up, down)
+
+    def put(self, slot: int, expert: int, staged: Put) -> None:
+        """Give a slot of this rank another expert, as it was staged.
 
         Nothing may be routed to the slot until `place` says what it holds.
         """
-        self._experts.put(slot, gate_up, down)
+        staged(slot)
         self._held = (*self._held[:slot], expert, *self._held[slot + 1 :])
 
     def take_loads(self) -> Tensor:

@@ -22,6 +22,7 @@ from engine.layers.linear import ColumnLinear
 from engine.layers.moe import SparseMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
+from engine.step_watch import ATTENTION, DENSE, EXPERTS, HEAD, REST
 from engine.weights import WeightSlot
 
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
@@ -58,6 +59,8 @@ class DecoderLayer:
         self._mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", size, eps, placement)
         self._mlp = make_mlp(layer, f"{name}.mlp")
         self._stream = placement.stream
+        self._watch = placement.watch
+        self._mlp_part = EXPERTS if isinstance(self._mlp, SparseMLP) else DENSE
 
     def parts(self) -> Iterator[Layer]:
         yield from (self._attention_norm, self._attention, self._mlp_norm, self._mlp)
@@ -83,8 +86,10 @@ class DecoderLayer:
         Their sum is left to the next norm. With `wanted_S`, return that of these tokens only.
         """
         stream, rows = self._stream, len(shared.token_ids_T)
+        self._watch.to(ATTENTION)
         normed_TD = stream.whole(self._attention_norm(x_tD, more_tD), rows)
         attended_tD = self._attention(normed_TD, shared, wanted_S)
+        self._watch.to(self._mlp_part)
         if wanted_S is not None:
             x_tD, rows = stream.pick(x_tD, rows, wanted_S), len(wanted_S)
         normed_TD = stream.whole(self._mlp_norm(x_tD, attended_tD), rows)
@@ -110,6 +115,7 @@ class Decoder:
         self._end = _End(config, self._embedding, placement) if is_last else None
         self._make_step = step_kernel(placement.device)
         self._is_alone = placement.layout.tp == 1
+        self._watch = placement.watch
         self._step: Step | None = None
         self.rotary = Rotary(config.head_size, config.rope_theta, placement.device)
 
@@ -154,7 +160,11 @@ class Decoder:
         if self._step is not None and _is_step(shared):
             assert shared.decode is not None
             angles = shared.angles
-            self._step(x_tD, shared.decode, shared.slot_mapping_TX, angles.cos_T1H, angles.sin_T1H)
+            self._watch.move(
+                self._step(
+                    x_tD, shared.decode, shared.slot_mapping_TX, angles.cos_T1H, angles.sin_T1H
+                )
+            )
             return x_tD if self._end is None else self._end(x_tD[wanted_S], None, len(wanted_S))
         more_tD = None
         for layer in self._layers[:-1]:
@@ -162,6 +172,7 @@ class Decoder:
         last = self._layers[-1]
         if self._end is None:
             x_tD, more_tD = last(x_tD, more_tD, shared, None)
+            self._watch.to(REST)
             return x_tD.add_(more_tD)
         return self._end(*last(x_tD, more_tD, shared, wanted_S), len(wanted_S))
 
@@ -191,6 +202,7 @@ class _End:
             self._head = ColumnLinear([(_HEAD, vocab, part)], hidden, placement)
         self._vocab_size = vocab
         self._whole = placement.stream.whole
+        self._watch = placement.watch
         self._all_gather = placement.ranks.all_gather if placement.whole_logits else None
 
     def parts(self) -> Iterator[Layer]:
@@ -198,11 +210,14 @@ class _End:
         yield self._head
 
     def __call__(self, x_sD: Tensor, more_sD: Tensor | None, rows: int) -> Tensor:
+        self._watch.to(HEAD)
         x_SD = self._whole(self._norm(x_sD, more_sD), rows)
         logits_SW = self._head(x_SD)
-        if self._all_gather is None:
-            return logits_SW.float()
-        return self._all_gather(logits_SW, self._vocab_size).float()
+        if self._all_gather is not None:
+            logits_SW = self._all_gather(logits_SW, self._vocab_size)
+        logits_SW = logits_SW.float()
+        self._watch.to(REST)
+        return logits_SW
 
 
 def _is_step(shared: Pass) -> bool:

@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from types import MappingProxyType
 
 from twinpool.v1 import rank_pb2
 
 from engine.ring.comm import Traffic
+from engine.tally import Count
 from kvtransfer import AgentStats, Closed, Completed, Failed, TransferStats
 from kvtransfer.errors import from_code
 from service.wire import kept_from_wire, kept_to_wire, pairs_to_wire
@@ -65,7 +67,13 @@ _SLOTS = "slots."
 _APART = ("slots", "peers", "slowest_detection_s")
 
 
-def heartbeat_to_wire(stats: AgentStats, links: Mapping[str, Traffic]) -> rank_pb2.RankHeartbeat:
+def heartbeat_to_wire(
+    stats: AgentStats,
+    links: Mapping[str, Traffic],
+    *,
+    step_seconds: Mapping[str, float] = MappingProxyType({}),
+    collectives: Mapping[str, Count] = MappingProxyType({}),
+) -> rank_pb2.RankHeartbeat:
     """That a rank is alive, and what it has counted."""
     names = (field.name for field in fields(stats) if field.name not in _APART)
     return rank_pb2.RankHeartbeat(
@@ -76,7 +84,17 @@ def heartbeat_to_wire(stats: AgentStats, links: Mapping[str, Traffic]) -> rank_p
             name: rank_pb2.RankTraffic(bytes=traffic.bytes_sent, wait_s=traffic.wait_s)
             for name, traffic in links.items()
         },
+        step_seconds=step_seconds,
+        collectives={
+            kind: rank_pb2.RankCollectives(calls=count.calls, bytes=count.bytes)
+            for kind, count in collectives.items()
+        },
     )
+
+
+def collectives_from_wire(beat: rank_pb2.RankHeartbeat) -> dict[str, Count]:
+    """A rank's collectives, by kind."""
+    return {kind: Count(each.calls, each.bytes) for kind, each in beat.collectives.items()}
 
 
 def links_from_wire(beat: rank_pb2.RankHeartbeat) -> dict[str, Traffic]:

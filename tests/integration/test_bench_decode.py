@@ -46,6 +46,16 @@ def test_our_side_decodes_the_whole_batch_in_every_step_and_counts_experts(tmp_p
     assert 4 < side.experts(last_tokens=[5, 6, 7], context=20, steps=6)["experts"] <= 8
 
 
+def test_a_quick_run_measures_how_experts_are_spread_and_the_pause(tmp_path: Path) -> None:
+    checkpoints.write_moe(checkpoints.kept_at(tmp_path, checkpoints.MOE), **SMALL, experts=8)
+    *spread, pause = quick("balance", tmp_path)
+    assert [row["peer_name"] for row in spread] == ["even places"] * 2
+    assert all(1 <= row["ours"] < row["peer"] for row in spread)
+    assert spread[1]["ours"] <= spread[0]["ours"]
+    assert (pause["row"], pause["unit"]) == ("balance, moe, a layer's pause", "ms")
+    assert pause["ours"] > 0
+
+
 def test_a_quick_run_measures_what_is_not_the_models_and_the_latency_under_load(
     tmp_path: Path,
 ) -> None:

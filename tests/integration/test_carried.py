@@ -119,9 +119,10 @@ def test_answers_of_all_kinds_go_on_without_any_prefill(twins: Decodes, wanted: 
 
 
 def test_answer_is_carried_to_and_fro(twins: Decodes) -> None:
+    longer = {**LONG, "max_new_tokens": 5000}  # an instance has to come back in the meantime
     with twins.client() as client:
-        right = client.complete(PROMPTS[1], timeout_s=60, **LONG)
-    stream = only_at(twins, "a", PROMPTS[1], **LONG)
+        right = client.complete(PROMPTS[1], timeout_s=60, **longer)
+    stream = only_at(twins, "a", PROMPTS[1], **longer)
     work = twins.prefilled
     for name in ("a", "b"):
         told = len(stream.token_ids)
@@ -163,7 +164,9 @@ def test_instance_that_dies_in_mid_move_costs_no_token(twins: Decodes, who: str)
 @pytest.mark.parametrize("why", ["client leaves", "deadline"])
 def test_request_that_ends_in_mid_move_leaves_nothing(twins: Decodes, why: str) -> None:
     before = twins.carried
-    stream = only_at(twins, "a", PROMPTS[0], timeout_s=6, **{**LONG, "max_new_tokens": 4000})
+    timeout_s = 6 if why == "deadline" else 60
+    longer = {**LONG, "max_new_tokens": 4000}
+    stream = only_at(twins, "a", PROMPTS[0], timeout_s=timeout_s, **longer)
     twins.signal("b", signal.SIGSTOP)
     twins.signal("a", signal.SIGTERM)
     wait_paused(stream)

@@ -31,6 +31,8 @@ class FollowRequest(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     OPENED_FIELD_NUMBER: _builtins.int
     SAMPLED_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___RankHello: ...
     @_builtins.property
@@ -45,6 +47,10 @@ class FollowRequest(_message.Message):
     def opened(self) -> Global___RankOpened: ...
     @_builtins.property
     def sampled(self) -> Global___RankSampled: ...
+    @_builtins.property
+    def loads(self) -> Global___RankLoads: ...
+    @_builtins.property
+    def staged(self) -> Global___RankStaged: ...
     def __init__(
         self,
         *,
@@ -54,12 +60,14 @@ class FollowRequest(_message.Message):
         heartbeat: Global___RankHeartbeat | None = ...,
         opened: Global___RankOpened | None = ...,
         sampled: Global___RankSampled | None = ...,
+        loads: Global___RankLoads | None = ...,
+        staged: Global___RankStaged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "opened", b"opened", "ready", b"ready", "sampled", b"sampled", "transfer_end", b"transfer_end"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "loads", b"loads", "opened", b"opened", "ready", b"ready", "sampled", b"sampled", "staged", b"staged", "transfer_end", b"transfer_end"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "opened", b"opened", "ready", b"ready", "sampled", b"sampled", "transfer_end", b"transfer_end"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "loads", b"loads", "opened", b"opened", "ready", b"ready", "sampled", b"sampled", "staged", b"staged", "transfer_end", b"transfer_end"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "ready", "transfer_end", "heartbeat", "opened", "sampled"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "ready", "transfer_end", "heartbeat", "opened", "sampled", "loads", "staged"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -283,9 +291,52 @@ class RankHeartbeat(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class StepSecondsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class CollectivesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___RankCollectives: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___RankCollectives | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PAIRS_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    COLLECTIVES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.KvPair]: ...
     @_builtins.property
@@ -296,20 +347,53 @@ class RankHeartbeat(_message.Message):
     def links(self) -> _containers.MessageMap[_builtins.str, Global___RankTraffic]:
         """What it exchanges with other ranks in steps: "ring" with those of cp, "stage" with those of pp."""
 
+    @_builtins.property
+    def step_seconds(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Seconds of all steps by part, as in the metrics."""
+
+    @_builtins.property
+    def collectives(self) -> _containers.MessageMap[_builtins.str, Global___RankCollectives]:
+        """Collectives of all steps, by kind."""
+
     def __init__(
         self,
         *,
         pairs: _abc.Iterable[_worker_pb2.KvPair] | None = ...,
         transfer: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         links: _abc.Mapping[_builtins.str, Global___RankTraffic] | None = ...,
+        step_seconds: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        collectives: _abc.Mapping[_builtins.str, Global___RankCollectives] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["links", b"links", "pairs", b"pairs", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "links", b"links", "pairs", b"pairs", "step_seconds", b"step_seconds", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RankHeartbeat: _TypeAlias = RankHeartbeat  # noqa: Y015
+
+@_typing.final
+class RankCollectives(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    calls: _builtins.int
+    bytes: _builtins.int
+    """Handed over to other ranks."""
+    def __init__(
+        self,
+        *,
+        calls: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "calls", b"calls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankCollectives: _TypeAlias = RankCollectives  # noqa: Y015
 
 @_typing.final
 class RankTraffic(_message.Message):
@@ -354,6 +438,7 @@ class FollowResponse(_message.Message):
     FORGET_FIELD_NUMBER: _builtins.int
     SEND_FIELD_NUMBER: _builtins.int
     GROW_FIELD_NUMBER: _builtins.int
+    PLACING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___RankWelcome:
         """The first message: whose ranks these are."""
@@ -388,6 +473,8 @@ class FollowResponse(_message.Message):
     def send(self) -> Global___RankSend: ...
     @_builtins.property
     def grow(self) -> Global___RankGrow: ...
+    @_builtins.property
+    def placing(self) -> Global___RankPlacing: ...
     def __init__(
         self,
         *,
@@ -407,12 +494,13 @@ class FollowResponse(_message.Message):
         forget: Global___RankForget | None = ...,
         send: Global___RankSend | None = ...,
         grow: Global___RankGrow | None = ...,
+        placing: Global___RankPlacing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "decode", b"decode", "expect", b"expect", "forget", b"forget", "grant", b"grant", "grow", b"grow", "kind", b"kind", "open", b"open", "peers", b"peers", "ready", b"ready", "receive", b"receive", "revoke", b"revoke", "send", b"send", "sequence", b"sequence", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "decode", b"decode", "expect", b"expect", "forget", b"forget", "grant", b"grant", "grow", b"grow", "kind", b"kind", "open", b"open", "peers", b"peers", "placing", b"placing", "ready", b"ready", "receive", b"receive", "revoke", b"revoke", "send", b"send", "sequence", b"sequence", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "decode", b"decode", "expect", b"expect", "forget", b"forget", "grant", b"grant", "grow", b"grow", "kind", b"kind", "open", b"open", "peers", b"peers", "ready", b"ready", "receive", b"receive", "revoke", b"revoke", "send", b"send", "sequence", b"sequence", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "close", b"close", "decode", b"decode", "expect", b"expect", "forget", b"forget", "grant", b"grant", "grow", b"grow", "kind", b"kind", "open", b"open", "peers", b"peers", "placing", b"placing", "ready", b"ready", "receive", b"receive", "revoke", b"revoke", "send", b"send", "sequence", b"sequence", "step", b"step", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "peers", "step", "expect", "open", "grant", "ready", "close", "abort", "sequence", "receive", "revoke", "decode", "forget", "send", "grow"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "peers", "step", "expect", "open", "grant", "ready", "close", "abort", "sequence", "receive", "revoke", "decode", "forget", "send", "grow", "placing"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -804,7 +892,13 @@ class RankDecodeStep(_message.Message):
 
     NUMBER_FIELD_NUMBER: _builtins.int
     OF_DP_RANKS_FIELD_NUMBER: _builtins.int
+    TAKE_LOADS_FIELD_NUMBER: _builtins.int
+    SWITCH_TO_FIELD_NUMBER: _builtins.int
     number: _builtins.int
+    take_loads: _builtins.bool
+    """Before the step: say with RankLoads what tokens have chosen since that was asked last."""
+    switch_to: _builtins.int
+    """Before the step: put the placing of this number in force; 0 for none."""
     @_builtins.property
     def of_dp_ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankRows]: ...
     def __init__(
@@ -812,10 +906,12 @@ class RankDecodeStep(_message.Message):
         *,
         number: _builtins.int = ...,
         of_dp_ranks: _abc.Iterable[Global___RankRows] | None = ...,
+        take_loads: _builtins.bool = ...,
+        switch_to: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "of_dp_ranks", b"of_dp_ranks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "of_dp_ranks", b"of_dp_ranks", "switch_to", b"switch_to", "take_loads", b"take_loads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -959,3 +1055,123 @@ class RankSend(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RankSend: _TypeAlias = RankSend  # noqa: Y015
+
+@_typing.final
+class RankLoads(_message.Message):
+    """How many tokens have chosen each expert on the rank; every token is counted on one rank."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankLayerLoads]: ...
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[Global___RankLayerLoads] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankLoads: _TypeAlias = RankLoads  # noqa: Y015
+
+@_typing.final
+class RankLayerLoads(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankLayerLoads: _TypeAlias = RankLayerLoads  # noqa: Y015
+
+@_typing.final
+class RankPlacing(_message.Message):
+    """A layer's experts are to change places: the rank reads those that come to it, beside the steps,
+    and answers with RankStaged. They are put in force by a step that says so.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    OF_EP_RANKS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    layer: _builtins.int
+    @_builtins.property
+    def of_ep_ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankSlots]:
+        """The experts in the slots of each ep rank."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        layer: _builtins.int = ...,
+        of_ep_ranks: _abc.Iterable[Global___RankSlots] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "number", b"number", "of_ep_ranks", b"of_ep_ranks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankPlacing: _TypeAlias = RankPlacing  # noqa: Y015
+
+@_typing.final
+class RankSlots(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        experts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankSlots: _TypeAlias = RankSlots  # noqa: Y015
+
+@_typing.final
+class RankStaged(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    failed: _builtins.str
+    """Why the experts could not be read; empty where they could."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        failed: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankStaged: _TypeAlias = RankStaged  # noqa: Y015

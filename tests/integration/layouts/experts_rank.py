@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -23,11 +23,12 @@ from torch import Tensor
 from engine.collectives import GroupCollectives, GroupExperts
 from engine.config import load_config
 from engine.dispatch import ExpertMap
+from engine.expert_moves import Staged, stage, switch
 from engine.parallel import Layout
 from engine.pipeline import Logits
 from engine.ring import GroupComm, Wire
 from engine.runner import Chunk, ModelRunner
-from engine.tally import CountedCollectives, CountedExperts, Tally
+from engine.weights import Reader
 
 BLOCK_SIZE = 16
 TIMEOUT = timedelta(seconds=60)
@@ -37,6 +38,8 @@ SEQUENCES: Sequence[Sequence[tuple[int, int]]] = (
     ((18, 2), (7, 0)),
 )
 STEPS = 6
+# Passes before which experts that move are read, and put in their new places.
+MOVE_READ, MOVE = 1, 3
 
 
 def passes(dp_rank: int, vocab_size: int) -> list[list[Chunk]]:
@@ -77,26 +80,51 @@ def make_runner(folder: Path, layout: Layout, dtype: str = "float32", **more: An
     )
 
 
-def logits(runner: ModelRunner) -> Tensor:
-    """Return the logits after each chunk of this dp rank's passes, [S, V], or [0, V]."""
+def logits(runner: ModelRunner, before: Callable[[int], None]) -> Tensor:
+    """Return the logits after each chunk of this dp rank's passes, [S, V], or [0, V].
+
+    `before` is called with each pass's number before it begins.
+    """
     layout = runner.layout
     of_all = [passes(rank, runner.config.vocab_size) for rank in range(layout.dp)]
     under_way, found = deque[Logits](), []
     for step in range(STEPS):
         dp_tokens = [tokens_of(each[step]) for each in of_all]
+        before(step)
         under_way.append(runner.start(of_all[layout.dp_rank][step], dp_tokens=dp_tokens))
         if len(under_way) == layout.pp:
             found.append(under_way.popleft().wait())
     return torch.cat(found + [each.wait() for each in under_way])
 
 
-def _decode_counts(runner: ModelRunner, tally: Tally) -> dict[str, list[int]]:
+def _moving(case: dict[str, Any], runner: ModelRunner) -> Callable[[int], None]:
+    """Return what moves experts in the middle of the passes, to where `case` says."""
+    rank = runner.layout.ep_rank
+    fill = Reader(Path(case["model"])).fill
+    maps = {int(layer): _map(case, slots) for layer, slots in case.get("moves", {}).items()}
+    staged: list[Staged] = []
+
+    def before(step: int) -> None:
+        if step == MOVE_READ:
+            staged.extend(stage(runner.experts, rank, *each, fill) for each in maps.items())
+        elif step == MOVE:
+            for each in staged:
+                switch(runner.experts, each)
+
+    return before
+
+
+def _map(case: dict[str, Any], slots: Sequence[Sequence[int]]) -> ExpertMap:
+    return ExpertMap(case["experts"], tuple(map(tuple, slots)))
+
+
+def _decode_counts(runner: ModelRunner) -> dict[str, list[int]]:
     """Return the calls and bytes of the last pass, one of single tokens, once more."""
     layout = runner.layout
     of_all = [passes(rank, runner.config.vocab_size)[3] for rank in range(layout.dp)]
-    tally.take()
+    runner.tally.take()
     runner.forward(of_all[layout.dp_rank], dp_tokens=[tokens_of(each) for each in of_all])
-    return {kind: [count.calls, count.bytes] for kind, count in tally.take().items()}
+    return {kind: [count.calls, count.bytes] for kind, count in runner.tally.take().items()}
 
 
 class Groups:
@@ -138,17 +166,13 @@ def _run(case: dict[str, Any], rank: int, groups: Groups, out: Path) -> None:
         ep=case.get("ep", 1),
     )
     assert layout.rank == rank
-    tally = Tally()
-    maps = {
-        int(layer): ExpertMap(case["experts"], tuple(map(tuple, slots)))
-        for layer, slots in case.get("maps", {}).items()
-    }
+    maps = {int(layer): _map(case, slots) for layer, slots in case.get("maps", {}).items()}
     runner = make_runner(
         Path(case["model"]),
         layout,
         case.get("dtype", "float32"),
-        ranks=CountedCollectives(GroupCollectives(of_tp), tally),
-        experts=CountedExperts(GroupExperts(of_experts), tally),
+        ranks=GroupCollectives(of_tp),
+        experts=GroupExperts(of_experts),
         dispatch=case["dispatch"],
         expert_maps=maps,
         stages=Wire(GroupComm(of_pp, timeout_s=30)),
@@ -158,10 +182,10 @@ def _run(case: dict[str, Any], rank: int, groups: Groups, out: Path) -> None:
     if case["dispatch"] == "auto":
         runner.experts.measure(4)
     runner.experts.take_loads()
-    found = {"logits": logits(runner)}
+    found = {"logits": logits(runner, _moving(case, runner))}
     loads = runner.experts.take_loads()
     found |= {f"loads.{layer}": load for layer, load in loads.items()}
-    counts = _decode_counts(runner, tally)
+    counts = _decode_counts(runner)
     table = runner.experts.dispatch.table if runner.experts.dispatch else {}
     (out / f"{case['name']}.{rank}.json").write_text(
         json.dumps({"counts": counts, "table": {str(k): v for k, v in table.items()}})

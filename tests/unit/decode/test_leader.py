@@ -10,10 +10,16 @@ from decode.admission import Admission, Reservation, SequenceRecord
 from decode.compute import Part, Row
 from decode.config import DecodeConfig
 from decode.leader import GroupReceiver, OtherRanks
+from decode.orders import NOTHING, Order, Placing
 from decode.prefixes import Prefixes
 from decode.rank_wire import (
+    loads_from_wire,
+    loads_to_wire,
+    order_from_wire,
     part_from_wire,
     part_to_wire,
+    placing_from_wire,
+    placing_to_wire,
     receive_from_wire,
     receive_to_wire,
     rows_from_wire,
@@ -39,6 +45,7 @@ from service.ranks.leader import Message
 
 SETTINGS = DecodeConfig(model="m", dp=2, tp=2)  # type: ignore[arg-type]
 LAYOUT = uniform_cache((KVShape(layers=2, kv_heads=2, head_size=8, dtype="float32"),), 4)
+PLACING = Placing(number=3, layer=40, slots=((0, 2), (1, 3)))
 STATS = TransferStats(1, 1, 0.1, "tcp")
 
 
@@ -183,6 +190,14 @@ def test_step_and_its_tokens_arrive_as_they_were() -> None:
     assert part_from_wire(part_to_wire(3, plain)) == plain
 
 
+def test_orders_placings_and_loads_arrive_as_they_were() -> None:
+    for order in (NOTHING, Order(take_loads=True), Order(switch=2**40)):
+        assert order_from_wire(step_to_wire(3, [[]], order)) == order
+    assert placing_from_wire(placing_to_wire(PLACING)) == PLACING
+    loads = {4: [0, 2**40], 7: [3, 1]}
+    assert loads_from_wire(loads_to_wire(loads)) == loads
+
+
 def test_grant_arrives_as_it_was() -> None:
     assert receive_from_wire(receive_to_wire(grant(9)), epoch=6) == grant(9)
 
@@ -194,11 +209,17 @@ def test_others_of_the_dp_rank_hear_of_a_sequence_and_all_of_steps(dp_rank: int)
     sequence = record(dp_rank)
     others.add(sequence)
     others.grow(sequence.request_id, 7)
-    others.step(1, [[], []])
+    others.step(1, [[], []], Order(take_loads=True))
+    others.stage(PLACING)
     others.remove(sequence.request_id)
     others.remove(sequence.request_id)
     ranks = [2 * dp_rank, 2 * dp_rank + 1]
-    kinds = ["sequence", "grow", "decode", "forget"]
-    assert followers.told == [(kind, None if kind == "decode" else ranks) for kind in kinds]
+    assert followers.told == [
+        ("sequence", ranks),
+        ("grow", ranks),
+        ("decode", None),
+        ("placing", None),
+        ("forget", ranks),
+    ]
     others.sampled(2, part_to_wire(1, Part(sampled=[Sampled(token_id=3)])))
     assert taken == [(1, 1, Part(sampled=[Sampled(token_id=3)]))]

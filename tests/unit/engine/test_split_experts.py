@@ -12,8 +12,11 @@ from torch import Tensor
 from engine.config import load_config
 from engine.dispatch import DISPATCHERS, ExpertMap, Members
 from engine.errors import BatchError, UnsupportedError, WeightError
+from engine.expert_moves import stage, switch
+from engine.kernels import experts_cpu
 from engine.parallel import Layout
 from engine.runner import Chunk, ModelRunner
+from engine.weights import Reader
 from tests.unit.engine.checkpoints import make_checkpoint
 from tests.unit.engine.dispatch.loopback import on_ranks
 
@@ -29,12 +32,11 @@ def runner(folder: Path, layout: Layout | None = None, **more: Any) -> ModelRunn
     return ModelRunner(
         folder=folder,
         config=load_config(folder),
-        dtype=torch.float32,
         device=torch.device("cpu"),
         num_blocks=4,
         block_size=8,
         layout=layout,
-        **more,
+        **{"dtype": torch.float32, **more},
     )
 
 
@@ -95,12 +97,12 @@ def test_experts_that_change_places_change_nothing(moe: Path, dispatch: str) -> 
     def on_rank(members: Members) -> list[Tensor]:
         split = member(moe, members, dispatch=dispatch, expert_maps={1: before, 2: before})
         found = [split.forward([CHUNK], dp_tokens=(11, 11))]
-        rank = members.layout.ep_rank
-        moved = zip(before.slots[rank], after.slots[rank], strict=True)
-        for slot, (old, new) in enumerate(moved):
-            if old != new:
-                split.experts.put(2, slot, new, *expert_weights(moe, 2, new))
-        split.experts.place({2: after})
+        staged = stage(split.experts, members.layout.ep_rank, 2, after, Reader(moe).fill)
+        assert {slot: expert for slot, (expert, _) in staged.puts.items()} == (
+            {0: 2, 4: 1} if members.layout.ep_rank else {2: 4}
+        )
+        found.append(split.forward([CHUNK], dp_tokens=(11, 11)))
+        switch(split.experts, staged)
         return [*found, split.forward([CHUNK], dp_tokens=(11, 11))]
 
     wanted = runner(moe).forward([CHUNK])
@@ -109,11 +111,44 @@ def test_experts_that_change_places_change_nothing(moe: Path, dispatch: str) -> 
             torch.testing.assert_close(each, wanted, rtol=1e-5, atol=1e-5)
 
 
-def expert_weights(folder: Path, layer: int, expert: int) -> tuple[Tensor, Tensor]:
-    tensors = load_file(folder / "model.safetensors")
-    name = f"model.layers.{layer}.mlp.experts.{expert}"
-    gate, up, down = (tensors[f"{name}.{each}_proj.weight"] for each in ("gate", "up", "down"))
-    return torch.cat((gate, up)), down
+@pytest.mark.skipif(experts_cpu._native() is None, reason="needs the compiled experts")
+@pytest.mark.parametrize("dispatch", ["alltoall", "padded"])
+def test_experts_that_move_change_no_bit_in_bf16(moe: Path, dispatch: str) -> None:
+    before = ExpertMap(8, ((0, 1, 2, 3), (4, 5, 6, 7)))
+    after = ExpertMap(8, ((0, 6, 2, 5), (4, 3, 1, 7)))
+
+    def on_rank(members: Members) -> None:
+        split = member(
+            moe, members, dispatch=dispatch, expert_maps={1: before}, dtype=torch.bfloat16
+        )
+        found = split.forward([CHUNK], dp_tokens=(11, 11))
+        rank = members.layout.ep_rank
+        switch(split.experts, stage(split.experts, rank, 1, after, Reader(moe).fill))
+        assert torch.equal(split.forward([CHUNK], dp_tokens=(11, 11)), found)
+
+    on_ranks(on_rank, dp=2, ep=2)
+
+
+def test_redundant_experts_change_nothing_and_are_neighbours(moe: Path) -> None:
+    def on_rank(members: Members) -> Tensor:
+        split = member(moe, members, redundant_experts=2)
+        held = (4, 5, 6, 7, 0, 1) if members.layout.ep_rank else (0, 1, 2, 3, 4, 5)
+        assert {split.experts.held(layer) for layer in range(3)} == {held}
+        return split.forward([CHUNK], dp_tokens=(11, 11))
+
+    wanted = runner(moe).forward([CHUNK])
+    for found in on_ranks(on_rank, dp=2, ep=2):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_more_redundant_experts_than_there_are_others_are_refused(moe: Path) -> None:
+    def on_rank(members: Members) -> None:
+        with pytest.raises(UnsupportedError, match=r"5 redundant experts .* use 0 to 4"):
+            member(moe, members, redundant_experts=5)
+
+    on_ranks(on_rank, dp=2, ep=2)
+    with pytest.raises(UnsupportedError, match="redundant_experts=1 with ep=1: use 0"):
+        runner(moe, redundant_experts=1)
 
 
 def test_a_map_of_what_slots_do_not_hold_is_refused(moe: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from engine.config import load_config
 from engine.errors import ConfigError, WeightError
 from engine.runner import ModelRunner
-from engine.weights import fingerprint, resolve_dtype
+from engine.weights import Reader, WeightSlot, fingerprint, resolve_dtype
 from tests.unit.engine.checkpoints import ARCHITECTURES, make_checkpoint
 from tests.unit.engine.conftest import MakeRunner
 
@@ -186,3 +187,36 @@ def test_fingerprint_sees_other_weights_and_another_config(folder: Path) -> None
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
     assert len({before, nudged, fingerprint(folder)}) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reader_fills_slots_as_loading_does(sharded: Path, dtype: torch.dtype) -> None:
+    tensors: Tensors = {}
+    for file in sharded.glob("*.safetensors"):
+        tensors |= load_file(file)
+    paused: list[float] = []
+    reader = Reader(sharded, paused.append)
+    parts = ((), (slice(2, 5),), (slice(None), slice(1, 4)))
+    for name, part in zip(sorted(n for n in tensors if "experts" in n), parts, strict=False):
+        whole = tensors[name]
+        target = torch.empty(whole[part].shape, dtype=dtype)
+        reader.fill([WeightSlot(name=name, shape=tuple(whole.shape), part=part, target=target)])
+        assert torch.equal(target, whole[part].to(dtype))
+    assert len(paused) == len(parts)
+
+
+def test_reader_refuses_a_file_that_has_changed_and_a_tensor_that_is_missing(
+    folder: Path,
+) -> None:
+    reader = Reader(folder)
+    file = folder / "model.safetensors"
+    name, whole = max(load_file(file).items(), key=lambda item: item[1].nbytes)
+    slot = WeightSlot(name=name, shape=tuple(whole.shape), part=(), target=torch.empty_like(whole))
+    with pytest.raises(WeightError, match="has no tensor other"):
+        reader.fill([replace(slot, name="other")])
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(WeightError, match="has changed since the model was loaded"):
+        reader.fill([slot])
+    file.unlink()
+    with pytest.raises(WeightError, match=r"cannot be read: .*No such file"):
+        reader.fill([slot])

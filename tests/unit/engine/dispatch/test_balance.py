@@ -1,10 +1,13 @@
 """Hot experts get replicas, ranks get like loads, and what need not move stays."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.dispatch.balance import Slots, balanced, imbalance, rank_loads
+from engine.dispatch import ExpertMap
+from engine.dispatch.balance import Slots, balanced, imbalance, in_parts, rank_loads
 
 
 def even(experts: int, ranks: int, spare: int) -> Slots:
@@ -65,6 +68,34 @@ def test_balanced_map_stays_as_it_is(case: tuple[list[int], Slots]) -> None:
     again = balanced(loads, found)
     assert [set(held) for held in again] == [set(held) for held in found]
     assert again == found
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=cases(), most=st.integers(1, 4))
+def test_parts_of_a_change_are_small_and_lose_no_expert(
+    case: tuple[list[int], Slots], most: int
+) -> None:
+    loads, now = case
+    to = balanced(loads, now)
+    parts = in_parts(now, to, most)
+    assert (parts[-1] if parts else now) == to
+    for before, after in pairwise([now, *parts]):
+        assert before != after
+        ExpertMap(len(loads), after)  # valid: each expert has a slot, and none two on a rank
+        changed = [
+            sum(x != y for x, y in zip(old, new, strict=True))
+            for old, new in zip(before, after, strict=True)
+        ]
+        assert max(changed) <= most or len(in_parts(before, after, most)) == 1
+
+
+def test_two_pairs_change_places_one_after_the_other() -> None:
+    now, to = ((0, 1), (2, 3)), ((2, 3), (0, 1))
+    assert in_parts(now, to, 2) == [to]
+    first, last = in_parts(now, to, 1)
+    assert first in (((2, 1), (0, 3)), ((0, 3), (2, 1)))
+    assert last == to
+    assert in_parts(to, to, 1) == []
 
 
 def test_no_load_is_even() -> None:

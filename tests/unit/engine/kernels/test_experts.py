@@ -161,7 +161,7 @@ def test_an_expert_that_was_put_is_as_if_it_had_been_there(make: Make) -> None:
     gate_up, down = weights(4, 64, 48)
     x_TD, routes = tokens_and_routes(5, 3, 64, 2)
     experts = make(gate_up[:3].clone(), down[:3].clone())
-    experts.put(1, gate_up[3], down[3])
+    experts.stage(gate_up[3], down[3])(1)
     chosen = [0, 3, 2]
     other = make(gate_up[chosen], down[chosen])
     assert torch.equal(experts(x_TD, routes), other(x_TD, routes))

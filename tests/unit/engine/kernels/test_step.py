@@ -11,6 +11,7 @@ from engine.config import load_config
 from engine.kernels import step_cpu
 from engine.kernels.step import STEP_ROWS
 from engine.runner import Chunk, ModelRunner
+from engine.step_watch import ATTENTION, DENSE, EXPERTS, HEAD, REST
 from tests.unit.engine.checkpoints import ARCHITECTURES, make_checkpoint
 
 BLOCKS, BLOCK = 1200, 16
@@ -167,3 +168,15 @@ def test_it_is_used_for_passes_of_a_few_decoding_sequences_alone(
 def test_other_models_have_none(folder: Path) -> None:
     assert make(folder, torch.float32)._model._step is None
     assert step_cpu.step([]) is None
+
+
+def test_parts_of_a_step_are_told_to_the_watch(runner: ModelRunner) -> None:
+    before = runner.watch.seconds
+    runner.watch.begin()
+    runner.forward(chunks([40, 3]))
+    runner.watch.end()
+    after = runner.watch.seconds
+    grown = {part for part, seconds in after.items() if seconds > before[part]}
+    mlp = EXPERTS if runner.experts.held(0) is not None else DENSE
+    assert grown == {ATTENTION, mlp, HEAD, REST}
+    assert all(seconds >= 0 for seconds in after.values())
