@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from decode.admission import SequenceRecord
 from decode.orders import NOTHING, Order
 from decode.rank_experts import RankExperts
 from engine.runner import Chunk, ModelRunner
-from engine.sampling import Sampled, SequenceState
+from engine.sampling import Sampled, SequenceState, sample_apart
 from engine.step_watch import REBALANCE, REST, SAMPLING
 from engine.vocabulary import sample_part
 
@@ -134,7 +135,11 @@ class RankCompute:
         self.watch.to(SAMPLING)
         began_s = time.monotonic()
         states = [sequence.sampling for sequence in sequences]
-        sampled = sample_part(logits_SW, states, self._vocabulary)
+        choose = partial(sample_part, vocabulary=self._vocabulary)
+        if self._runner.deterministic:
+            sampled = sample_apart(choose, logits_SW, states)
+        else:
+            sampled = choose(logits_SW, states)
         part = Part(sampled=sampled, sample_s=time.monotonic() - began_s)
         return part if self.answers else None
 

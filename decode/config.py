@@ -1,9 +1,9 @@
 """Settings of a decode instance; imports nothing heavy."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from service.ranks.config import RanksConfig
 
@@ -65,6 +65,17 @@ class DecodeConfig(RanksConfig):
         le=65535,
         description="Port to take KV data on, the first of --tp x --pp x --dp; 0 takes free ones.",
     )
+
+    @model_validator(mode="after")
+    def _can_be_deterministic(self) -> Self:
+        moves = self.ep > 1 and self.balance_interval_s > 0
+        if self.deterministic and moves and self.dispatch == "allgather":
+            raise ValueError(
+                "--deterministic: found --dispatch allgather, which adds up by where experts are,"
+                " and --balance-interval-s, which moves them; use --dispatch alltoall or padded,"
+                " or --balance-interval-s 0"
+            )
+        return self
 
     @property
     def role(self) -> str:

@@ -222,8 +222,15 @@ class Instance:
                     on_insert=self.journal.stored,
                     on_evict=self.journal.removed,
                 )
-            layers = model.config.num_layers
-            found.append(Prefixes(pool, cache=cache, layers=layers, dp_rank=dp_rank))
+            found.append(
+                Prefixes(
+                    pool,
+                    cache=cache,
+                    layers=model.config.num_layers,
+                    dp_rank=dp_rank,
+                    prompts_only=settings.deterministic,
+                )
+            )
         return found
 
     def start(self) -> tuple[str, int]:

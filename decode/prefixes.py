@@ -21,6 +21,8 @@ class Prefixes:
         pool: Gives the blocks.
         cache: Attached to the pool; None where nothing is to be remembered.
         layers: Layers of the model, whose cache is one group.
+        prompts_only: Whether nothing is kept of what follows a prompt: prefill would compute that
+            in another way than steps have, and whether it is known would show in the tokens.
         dp_rank: Whose blocks these are. Routers know a block of each dp rank by another name, as
             they do those of prompts that begin at another cp rank of prefill.
     """
@@ -32,11 +34,13 @@ class Prefixes:
         cache: PrefixCache | None = None,
         layers: int,
         dp_rank: int = 0,
+        prompts_only: bool = False,
     ) -> None:
         self.pool = pool
         self._dp_rank = dp_rank
         self._cache = cache
         self._layers = layers
+        self._prompts_only = prompts_only
 
     def take(self, prompt: Sequence[int], cache_salt: bytes, num_blocks: int) -> Acquired:
         """Take a sequence's blocks, those of the prompt's longest known beginning among them.
@@ -60,7 +64,8 @@ class Prefixes:
         """
         if self._cache is not None and prompt:
             tokens = array("I", prompt)
-            tokens.extend(output)
+            if not self._prompts_only:
+                tokens.extend(output)
             self._cache.insert(tokens, prefix_salt(self._dp_rank, cache_salt), blocks)
 
     def kept(self, cached_tokens: int, arrived: Kept = ()) -> Kept:

@@ -20,19 +20,22 @@ from engine.kvcache import KVCache
 
 # Cached tokens that a group of last rows may gather at once: their sequences are a pass's, not few.
 _LAST_TOKENS = 1 << 15
+_ALONE = 1  # too few for a group of several
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
     """New tokens of one sequence: `start` tokens before them are already in the cache.
 
-    `cp_first` is the cp rank that has the sequence's first tokens.
+    `cp_first` is the cp rank that has the sequence's first tokens. `is_prompt` says that the tokens
+    are a prompt's, however few: see `make_batch`.
     """
 
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
     cp_first: int = 0
+    is_prompt: bool = False
 
     @property
     def end(self) -> int:
@@ -42,7 +45,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillSpan:
-    """Rows `begin` to `end` of the pass: several tokens of one sequence after `start` others."""
+    """Rows `begin` to `end` of the pass: tokens of one sequence after `start` others."""
 
     begin: int
     end: int
@@ -66,7 +69,7 @@ class LastRows:
 class Batch:
     """One pass: decode rows first, then prefill spans. `rows_of` is in the chunks' order.
 
-    `last` is None where every chunk has one token.
+    `last` is None where there are no spans.
     """
 
     token_ids_T: Tensor
@@ -79,15 +82,22 @@ class Batch:
     last: LastRows | None
 
 
-def make_batch(chunks: Sequence[Chunk], cache: KVCache, vocab_size: int) -> Batch:
-    """Lay out a pass. Raises BatchError where a chunk cannot be run with this cache."""
+def make_batch(
+    chunks: Sequence[Chunk], cache: KVCache, vocab_size: int, *, deterministic: bool = False
+) -> Batch:
+    """Lay out a pass. Raises BatchError where a chunk cannot be run with this cache.
+
+    Chunks of one token are decode rows. With `deterministic` each of them is a group of its own,
+    and those of prompts are spans: what a prompt gives does not depend on where it was cut.
+    """
     if not chunks:
         raise BatchError("a pass needs at least one chunk")
     tables = [block_table(chunk, cache.block_size, cache.num_blocks) for chunk in chunks]
+    is_span = [len(chunk.token_ids) > 1 or (deterministic and chunk.is_prompt) for chunk in chunks]
     # Decode rows first, longest first, so that sequences of like length are slices of the pass.
     order = sorted(
         range(len(chunks)),
-        key=lambda i: (len(chunks[i].token_ids) > 1, -chunks[i].end),
+        key=lambda i: (is_span[i], -chunks[i].end),
     )
     token_ids_T = _checked([id for i in order for id in chunks[i].token_ids], vocab_size)
     positions_T = np.concatenate([np.arange(chunks[i].start, chunks[i].end) for i in order])
@@ -95,7 +105,8 @@ def make_batch(chunks: Sequence[Chunk], cache: KVCache, vocab_size: int) -> Batc
         [tables[i][np.arange(chunks[i].start, chunks[i].end) // cache.block_size] for i in order]
     )
     rows_of = _rows(chunks, order)
-    decode = [i for i in order if len(chunks[i].token_ids) == 1]
+    decode = [i for i in order if not is_span[i]]
+    most_tokens = _ALONE if deterministic else None
     device = cache.tensor.device
     return Batch(
         token_ids_T=torch.from_numpy(token_ids_T).to(device),
@@ -105,13 +116,16 @@ def make_batch(chunks: Sequence[Chunk], cache: KVCache, vocab_size: int) -> Batc
             lengths=[chunks[i].end for i in decode],
             tables=[tables[i] for i in decode],
             cache=cache,
+            most_tokens=most_tokens,
         ),
         prefill=tuple(
             _prefill_span(chunks[i], tables[i], rows_of[i], cache) for i in order[len(decode) :]
         ),
         rows_of=rows_of,
         last_rows_S=torch.tensor([rows.stop - 1 for rows in rows_of], device=device),
-        last=_last_rows(chunks, tables, cache) if len(decode) < len(chunks) else None,
+        last=_last_rows(chunks, tables, cache, most_tokens or _LAST_TOKENS)
+        if len(decode) < len(chunks)
+        else None,
     )
 
 
@@ -182,7 +196,10 @@ def _prefill_span(
 
 
 def _last_rows(
-    chunks: Sequence[Chunk], tables: Sequence[NDArray[np.int64]], cache: KVCache
+    chunks: Sequence[Chunk],
+    tables: Sequence[NDArray[np.int64]],
+    cache: KVCache,
+    most_tokens: int,
 ) -> LastRows:
     order = sorted(range(len(chunks)), key=lambda i: -chunks[i].end)
     order_S = torch.tensor(order, device=cache.tensor.device)
@@ -191,7 +208,7 @@ def _last_rows(
             lengths=[chunks[i].end for i in order],
             tables=[tables[i] for i in order],
             cache=cache,
-            most_tokens=_LAST_TOKENS,
+            most_tokens=most_tokens,
         ),
         order_S=order_S,
         back_S=order_S.argsort(),

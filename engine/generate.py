@@ -61,7 +61,12 @@ class _Sequence:
             if self.in_prefill
             else self.token_ids[-1:]
         )
-        return Chunk(token_ids=tokens, start=self.computed, block_table=self.blocks)
+        return Chunk(
+            token_ids=tokens,
+            start=self.computed,
+            block_table=self.blocks,
+            is_prompt=self.in_prefill,
+        )
 
 
 def generate(

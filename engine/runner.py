@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.batch import Batch, Chunk, make_batch, no_batch
 from engine.config import ModelConfig
+from engine.deterministic import check_deterministic, in_order
 from engine.dispatch import AUTO as AUTO_DISPATCH
 from engine.dispatch import ExpertMap, dispatch_for
 from engine.errors import BatchError, UnsupportedError
@@ -71,6 +72,7 @@ class ModelRunner:
         progress: Progress | None = None,
         allocate: Allocate | None = None,
         watch: StepWatch | None = None,
+        deterministic: bool = False,
     ) -> None:
         """`num_blocks` are the instance's; with cp each has a grain on every cp rank, which
         `choose_grain` chooses by timing passes of the loaded model where the layout leaves it open.
@@ -82,6 +84,11 @@ class ModelRunner:
         `redundant_experts` more on each ep rank; all dp ranks have as many blocks. With
         `keeps_logits` all ranks of the last stage get logits, each those of its part of the
         `vocabulary`.
+
+        With `deterministic` a sequence's logits are the same to the bit whatever else is in a pass,
+        and a prompt's also however it is cut (Chunk.is_prompt) or cached; for this layout and
+        number of threads. Raises UnsupportedError where that cannot be: with cp, and where timing
+        or replicas choose how an expert's part is added up.
         """
         layout = layout or Layout()
         layout.check(config)
@@ -98,6 +105,9 @@ class ModelRunner:
             ranks = CountedCollectives(ranks, self.tally)
         if experts is not None:
             experts = CountedExperts(experts, self.tally)
+        self.deterministic = deterministic
+        if deterministic:
+            ranks, experts = in_order(layout, ranks, experts)
         with torch.inference_mode():
             placement = Placement(
                 dtype=dtype,
@@ -111,7 +121,10 @@ class ModelRunner:
                 expert_maps=expert_maps or {},
                 redundant_experts=redundant_experts,
                 watch=self.watch,
+                deterministic=deterministic,
             )
+            if deterministic:
+                check_deterministic(placement)
             if expert_maps and placement.dispatch is None:
                 raise ValueError("maps of experts need a group of the ranks that share them")
             self._stream = placement.stream
@@ -135,7 +148,7 @@ class ModelRunner:
         self._dealing = _dealing(layout, block_size)
         if not isinstance(num_blocks, int):
             num_blocks = num_blocks(layout)
-        self._attend = attention_kernel(device)
+        self._attend = attention_kernel(device, deterministic=deterministic)
         # Outside inference mode: transfers write into the cache from other threads.
         self.cache = KVCache(
             config=config,
@@ -274,7 +287,9 @@ class ModelRunner:
     def _batch(self, chunks: Sequence[Chunk]) -> Batch:
         if not chunks and self.layout.dp > 1:
             return no_batch(self.cache)
-        return make_batch(chunks, self.cache, self.config.vocab_size)
+        return make_batch(
+            chunks, self.cache, self.config.vocab_size, deterministic=self.deterministic
+        )
 
     def _last_rows_attention(self, batch: Batch) -> Attend | None:
         """Return attention of the chunks' last tokens, from the cache, as if they were decoded."""

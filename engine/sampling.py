@@ -10,7 +10,7 @@ Legend: S sequences of a batch, R rows that need random numbers, V vocabulary, C
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -179,6 +179,30 @@ def sample(logits_SV: Tensor, states: Sequence[SequenceState]) -> list[Sampled]:
         Sampled(token_id=token_id, logprobs=logprobs.get(row))
         for row, token_id in enumerate(token_ids)
     ]
+
+
+def sample_apart(
+    choose: Callable[[Tensor, Sequence[SequenceState]], list[Sampled]],
+    logits_SV: Tensor,
+    states: Sequence[SequenceState],
+) -> list[Sampled]:
+    """Choose tokens as `choose` does, so that no bit depends on what else there is to choose.
+
+    Exact choices are made together; the sums of a drawn one go by the shape of what they are in,
+    and so do the reported probabilities.
+    """
+    exact = [
+        row
+        for row, state in enumerate(states)
+        if not state.params.temperature and state.params.logprobs is None
+    ]
+    alone = [[row] for row in range(len(states)) if row not in set(exact)]
+    found: dict[int, Sampled] = {}
+    for rows in (exact, *alone):
+        if rows:
+            chosen = choose(logits_SV[rows], [states[row] for row in rows])
+            found.update(zip(rows, chosen, strict=True))
+    return [found[row] for row in range(len(states))]
 
 
 def _choose(logits_SV: Tensor, states: Sequence[SequenceState]) -> list[int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.pipeline import Logits
 from engine.runner import Chunk, ModelRunner
+from engine.sampling import Sampled, SequenceState, sample, sample_apart
 from kvtransfer import KVShape, Span
 from prefill.handoff import Handoff
 
@@ -65,6 +66,10 @@ class Compute(Protocol):
         """
         ...
 
+    def sample(self, logits_SV: Tensor, states: Sequence[SequenceState]) -> list[Sampled]:
+        """Choose a token for each row of a step's logits."""
+        ...
+
 
 class Steps:
     """All ranks' part in every step; see Compute.
@@ -103,6 +108,12 @@ class Steps:
         else:
             self._under_way.put((logits, done))
 
+    def sample(self, logits_SV: Tensor, states: Sequence[SequenceState]) -> list[Sampled]:
+        """See Compute."""
+        if self._own.deterministic:
+            return sample_apart(sample, logits_SV, states)
+        return sample(logits_SV, states)
+
     def close(self) -> None:
         """Let go of the steps that are under way."""
         self._under_way.put(None)
@@ -129,6 +140,7 @@ class RankCompute:
         self._shape = shape
         self._layers = layers
         self._handoff = handoff
+        self.deterministic = runner.deterministic
 
     def run(self, pieces: Sequence[Piece]) -> Logits:
         """Compute this rank's part; only an instance's first rank gets logits."""
@@ -138,6 +150,7 @@ class RankCompute:
                 start=piece.start,
                 block_table=piece.blocks,
                 cp_first=piece.cp_first,
+                is_prompt=True,
             )
             for piece in pieces
         ]

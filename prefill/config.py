@@ -64,6 +64,15 @@ class PrefillConfig(RanksConfig):
         return {"cp_grain": grain, "sequence_parallel": self.sequence_parallel}
 
     @model_validator(mode="after")
+    def _can_be_deterministic(self) -> Self:
+        if self.deterministic and self.cp > 1:
+            raise ValueError(
+                f"--deterministic: found --cp {self.cp}; how the ring adds up attention depends on"
+                " the whole step: use --cp 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _is_whole_blocks(self) -> Self:
         if (self.cp_grain or 0) % self.block_size:
             raise ValueError(

@@ -18,7 +18,7 @@ import torch
 
 from engine.blocks import BlockCounts, BlockPool
 from engine.prefix_cache import PrefixCache
-from engine.sampling import Sampled, SamplingParams, SequenceState, sample
+from engine.sampling import Sampled, SamplingParams, SequenceState
 from engine.stopping import StopCriteria
 from kvtransfer import Closed, Completed, Failed, Span, TransferEvent
 from prefill.compute import Compute, Piece
@@ -404,7 +404,7 @@ class Worker:
 
     def _first_tokens(self, jobs: list[_Job], logits_SV: torch.Tensor) -> None:
         states = [_sampling_state(job.request) for job in jobs]
-        for job, sampled in zip(jobs, sample(logits_SV, states), strict=True):
+        for job, sampled in zip(jobs, self._compute.sample(logits_SV, states), strict=True):
             request = job.request
             finish = request.stop.check(sampled.token_id, request.output_tokens + 1)
             assert job.computed_s is not None

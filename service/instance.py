@@ -162,6 +162,7 @@ def load_model(
                 choose_grain=partial(_choose_grain, settings, config, dtype, part),
                 progress=progress,
                 allocate=allocate,
+                deterministic=settings.deterministic,
             )
         part = replace(part, layout=runner.layout)
         part.meet()  # some load longer than others; in a pass they wait for seconds only

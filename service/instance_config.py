@@ -50,6 +50,11 @@ class InstanceConfig(BaseModel):
         description="Tokens of a sequence at most; the model's own limit unless given.",
     )
     threads: int = Field(default_factory=default_threads, ge=1, description="Threads that compute.")
+    deterministic: bool = Field(
+        default=False,
+        description="Give a request the same tokens whatever else is in the batch; slower in"
+        " float32 and float16.",
+    )
     data_host: str = Field(
         default="127.0.0.1", description="Address that KV data is sent from or taken on."
     )

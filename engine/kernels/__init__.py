@@ -2,9 +2,12 @@
 
 Owns the seams: attention takes a layer's queries and the batch's indices, a product its
 weight, rows what becomes of them between products; none knows of models.
+
+What is asked for as `deterministic` gives a token the same bits whatever else is in the batch.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,8 +15,16 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.errors import UnsupportedError
-from engine.kernels import argmax_cpu, attention_cpu, experts_cpu, linear_cpu, rows_cpu, step_cpu
-from engine.kernels.experts import ExpertsKernel
+from engine.kernels import (
+    argmax_cpu,
+    attention_cpu,
+    experts_cpu,
+    linear_cpu,
+    router_cpu,
+    rows_cpu,
+    step_cpu,
+)
+from engine.kernels.experts import Experts, ExpertsKernel
 from engine.kernels.rows import RowKernels
 from engine.kernels.step import Product, StepKernel
 
@@ -21,10 +32,12 @@ __all__ = [
     "AttentionKernel",
     "Product",
     "ProductKernel",
+    "RowKernels",
     "argmax_kernel",
     "attention_kernel",
     "experts_kernel",
     "product_kernel",
+    "router_kernel",
     "row_kernels",
     "step_kernel",
 ]
@@ -47,35 +60,45 @@ class AttentionKernel(Protocol):
 
 ProductKernel = Callable[[Tensor], Product]  # a constant weight [O, I] -> x [T, I] -> [T, O]
 
-_ATTENTION: Mapping[str, Callable[[], AttentionKernel]] = {"cpu": attention_cpu.attention}
-_PRODUCT: Mapping[str, ProductKernel] = {"cpu": linear_cpu.product}
-_EXPERTS: Mapping[str, ExpertsKernel] = {"cpu": experts_cpu.experts}
-_ROWS: Mapping[str, Callable[[torch.dtype], RowKernels]] = {"cpu": rows_cpu.rows}
+_ATTENTION: Mapping[str, Callable[..., AttentionKernel]] = {"cpu": attention_cpu.attention}
+_PRODUCT: Mapping[str, Callable[..., Product]] = {"cpu": linear_cpu.product}
+_ROUTER: Mapping[str, Callable[..., Product]] = {"cpu": router_cpu.router}
+_EXPERTS: Mapping[str, Callable[..., Experts]] = {"cpu": experts_cpu.experts}
+_ROWS: Mapping[str, Callable[..., RowKernels]] = {"cpu": rows_cpu.rows}
 _ARGMAX: Mapping[str, Callable[[], Callable[[Tensor], list[int]]]] = {"cpu": argmax_cpu.finder}
 _STEP: Mapping[str, StepKernel] = {"cpu": step_cpu.step}
 
 
-def attention_kernel(device: torch.device) -> AttentionKernel:
+def attention_kernel(device: torch.device, *, deterministic: bool = False) -> AttentionKernel:
     """Return the attention of a device; raises UnsupportedError where there is none.
 
     What has to be compiled is compiled here, so that no pass waits for it.
     """
-    return _ATTENTION[_supported(device)]()
+    return _ATTENTION[_supported(device)](deterministic=deterministic)
 
 
-def product_kernel(device: torch.device) -> ProductKernel:
+def product_kernel(device: torch.device, *, deterministic: bool = False) -> ProductKernel:
     """Return what makes products on a device; raises UnsupportedError where there is nothing."""
-    return _PRODUCT[_supported(device)]
+    return partial(_PRODUCT[_supported(device)], deterministic=deterministic)
 
 
-def experts_kernel(device: torch.device) -> ExpertsKernel:
+def router_kernel(
+    device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
+) -> ProductKernel:
+    """Return what makes routers' scores of rows of this dtype; raises UnsupportedError."""
+    return partial(_ROUTER[_supported(device)], dtype=dtype, deterministic=deterministic)
+
+
+def experts_kernel(device: torch.device, *, deterministic: bool = False) -> ExpertsKernel:
     """Return what makes experts on a device; raises UnsupportedError where there is nothing."""
-    return _EXPERTS[_supported(device)]
+    return partial(_EXPERTS[_supported(device)], deterministic=deterministic)
 
 
-def row_kernels(device: torch.device, dtype: torch.dtype) -> RowKernels:
+def row_kernels(
+    device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
+) -> RowKernels:
     """Return what is done to rows on a device by a model of this dtype; raises UnsupportedError."""
-    return _ROWS[_supported(device)](dtype)
+    return _ROWS[_supported(device)](dtype, deterministic=deterministic)
 
 
 def argmax_kernel(device: torch.device) -> Callable[[Tensor], list[int]]:

@@ -14,14 +14,14 @@ fused operator from 256 tokens on. softmax of a bf16 tensor computes in fp32 and
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from engine.batch import Batch, PrefillSpan
 from engine.decode_rows import DecodeGroup, DecodeRows
-from engine.kernels import attention_native, decode_native
+from engine.kernels import attention_fixed, attention_native, decode_native
 from engine.kernels.attention_native import Cached, Piece
 
 # Decoding sequences times their length. Up to here the fused operator wins (measured in bf16).
@@ -33,33 +33,50 @@ _SLICE_SCORES = 1 << 24
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def attention() -> Callable[[Tensor, Tensor, Batch, int], Tensor]:
+def attention(*, deterministic: bool = False) -> Callable[[Tensor, Tensor, Batch, int], Tensor]:
     """Return `attend`; what it calls is compiled by now, where it can be."""
     attention_native.attention()
     decode_native.attention()
-    return attend
+    return partial(attend, deterministic=True) if deterministic else attend
 
 
-def attend(qkv_TNH: Tensor, cache_runs: Tensor, batch: Batch, num_heads: int) -> Tensor:
-    """Return causal attention, [T, num_heads * H]; see `AttentionKernel`."""
+def attend(
+    qkv_TNH: Tensor,
+    cache_runs: Tensor,
+    batch: Batch,
+    num_heads: int,
+    *,
+    deterministic: bool = False,
+) -> Tensor:
+    """Return causal attention, [T, num_heads * H]; see `AttentionKernel`.
+
+    What a token gets depends on its sequence alone with `deterministic`, if decoding sequences are
+    groups of one each; of compiled code's it always does.
+    """
     tokens, _, head_size = qkv_TNH.shape
     out_TNH = qkv_TNH.new_empty(tokens, num_heads, head_size)
     if batch.decode:
         rows = slice(len(batch.decode))
-        _decode(qkv_TNH[rows, :num_heads], cache_runs, batch.decode, out_TNH[rows])
+        q_SNH = qkv_TNH[rows, :num_heads]
+        _decode(q_SNH, cache_runs, batch.decode, out_TNH[rows], deterministic)
     if batch.prefill:
-        _prefill(qkv_TNH, cache_runs, batch.prefill, out_TNH)
+        form = attention_fixed.prefill if deterministic else _prefill_torch
+        _prefill(qkv_TNH, cache_runs, batch.prefill, out_TNH, form)
     return out_TNH.view(tokens, num_heads * head_size)
 
 
-def _decode(q_SNH: Tensor, cache_runs: Tensor, rows: DecodeRows, out_SNH: Tensor) -> None:
+def _decode(
+    q_SNH: Tensor, cache_runs: Tensor, rows: DecodeRows, out_SNH: Tensor, deterministic: bool
+) -> None:
     native = decode_native.attention()
     if native is not None and attention_native.fits(q_SNH):
         native(q_SNH, cache_runs, rows, out_SNH)
         return
     for group in rows.groups:
         part = slice(group.begin, group.end)
-        out_SNH[part] = _decode_torch(q_SNH[part], cache_runs, group)
+        # A copy lies as every other one does, wherever in the batch the group is.
+        q = q_SNH[part].clone() if deterministic else q_SNH[part]
+        out_SNH[part] = _decode_torch(q, cache_runs, group)
 
 
 def _decode_torch(q_SNH: Tensor, cache_runs: Tensor, group: DecodeGroup) -> Tensor:
@@ -82,7 +99,11 @@ def _decode_torch(q_SNH: Tensor, cache_runs: Tensor, group: DecodeGroup) -> Tens
 
 
 def _prefill(
-    qkv_TNH: Tensor, cache_runs: Tensor, spans: Sequence[PrefillSpan], out_TNH: Tensor
+    qkv_TNH: Tensor,
+    cache_runs: Tensor,
+    spans: Sequence[PrefillSpan],
+    out_TNH: Tensor,
+    form: Callable[[Tensor, Tensor, PrefillSpan, Tensor], None],
 ) -> None:
     native = attention_native.attention()
     if native is not None and attention_native.fits(qkv_TNH):
@@ -90,7 +111,7 @@ def _prefill(
         return
     for span in spans:
         rows = slice(span.begin, span.end)
-        _prefill_torch(qkv_TNH[rows], cache_runs, span, out_TNH[rows])
+        form(qkv_TNH[rows], cache_runs, span, out_TNH[rows])
 
 
 def _piece(qkv_TNH: Tensor, cache_runs: Tensor, span: PrefillSpan, out_TNH: Tensor) -> Piece:

@@ -7,6 +7,7 @@ Owns the packed weights it makes. Legend: as engine.kernels.experts; P panels of
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from engine.kernels import linear_cpu, rows_cpu
 from engine.kernels.experts import Experts, ProductExperts, Put
+from engine.kernels.fixed import FixedExperts
 from engine.kernels.rows import Routes
 from native import OPENMP, load_if_possible
 
@@ -100,15 +102,19 @@ class NativeExperts:
         return put
 
 
-def experts(gate_up: Tensor, down: Tensor) -> Experts:
-    """Return the fastest form of experts with these weights; see `ExpertsKernel`."""
+def experts(gate_up: Tensor, down: Tensor, *, deterministic: bool = False) -> Experts:
+    """Return the fastest form of experts with these weights; see `ExpertsKernel`.
+
+    With `deterministic` of those that give a row the same whatever other rows there are.
+    """
     foreign = _native() if gate_up.dtype == torch.bfloat16 else None
     hidden, inner = down.shape[1:]
     # Inner dimensions are multiplied in pairs.
     if foreign is not None and hidden % 2 == 0 and inner % 2 == 0:
         return NativeExperts(foreign, gate_up, down)
-    rows = rows_cpu.rows(gate_up.dtype)
-    return ProductExperts(gate_up, down, linear_cpu.product, rows)
+    rows = rows_cpu.rows(gate_up.dtype, deterministic=deterministic)
+    form = FixedExperts if deterministic else ProductExperts
+    return form(gate_up, down, partial(linear_cpu.product, deterministic=deterministic), rows)
 
 
 def _native() -> Foreign | None:

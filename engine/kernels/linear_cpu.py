@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels.attention_native import CPU_FLAGS
+from engine.kernels.fixed import FixedProduct
 from native import OPENMP, cpu_flags, load_if_possible
 
 _ops = torch.ops.mkldnn
@@ -77,17 +78,25 @@ class PlainProduct:
         return F.linear(x_TI, self._weight_OI)
 
 
-def product(weight_OI: Tensor) -> NativeProduct | PackedProduct | PlainProduct:
-    """Return the fastest product with this weight; see `ProductKernel`."""
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if weight_OI.dtype != torch.bfloat16:
-        return PlainProduct(weight_OI)
+def product(
+    weight_OI: Tensor, *, deterministic: bool = False
+) -> NativeProduct | PackedProduct | PlainProduct | FixedProduct:
+    """Return the fastest product with this weight; see `ProductKernel`.
+
+    With `deterministic` of those that give a row the same whatever other rows there are.
+    """
+    is_bf16 = weight_OI.dtype == torch.bfloat16
     # Inner dimensions are multiplied in pairs.
-    if weight_OI.shape[1] % 2 == 0 and _AMX not in cpu_flags() and (run := _native()):
-        return NativeProduct(run, weight_OI)
-    if available and _ops._is_mkldnn_bf16_supported():
-        return PackedProduct(weight_OI)
-    return PlainProduct(weight_OI)
+    if is_bf16 and weight_OI.shape[1] % 2 == 0 and (deterministic or _AMX not in cpu_flags()):
+        run = _native()
+        if run is not None:
+            return NativeProduct(run, weight_OI)
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    packed = is_bf16 and available and _ops._is_mkldnn_bf16_supported()
+    made = PackedProduct(weight_OI) if packed else PlainProduct(weight_OI)
+    if deterministic:
+        return FixedProduct(made, weight_OI)
+    return made
 
 
 def _native() -> Callable[..., Any] | None:

@@ -89,6 +89,17 @@ inline void gate_row(const bf16* gate, const bf16* up, bf16* out, i64 size) {
     for (i64 i = 0; i < size; ++i) out[i] = narrow(silu(widen(gate[i])) * widen(up[i]));
 }
 
+// Scores of a row with E experts.
+inline void score_row(const bf16* x, const float* router_ED, float* out_E, i64 experts, i64 size) {
+    for (i64 e = 0; e < experts; ++e) {
+        const float* weight = router_ED + e * size;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (i64 d = 0; d < size; ++d) sum += widen(x[d]) * weight[d];
+        out_E[e] = sum;
+    }
+}
+
 // Softmax of a row of E scores, in place, and the K with the highest: highest first, the first of
 // equals.
 inline void route_row(float* row, i64 experts, i64 top_k, bool normalise, float* weights_K,

@@ -92,6 +92,14 @@ void twinpool_gated(const bf16* gate_up, bf16* out, i64 rows, i64 size, int thre
         gate_row(gate_up + 2 * t * size, gate_up + (2 * t + 1) * size, out + t * size, size);
 }
 
+// Scores of each row with E experts, as a decoding step makes them.
+void twinpool_scores(const bf16* x_TD, const float* router_ED, float* out_TE, i64 rows, i64 size,
+                     i64 experts, int threads) {
+#pragma omp parallel for num_threads(team(rows * size * experts, threads)) schedule(static)
+    for (i64 t = 0; t < rows; ++t)
+        score_row(x_TD + t * size, router_ED, out_TE + t * experts, experts, size);
+}
+
 // Softmax over E experts, and the K with the highest scores: highest first, the first of equals.
 // Then the pairs of token and choice are sorted by expert, tokens in order: tokens_P, where each
 // pair is in it (place_TK), and how many pairs each expert has. scratch_TE is overwritten.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.kernels.fixed import FixedRows
 from engine.kernels.rows import NormWeight, Routes, RowKernels, TorchRows
 from native import OPENMP, load_if_possible
 
@@ -44,6 +45,7 @@ class NativeRows:
             "insert", _POINTER, _SIZE, *[_POINTER] * 2, *sizes, *sizes, result=_SIZE
         )
         self._gated = function("gated", *[_POINTER] * 2, *sizes)
+        self._scores = function("scores", *[_POINTER] * 3, *sizes, _SIZE)
         self._route = function("route", _POINTER, *sizes, _SIZE, _INT, *[_POINTER] * 5)
 
     def norm(self, x_TD: Tensor, more_TD: Tensor | None, norm: NormWeight) -> Tensor:
@@ -101,6 +103,15 @@ class NativeRows:
         self._gated(gate_up.data_ptr(), out.data_ptr(), count, both // 2, torch.get_num_threads())
         return out
 
+    def scores(self, x_TD: Tensor, router_ED: Tensor) -> Tensor:
+        """Return a router's fp32 scores, [T, E], summed as in a step through all layers."""
+        _check(x_TD, torch.bfloat16)
+        _check(router_ED, torch.float32)
+        out_TE = x_TD.new_empty(len(x_TD), len(router_ED), dtype=torch.float32)
+        last = (*x_TD.shape, len(router_ED), torch.get_num_threads())
+        self._scores(x_TD.data_ptr(), router_ED.data_ptr(), out_TE.data_ptr(), *last)
+        return out_TE
+
     def route(self, logits_TE: Tensor, top_k: int, normalise: bool) -> Routes:
         """See `RowKernels`."""
         _check(logits_TE, torch.float32)
@@ -129,13 +140,16 @@ class NativeRows:
         return routes.weights_TK, routes.experts_TK
 
 
-def rows(dtype: torch.dtype) -> RowKernels:
-    """Return the fastest form for models of this dtype; see `RowKernels`."""
+def rows(dtype: torch.dtype, *, deterministic: bool = False) -> RowKernels:
+    """Return the fastest form for models of this dtype; see `RowKernels`.
+
+    With `deterministic` of those that give a row the same whatever other rows there are.
+    """
     if dtype == torch.bfloat16:
         compiled = load_if_possible(_SOURCE, frozenset(), OPENMP, _OTHERWISE)
         if compiled is not None:
             return NativeRows(compiled)
-    return TorchRows(dtype)
+    return FixedRows(dtype) if deterministic else TorchRows(dtype)
 
 
 def _check(x: Tensor, dtype: torch.dtype) -> None:

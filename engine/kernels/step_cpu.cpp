@@ -306,15 +306,8 @@ class Step {
   // ---- Experts ---------------------------------------------------------------------------------
 
   void score(const float* router_ED, Index t) {
-    const Index size = s_.hidden;
-    const Bf16* x = s_.normed_TD + t * size;
-    for (Index e = 0; e < s_.experts; ++e) {
-      const float* weight = router_ED + e * size;
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (Index d = 0; d < size; ++d) sum += widen(x[d]) * weight[d];
-      s_.logits_TE[t * s_.experts + e] = sum;
-    }
+    score_row(s_.normed_TD + t * s_.hidden, router_ED, s_.logits_TE + t * s_.experts, s_.experts,
+              s_.hidden);
   }
 
   void route() {

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.decode_rows import DecodeRows
-from engine.kernels import row_kernels
 from engine.kernels.rows import NormWeight
 from engine.kernels.step import AttentionWeights
 from engine.kvcache import KVCache
@@ -79,7 +78,7 @@ class Attention:
         self._qk_norm = NormWeight(norm_MH, config.rms_norm_eps)
         self._q_norm = NormWeight(norm_MH[: self._num_heads], config.rms_norm_eps)
         self._k_norm = NormWeight(norm_MH[self._num_heads :], config.rms_norm_eps)
-        self._rows = row_kernels(placement.device, placement.dtype)
+        self._rows = placement.rows
 
     def slots(self) -> Iterator[WeightSlot]:
         for qkv in self._qkv:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.kernels import Product, product_kernel
+from engine.kernels import Product
 from engine.layers.layer import Placement
 from engine.weights import WeightSlot
 
@@ -55,7 +55,7 @@ class TiedHead:
 
     def __init__(self, embedding: Embedding, placement: Placement) -> None:
         self._embedding = embedding
-        self._make_product = product_kernel(placement.device)
+        self._make_product = placement.make_product
         self._product: Product
 
     def slots(self) -> Iterator[WeightSlot]:

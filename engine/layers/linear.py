@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from engine.kernels import Product, product_kernel
+from engine.kernels import Product
 from engine.layers.layer import Placement
 from engine.weights import WeightSlot
 
@@ -17,7 +17,7 @@ class _Weight:
 
     def __init__(self, rows: int, columns: int, placement: Placement) -> None:
         self.loading_OI: Tensor | None = placement.empty(rows, columns)
-        self._make_product = product_kernel(placement.device)
+        self._make_product = placement.make_product
 
     def freeze(self) -> Product:
         assert self.loading_OI is not None

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from engine.kernels import row_kernels
 from engine.kernels.step import DenseWeights
 from engine.layers.layer import Placement
 from engine.layers.linear import ColumnLinear, RowLinear
@@ -18,7 +17,7 @@ class DenseMLP:
     """down(silu(gate(x)) * up(x)); `name` is its place in the checkpoint."""
 
     def __init__(self, hidden_size: int, inner_size: int, name: str, placement: Placement) -> None:
-        self._rows = row_kernels(placement.device, placement.dtype)
+        self._rows = placement.rows
         part = placement.layout.tensor_part(inner_size)
         self._gate_up = ColumnLinear(
             [(f"{name}.{each}_proj", inner_size, part) for each in ("gate", "up")],

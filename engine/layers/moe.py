@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from engine.config import ModelConfig
 from engine.dispatch import Choices, Dispatcher, ExpertMap
 from engine.errors import UnsupportedError
-from engine.kernels import experts_kernel, row_kernels
+from engine.kernels import Product, experts_kernel, router_kernel
 from engine.kernels.experts import Experts, Put
 from engine.kernels.step import SparseWeights
 from engine.layers.layer import Placement
@@ -54,11 +53,16 @@ class SparseMLP:
         self._loads_E = torch.zeros(self._num_experts, dtype=torch.int64, device=placement.device)
         # The router is small and decides discretely: fp32 whatever the model's dtype.
         self._router_ED = torch.empty(self._num_experts, hidden, device=placement.device)
-        self._make_experts = experts_kernel(placement.device)
-        self._rows = row_kernels(placement.device, placement.dtype)
+        deterministic = placement.deterministic
+        self._make_scores = router_kernel(
+            placement.device, placement.dtype, deterministic=deterministic
+        )
+        self._make_experts = experts_kernel(placement.device, deterministic=deterministic)
+        self._rows = placement.rows
         self._empty = placement.empty
         self._loading: tuple[Tensor, Tensor] | None = self._room(len(self._held))
         self._experts: Experts
+        self._scores: Product
 
     def _room(self, experts: int) -> tuple[Tensor, Tensor]:
         """Return uninitialised weights of experts, [E, 2I, D] and [E, D, I]."""
@@ -96,6 +100,7 @@ class SparseMLP:
     def prepare(self) -> None:
         assert self._loading is not None
         self._experts = self._make_experts(*self._loading)
+        self._scores = self._make_scores(self._router_ED)
         self._loading = None  # the experts have what they need
 
     def weights(self) -> SparseWeights | None:
@@ -115,7 +120,7 @@ class SparseMLP:
             return self._dispatch(x_TD, self._choose, self._experts.pairs, most_rows)
         if not len(x_TD):
             return self._add_up(torch.empty_like(x_TD, dtype=torch.float32))
-        routes = self._rows.route(self._logits(x_TD), self._top_k, self._norm_topk_prob)
+        routes = self._rows.route(self._scores(x_TD), self._top_k, self._norm_topk_prob)
         return self._add_up(self._experts(x_TD, routes))
 
     @property
@@ -184,13 +189,10 @@ class SparseMLP:
 
         return run
 
-    def _logits(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD.float(), self._router_ED)
-
     def _choose(self, x_TD: Tensor, first: int, counted: slice = slice(None)) -> Choices:
         """See engine.dispatch.Router."""
         weights_TK, experts_TK = self._rows.choose(
-            self._logits(x_TD), self._top_k, self._norm_topk_prob
+            self._scores(x_TD), self._top_k, self._norm_topk_prob
         )
         chosen_P = experts_TK[counted].flatten()
         self._loads_E.scatter_add_(0, chosen_P, torch.ones_like(chosen_P))

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from engine.kernels import row_kernels
 from engine.kernels.rows import NormWeight
 from engine.layers.layer import Placement
 from engine.weights import WeightSlot
@@ -21,7 +20,7 @@ class RMSNorm:
 
     def __init__(self, name: str, size: int, eps: float, placement: Placement) -> None:
         self._name = name
-        self._rows = row_kernels(placement.device, placement.dtype)
+        self._rows = placement.rows
         self.norm = NormWeight(torch.empty(size, device=placement.device), eps)
 
     def slots(self) -> Iterator[WeightSlot]:

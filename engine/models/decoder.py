@@ -117,7 +117,12 @@ class Decoder:
         self._is_alone = placement.layout.tp == 1
         self._watch = placement.watch
         self._step: Step | None = None
-        self.rotary = Rotary(config.head_size, config.rope_theta, placement.device)
+        self.rotary = Rotary(
+            config.head_size,
+            config.rope_theta,
+            placement.device,
+            deterministic=placement.deterministic,
+        )
 
     def slots(self) -> Iterator[WeightSlot]:
         for part in self._parts():

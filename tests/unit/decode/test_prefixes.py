@@ -18,12 +18,12 @@ LAYERS = 2
 PROMPT = tuple(range(100, 110))
 
 
-def make(*, caches: bool = True, blocks: int = BLOCKS) -> Admission:
+def make(*, caches: bool = True, blocks: int = BLOCKS, prompts_only: bool = False) -> Admission:
     pool = BlockPool(blocks)
     keys = PrefixKeys(seed=b"model")
     cache = PrefixCache(pool, block_size=BLOCK_SIZE, keys=keys) if caches else None
     return Admission(
-        prefixes=[Prefixes(pool, cache=cache, layers=LAYERS)],
+        prefixes=[Prefixes(pool, cache=cache, layers=LAYERS, prompts_only=prompts_only)],
         block_size=BLOCK_SIZE,
         max_sequences=8,
         revoke=lambda _: None,
@@ -95,6 +95,14 @@ def test_last_token_of_an_answer_was_never_written() -> None:
     assert reserve(admission, 2, (*PROMPT, 1, 2, 3)).cached_tokens == 8
     run(admission, 3, PROMPT, (5, 6, 7))
     assert reserve(admission, 4, (*PROMPT, 5, 6, 7)).cached_tokens == 12
+
+
+def test_an_answer_is_forgotten_where_prompts_alone_are_kept() -> None:
+    admission = make(prompts_only=True)
+    run(admission, 1, PROMPT, tuple(range(200, 207)))
+    again = reserve(admission, 2, (*PROMPT, *range(200, 207), 7))
+    assert (again.cached_tokens, again.transfer.kept) == (8, kept(8))
+    admission.check_integrity()
 
 
 def test_nothing_is_to_be_sent_of_a_prompt_that_is_wholly_known() -> None:

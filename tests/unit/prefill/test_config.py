@@ -29,6 +29,12 @@ def test_ranks_are_the_product_and_tp_is_fastest() -> None:
     assert {place.cp_grain for place in places} == {48}
 
 
+def test_a_deterministic_instance_takes_no_ring() -> None:
+    assert PrefillConfig(model=MODEL, deterministic=True, tp=2, pp=2).deterministic
+    with pytest.raises(ValidationError, match="--deterministic: found --cp 2"):
+        PrefillConfig(model=MODEL, deterministic=True, cp=2)
+
+
 def test_stages_are_slowest_and_named_in_logs() -> None:
     settings = PrefillConfig(model=MODEL, pp=2, tp=2)
     assert settings.ranks == 4

@@ -37,6 +37,7 @@ LAYOUT = uniform_cache((KVShape(layers=2, kv_heads=1, head_size=8, dtype="float3
 class FakeRunner:
     """Answers token 3 to everything; can be told to break, and to take its time in later stages."""
 
+    deterministic = False
     broken = False
     lost = False
     later: threading.Semaphore | None = None

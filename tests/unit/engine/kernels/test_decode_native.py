@@ -189,6 +189,6 @@ def test_torch_attends_where_there_is_no_compiled_code(
     decoding = Decoding([600, 40])
     out = torch.empty(2, 4, 64, dtype=torch.bfloat16)
     monkeypatch.setattr(decode_native, "attention", lambda: None)
-    attention_cpu._decode(decoding.q_SNH, decoding.cache.runs[0], decoding.rows, out)
+    attention_cpu._decode(decoding.q_SNH, decoding.cache.runs[0], decoding.rows, out, False)
     assert out.equal(decoding.torchs())
     assert not out.equal(decoding.ours(native))
