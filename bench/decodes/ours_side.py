@@ -79,6 +79,7 @@ class Chosen:
 
     def __init__(self, model: Decoder) -> None:
         """Stand between each sparse layer of `model` and its experts."""
+        self._model = model
         self._layers: list[Counted] = []
         for layer in model._layers:
             if isinstance(layer._mlp, SparseMLP):
@@ -87,11 +88,16 @@ class Chosen:
                 self._layers.append(counted)
 
     def count(self, run: Callable[[], object]) -> float:
-        """Return the mean over layers and passes of what is run; 0 where no layer is sparse."""
+        """Return the mean over layers and passes of what is run; 0 where no layer is sparse.
+
+        Layer by layer: the kernel of a whole step does not say which experts it has used.
+        """
         counts: list[int] = []
         for layer in self._layers:
             layer.counts = counts
+        step, self._model._step = self._model._step, None
         run()
+        self._model._step = step
         for layer in self._layers:
             layer.counts = None
         return sum(counts) / len(counts) if counts else 0.0
