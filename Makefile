@@ -37,6 +37,7 @@ format: $(STAMP) ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 soak: $(STAMP) ## Long fault tests: kill processes at random points, many times
+	$(BIN)/pytest tests/integration -m slow --timeout 600
 	$(BIN)/pytest tests/soak -s --timeout 3600
 
 bench: $(STAMP) ## What disaggregation adds to a request

@@ -7,12 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Self
+from typing import Any, Self
 
+import pytest
 from twinpool import Client
 from twinpool.errors import TwinpoolError
 
@@ -170,3 +171,8 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def some_slow(names: Iterable[str], *fast: str) -> list[Any]:
+    """Parameters of which all but the `fast` ones are for `make soak`."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]

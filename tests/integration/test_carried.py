@@ -12,7 +12,7 @@ import pytest
 from twinpool.errors import DeadlineExceeded
 
 from launch.builtin import MODEL_DIR
-from tests.integration.cluster import Cluster, free_port, wait_until
+from tests.integration.cluster import Cluster, free_port, some_slow, wait_until
 from tests.integration.conftest import BLOCK
 from tests.integration.test_moves import (
     BEGUN,
@@ -118,6 +118,7 @@ def test_answers_of_all_kinds_go_on_without_any_prefill(twins: Decodes, wanted: 
     restart(twins, "a")
 
 
+@pytest.mark.slow
 def test_answer_is_carried_to_and_fro(twins: Decodes) -> None:
     longer = {**LONG, "max_new_tokens": 5000}  # an instance has to come back in the meantime
     with twins.client() as client:
@@ -181,7 +182,7 @@ def test_request_that_ends_in_mid_move_leaves_nothing(twins: Decodes, why: str) 
     assert twins.carried == before
 
 
-@pytest.mark.parametrize("layouts", LAYOUTS)
+@pytest.mark.parametrize("layouts", some_slow(LAYOUTS, "tp2 to 1"))
 def test_layouts_may_differ(tmp_path: Path, layouts: str) -> None:
     with Decodes(tmp_path, *LAYOUTS[layouts]) as cluster:
         prompt: Any = prompt_of(700, seed=1)

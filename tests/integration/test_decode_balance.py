@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.builtin import MODEL_DIR
-from tests.integration.cluster import Cluster, free_port, wait_until
+from tests.integration.cluster import Cluster, free_port, some_slow, wait_until
 from tests.integration.conftest import BLOCK, Reference, reference
 from tests.integration.test_ranks import answer, other_ranks, prompt_of
 
@@ -31,7 +31,7 @@ def expected() -> Reference:
     return reference(MODEL_DIR)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=some_slow(LAYOUTS, "dp2 x ep2"))
 def balanced(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launch.builtin import MODEL_DIR
-from tests.integration.cluster import ROOT, Cluster, free_port, wait_until
+from tests.integration.cluster import ROOT, Cluster, free_port, some_slow, wait_until
 from tests.integration.conftest import BLOCK, Reference, reference
 from tests.integration.test_faults import Attempt
 from tests.integration.test_ranks import answer, names, other_ranks, prompt_of, torchrun
@@ -33,7 +33,7 @@ def expected() -> Reference:
     return reference(MODEL_DIR)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=some_slow(LAYOUTS, "pp2 x tp2", "dp2 x tp2 x ep4"))
 def split(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
@@ -92,7 +92,9 @@ def test_requests_that_clients_leave_give_everything_back(
     assert answer(split, prompt, 4) == expected.tokens(prompt, 4)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_lost_rank_takes_its_instance_down(
     split: Cluster, expected: Reference, how: signal.Signals
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 from twinpool.errors import Refused
 
 from launch.builtin import MODEL_DIR
-from tests.integration.cluster import Cluster, free_port
+from tests.integration.cluster import Cluster, free_port, some_slow
 from tests.integration.conftest import Reference, reference
 from tests.integration.test_ranks import answer, prompt_of
 
@@ -51,7 +51,7 @@ class Tight(Cluster):
         return float(value)
 
 
-@pytest.fixture(scope="module", params=DECODES)
+@pytest.fixture(scope="module", params=some_slow(DECODES, "two"))
 def tight(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Tight]:

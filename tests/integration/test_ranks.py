@@ -19,7 +19,7 @@ import pytest
 from engine.config import load_config
 from launch.builtin import MODEL_DIR, task
 from service.threads import thread_env
-from tests.integration.cluster import ROOT, Cluster, free_port, wait_until
+from tests.integration.cluster import ROOT, Cluster, free_port, some_slow, wait_until
 from tests.integration.conftest import BLOCK, Reference, reference
 from tests.integration.test_faults import SEED, Attempt
 from text.assets import load_assets
@@ -46,7 +46,7 @@ def expected() -> Reference:
     return reference(MODEL_DIR)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=some_slow(LAYOUTS, "cp3", "cp2 x tp2", "pp2 x cp2"))
 def split(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
