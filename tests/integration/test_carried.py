@@ -139,7 +139,7 @@ def test_answer_is_carried_to_and_fro(twins: Decodes) -> None:
     twins.wait_idle()
 
 
-@pytest.mark.parametrize("who", ["target", "source"])
+@pytest.mark.parametrize("who", some_slow(["target", "source"], "target"))
 def test_instance_that_dies_in_mid_move_costs_no_token(twins: Decodes, who: str) -> None:
     with twins.client() as client:
         right = client.complete(PROMPTS[2], timeout_s=60, **LONG)
@@ -162,7 +162,7 @@ def test_instance_that_dies_in_mid_move_costs_no_token(twins: Decodes, who: str)
     restart(twins, "a")
 
 
-@pytest.mark.parametrize("why", ["client leaves", "deadline"])
+@pytest.mark.parametrize("why", some_slow(["client leaves", "deadline"], "client leaves"))
 def test_request_that_ends_in_mid_move_leaves_nothing(twins: Decodes, why: str) -> None:
     before = twins.carried
     timeout_s = 6 if why == "deadline" else 60
@@ -182,7 +182,7 @@ def test_request_that_ends_in_mid_move_leaves_nothing(twins: Decodes, why: str) 
     assert twins.carried == before
 
 
-@pytest.mark.parametrize("layouts", some_slow(LAYOUTS, "tp2 to 1"))
+@pytest.mark.parametrize("layouts", some_slow(LAYOUTS))
 def test_layouts_may_differ(tmp_path: Path, layouts: str) -> None:
     with Decodes(tmp_path, *LAYOUTS[layouts]) as cluster:
         prompt: Any = prompt_of(700, seed=1)

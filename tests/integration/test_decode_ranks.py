@@ -33,7 +33,7 @@ def expected() -> Reference:
     return reference(MODEL_DIR)
 
 
-@pytest.fixture(scope="module", params=some_slow(LAYOUTS, "pp2 x tp2", "dp2 x tp2 x ep4"))
+@pytest.fixture(scope="module", params=some_slow(LAYOUTS, "dp2 x tp2 x ep4"))
 def split(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
@@ -133,7 +133,9 @@ def test_ranks_that_torchrun_starts_on_two_nodes_are_one_instance(
         assert second.wait(30) == 0, (tmp_path / "node-1.log").read_text()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_answers_of_a_lost_rank_go_on_elsewhere(
     tmp_path: Path, expected: Reference, how: signal.Signals
 ) -> None:
