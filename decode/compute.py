@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
 
-from decode.admission import SequenceRecord
 from decode.orders import NOTHING, Order
 from decode.rank_experts import RankExperts
+from decode.sequence import SequenceRecord
 from engine.runner import Chunk, ModelRunner
 from engine.sampling import Sampled, SequenceState, sample_apart
 from engine.step_watch import REBALANCE, REST, SAMPLING

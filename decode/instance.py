@@ -12,7 +12,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry
 from twinpool.v1 import common_pb2, rank_pb2, worker_pb2, worker_pb2_grpc
 
-from decode.admission import Admission, SequenceRecord
+from decode.admission import Admission
 from decode.balancer import Balancer
 from decode.compute import Steps
 from decode.config import DecodeConfig
@@ -26,6 +26,7 @@ from decode.rank_wire import loads_from_wire
 from decode.receiver import OwnReceiver, Receiver
 from decode.scheduler import Scheduler
 from decode.sender import Sender
+from decode.sequence import SequenceRecord
 from decode.server import DecodeService
 from decode.step_metrics import RankSteps, StepMetrics
 from decode.worker import Step, Worker

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from twinpool.v1 import rank_pb2
 
-from decode.admission import SequenceRecord
 from decode.compute import Part, Rows
 from decode.config import DecodeConfig
 from decode.orders import Order, Placing
@@ -21,6 +20,7 @@ from decode.rank_wire import (
     sequence_to_wire,
     step_to_wire,
 )
+from decode.sequence import SequenceRecord
 from kvtransfer import Closed, Completed, Failed, ReceiveAgent, ReceiveGrant, TransferEvent
 from service.ranks.joined import JoinedEnds
 from service.ranks.leader import Followers, Message

@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 from twinpool.v1 import common_pb2, rank_pb2
 
-from decode.admission import SequenceRecord
 from decode.compute import DecodeSequence, Part, Row, Rows
 from decode.orders import NOTHING, Loads, Order, Placing
+from decode.sequence import SequenceRecord
 from engine.sampling import Sampled, SamplingParams, SequenceState, TokenLogprobs
 from kvtransfer import ReceiveGrant
 from service.wire import (

@@ -13,11 +13,12 @@ from typing import Any
 
 from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
-from decode.admission import Admission, NoRoom, Reservation, SequenceRecord, StillOpen
+from decode.admission import Admission, NoRoom, StillOpen
 from decode.compute import Compute
 from decode.metrics import Metrics
 from decode.receiver import Receiver
 from decode.sender import Sender
+from decode.sequence import Reservation, SequenceRecord
 from decode.worker import Step, Token, Worker
 from engine.config import ModelConfig
 from kvtransfer import (

@@ -12,10 +12,11 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from decode.admission import Admission, SequenceRecord, State
+from decode.admission import Admission
 from decode.compute import Compute, Part, Row
 from decode.scheduler import Scheduler
 from decode.scheduler import Step as Batch
+from decode.sequence import SequenceRecord, State
 from engine.sampling import Sampled
 
 log = logging.getLogger(__name__)

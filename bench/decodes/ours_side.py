@@ -16,10 +16,11 @@ from torch import Tensor
 
 from bench.prefills.works import BLOCK_SIZE
 from bench.sides.answers import serve
-from decode.admission import Admission, Reservation
+from decode.admission import Admission
 from decode.compute import RankCompute, Steps
 from decode.prefixes import Prefixes
 from decode.scheduler import Scheduler
+from decode.sequence import Reservation
 from decode.worker import Step, Worker
 from engine.blocks import BlockPool
 from engine.config import load_config

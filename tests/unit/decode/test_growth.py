@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from decode.admission import Admission, NoRoom, Reservation, SequenceRecord, State
+from decode.admission import Admission, NoRoom
 from decode.prefixes import Prefixes
 from decode.scheduler import Scheduler
+from decode.sequence import Reservation, SequenceRecord, State
 from decode.worker import Worker
 from engine.blocks import BlockPool
 from engine.sampling import SamplingParams

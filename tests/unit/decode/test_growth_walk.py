@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decode.admission import Admission, NoRoom, Reservation, SequenceRecord, StillOpen
+from decode.admission import Admission, NoRoom, StillOpen
 from decode.compute import Done, Part, Rows
 from decode.prefixes import Prefixes
 from decode.scheduler import Scheduler
+from decode.sequence import Reservation, SequenceRecord
 from decode.worker import Step, Worker
 from engine.blocks import BlockPool
 from engine.prefix_cache import PrefixCache

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from decode.admission import Admission, Reservation, SequenceRecord
+from decode.admission import Admission
 from decode.compute import Part, Row
 from decode.config import DecodeConfig
 from decode.leader import GroupReceiver, OtherRanks
@@ -27,6 +27,7 @@ from decode.rank_wire import (
     sequence_to_wire,
     step_to_wire,
 )
+from decode.sequence import Reservation, SequenceRecord
 from engine.blocks import BlockPool
 from engine.sampling import Sampled, SamplingParams, TokenLogprobs
 from engine.stopping import StopCriteria

@@ -9,9 +9,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 from twinpool.v1 import common_pb2, kv_pb2, worker_pb2
 
-from decode.admission import Admission, SequenceRecord, State
+from decode.admission import Admission
 from decode.metrics import Metrics
 from decode.prefixes import Prefixes
+from decode.sequence import SequenceRecord, State
 from decode.server import DecodeService
 from engine.blocks import BlockPool
 from kvtransfer import Closed, Completed, Failed, KVShape, TransferStats, uniform_cache

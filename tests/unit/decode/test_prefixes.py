@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from decode.admission import Admission, NoRoom, Reservation, SequenceRecord
+from decode.admission import Admission, NoRoom
 from decode.prefixes import Prefixes
+from decode.sequence import Reservation, SequenceRecord
 from engine.blocks import BlockPool
 from engine.prefix_cache import PrefixCache
 from engine.sampling import SamplingParams

@@ -10,10 +10,11 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from decode.admission import Admission, Reservation
+from decode.admission import Admission
 from decode.compute import DecodeSequence, RankCompute, Row, Steps
 from decode.prefixes import Prefixes
 from decode.scheduler import Scheduler
+from decode.sequence import Reservation
 from decode.step_metrics import RankSteps, StepMetrics
 from decode.worker import Step, Token, Worker
 from engine.blocks import BlockPool

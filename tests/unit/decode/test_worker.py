@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from decode.admission import Admission, Reservation, SequenceRecord
+from decode.admission import Admission
 from decode.compute import Done, Part, Rows
 from decode.prefixes import Prefixes
 from decode.scheduler import Scheduler
+from decode.sequence import Reservation, SequenceRecord
 from decode.worker import Step, Worker
 from engine.blocks import BlockPool
 from engine.sampling import Sampled, SamplingParams
