@@ -131,6 +131,13 @@ def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity
         f"a multiple of the {_cp(layout)} cp ranks is needed",
     )
     dp = max(1, message.dp)
+    # Each has ranks of its own; it also bounds what is kept for each of them here.
+    _require(
+        len(layout.shards) % dp == 0,
+        "hello.capacity.dp",
+        dp,
+        f"a divisor of the layout's {len(layout.shards)} ranks is needed",
+    )
     _require(
         message.blocks % dp == 0,
         "hello.capacity.blocks",

@@ -73,6 +73,18 @@ def test_hello_says_what_the_instance_is() -> None:
             },
             "hello.capacity.block_size",
         ),
+        (
+            {
+                "capacity": worker_pb2.Capacity(
+                    blocks=1 << 30,
+                    block_size=16,
+                    max_sequences=1,
+                    max_sequence_tokens=1,
+                    dp=1 << 30,
+                )
+            },
+            "hello.capacity.dp",
+        ),
         ({"layout": kv_pb2.KvLayout()}, "hello.layout.shape.layers"),
         (
             {"layout": kv_pb2.KvLayout(shape=layout().shape, block_size=16)},
