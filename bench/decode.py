@@ -44,6 +44,7 @@ import typer
 from bench import checkpoints as models
 from bench.decodes import balance, batches, served
 from bench.decodes.settings import Settings
+from bench.options import Checkpoints, Json, Quick, Rows, VllmPython
 from bench.report import Row, report
 from bench.sides.process import SideFailed
 
@@ -81,22 +82,12 @@ def _show_targets(rows: list[Row]) -> None:
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    rows: Annotated[str, typer.Option(help="Only rows that this pattern matches.")] = "",
+    json: Json = None,
+    rows: Rows = "",
     rounds: Annotated[int, typer.Option(min=2, help="Rounds counted of each row.")] = 5,
-    vllm_python: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="Interpreter of an environment with vLLM; without one the peer is left out.",
-        ),
-    ] = None,
-    checkpoints: Annotated[
-        Path | None,
-        typer.Option(file_okay=False, help="Keep checkpoints here; else they are written anew."),
-    ] = None,
-    quick: Annotated[bool, typer.Option(help="The smallest rows only, to see it work.")] = False,
+    vllm_python: VllmPython = None,
+    checkpoints: Checkpoints = None,
+    quick: Quick = False,
 ) -> None:
     """Measure decode beside vLLM, transformers and reading memory alone."""
     with ExitStack() as stack:

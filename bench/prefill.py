@@ -37,6 +37,7 @@ from typing import Annotated
 import typer
 
 from bench import checkpoints as models
+from bench.options import Checkpoints, Json, Quick, Rows, VllmPython
 from bench.prefills import layout_pair, prompts, ring_pair
 from bench.prefills.settings import Settings
 from bench.report import Row, report
@@ -77,24 +78,14 @@ def _show_bytes(rows: list[Row]) -> None:
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    rows: Annotated[str, typer.Option(help="Only rows that this pattern matches.")] = "",
+    json: Json = None,
+    rows: Rows = "",
     rounds: Annotated[
         int, typer.Option(min=2, help="Rounds counted of each row; half for 32,768 tokens.")
     ] = 5,
-    vllm_python: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="Interpreter of an environment with vLLM; without one the peer is left out.",
-        ),
-    ] = None,
-    checkpoints: Annotated[
-        Path | None,
-        typer.Option(file_okay=False, help="Keep checkpoints here; else they are written anew."),
-    ] = None,
-    quick: Annotated[bool, typer.Option(help="The smallest rows only, to see it work.")] = False,
+    vllm_python: VllmPython = None,
+    checkpoints: Checkpoints = None,
+    quick: Quick = False,
 ) -> None:
     """Measure prefill beside transformers, vLLM and the matrix products alone."""
     with ExitStack() as stack:
