@@ -57,7 +57,11 @@ class Reservation:
     @property
     def known_ids(self) -> Sequence[int]:
         """All tokens whose KV arrives, for the prefix cache; empty where they are not known."""
-        return array("I", (*self.prompt_ids, *self.output_ids)) if self.prompt_ids else ()
+        if not self.prompt_ids or not self.output_ids:
+            return self.prompt_ids
+        known = array("I", self.prompt_ids)
+        known.extend(self.output_ids)
+        return known
 
     @property
     def max_tokens(self) -> int:

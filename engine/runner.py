@@ -93,18 +93,12 @@ class ModelRunner:
         layout = layout or Layout()
         layout.check(config)
         self.config = config
-        if redundant_experts and (layout.ep == 1 or config.moe is None):
-            raise UnsupportedError(
-                f"redundant_experts={redundant_experts} with ep={layout.ep}: use 0, or ep of 2 or "
-                "more for a model with experts"
-            )
+        _check_redundant(redundant_experts, layout, config)
         # The times and the collectives of steps, where somebody counts steps.
         self.watch = watch or StepWatch()
         self.tally = Tally(watch=self.watch)
-        if ranks is not None:
-            ranks = CountedCollectives(ranks, self.tally)
-        if experts is not None:
-            experts = CountedExperts(experts, self.tally)
+        ranks = CountedCollectives(ranks, self.tally) if ranks is not None else None
+        experts = CountedExperts(experts, self.tally) if experts is not None else None
         self.deterministic = deterministic
         if deterministic:
             ranks, experts = in_order(layout, ranks, experts)
@@ -159,22 +153,28 @@ class ModelRunner:
             layout=layout,
             allocate=allocate,
         )
-        self._ring = None
-        if layout.cp > 1:
-            if ring is None or (ring.size, ring.rank) != (layout.cp, layout.cp_rank):
-                raise ValueError(f"{layout} needs a wire between its {layout.cp} cp ranks")
-            self._ring = Ring(ring, self._dealing, self.cache, ring_mode)
+        self._ring = self._join_ring(ring, ring_mode) if layout.cp > 1 else None
         if layout.pp > 1:
-            if stages is None or (stages.size, stages.rank) != (layout.pp, layout.pp_rank):
-                raise ValueError(f"{layout} needs a wire between its {layout.pp} stages")
-            self._stages = Pipeline(
-                stages,
-                width=config.hidden_size,
-                vocab_size=config.vocab_size,
-                leads=layout.cp_rank == layout.tp_rank == 0,
-                device=device,
-                keeps_logits=keeps_logits,
-            )
+            self._stages = self._join_stages(stages, keeps_logits)
+
+    def _join_ring(self, wire: Wire | None, mode: str) -> Ring:
+        layout = self.layout
+        if wire is None or (wire.size, wire.rank) != (layout.cp, layout.cp_rank):
+            raise ValueError(f"{layout} needs a wire between its {layout.cp} cp ranks")
+        return Ring(wire, self._dealing, self.cache, mode)
+
+    def _join_stages(self, wire: Wire | None, keeps_logits: bool) -> Pipeline:
+        layout = self.layout
+        if wire is None or (wire.size, wire.rank) != (layout.pp, layout.pp_rank):
+            raise ValueError(f"{layout} needs a wire between its {layout.pp} stages")
+        return Pipeline(
+            wire,
+            width=self.config.hidden_size,
+            vocab_size=self.config.vocab_size,
+            leads=layout.cp_rank == layout.tp_rank == 0,
+            device=self._placement.device,
+            keeps_logits=keeps_logits,
+        )
 
     @property
     def num_blocks(self) -> int:
@@ -388,6 +388,14 @@ class ModelRunner:
                 torch.cuda.synchronize(device)
 
         return run
+
+
+def _check_redundant(experts: int, layout: Layout, config: ModelConfig) -> None:
+    if experts and (layout.ep == 1 or config.moe is None):
+        raise UnsupportedError(
+            f"redundant_experts={experts} with ep={layout.ep}: use 0, or ep of 2 or more for a "
+            "model with experts"
+        )
 
 
 def _dealing(layout: Layout, block_size: int) -> Dealing:
