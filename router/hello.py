@@ -39,7 +39,7 @@ def instance_from_wire(hello: worker_pb2.InstanceHello) -> Instance:
         role=role,
         address=hello.address,
         model=_model(hello.model),
-        layout=_layout(hello.layout, role, max(1, hello.capacity.dp)),
+        layout=_layout(hello, role),
         capacity=_capacity(hello.capacity, hello.layout),
         data_token=hello.data_token,
         version=hello.version,
@@ -155,8 +155,8 @@ def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity
     )
 
 
-def _layout(message: kv_pb2.KvLayout, role: Role, dp: int) -> Layout:
-    shape = message.shape
+def _layout(hello: worker_pb2.InstanceHello, role: Role) -> Layout:
+    message, shape = hello.layout, hello.layout.shape
     for name in ("layers", "kv_heads", "head_size"):
         value = getattr(shape, name)
         _require(value > 0, f"hello.layout.shape.{name}", value, "a number above 0 is needed")
@@ -167,6 +167,12 @@ def _layout(message: kv_pb2.KvLayout, role: Role, dp: int) -> Layout:
         "hello.layout.shards",
         f"{len(shards)} shards",
         f"1 to {_MAX_SHARDS} are allowed",
+    )
+    _require(
+        hello.ep <= len(shards),
+        "hello.ep",
+        hello.ep,
+        f"at most the layout's {len(shards)} ranks are needed",
     )
     for index, shard in enumerate(shards):
         _require(
@@ -184,7 +190,7 @@ def _layout(message: kv_pb2.KvLayout, role: Role, dp: int) -> Layout:
         )
     return Layout(
         shape=(shape.layers, shape.kv_heads, shape.head_size, shape.dtype),
-        summary=_summary(message, dp),
+        summary=_summary(message, max(1, hello.capacity.dp), hello.ep),
         wire=message.SerializeToString(),
         cp=_cp(message),
     )
@@ -194,13 +200,14 @@ def _cp(message: kv_pb2.KvLayout) -> int:
     return max([1, *(shard.cp_size for shard in message.shards)])
 
 
-def _summary(message: kv_pb2.KvLayout, dp: int) -> str:
+def _summary(message: kv_pb2.KvLayout, dp: int, ep: int) -> str:
     """Returns the short form that people read, "cp4 tp2"; parts of one are left out, but tp."""
     cp = _cp(message)
     pp = len({(shard.layers.begin, shard.layers.end) for shard in message.shards})
     tp = max(1, len(message.shards) // (cp * pp * dp))
     parts = [f"{name}{size}" for name, size in (("dp", dp), ("cp", cp), ("pp", pp)) if size > 1]
-    return " ".join([*parts, *([f"tp{tp}"] if tp > 1 or not parts else [])])
+    parts += [f"tp{tp}"] if tp > 1 or not parts else []
+    return " ".join([*parts, *([f"ep{ep}"] if ep > 1 else [])])
 
 
 def _check_address(address: str) -> None:

@@ -264,6 +264,7 @@ def make_hello(
         data_token=data_token,
         version=server_version(),
         prefix_seed=prefix_seed,
+        ep=model.part.layout.ep,
     )
 
 

@@ -100,6 +100,7 @@ class InstanceHello(_message.Message):
     DATA_TOKEN_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     PREFIX_SEED_FIELD_NUMBER: _builtins.int
+    EP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique in the cluster; the same after a restart."""
     epoch: _builtins.int
@@ -114,6 +115,8 @@ class InstanceHello(_message.Message):
     """What the keys of its prefix cache are made from besides tokens and salt; empty where it does
     not tell of them.
     """
+    ep: _builtins.int
+    """Parts that its experts are split into, for people to read; 0 is 1."""
     @_builtins.property
     def model(self) -> Global___ModelDescription: ...
     @_builtins.property
@@ -133,10 +136,11 @@ class InstanceHello(_message.Message):
         data_token: _builtins.bytes = ...,
         version: _builtins.str = ...,
         prefix_seed: _builtins.bytes = ...,
+        ep: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "layout", b"layout", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "data_token", b"data_token", "epoch", b"epoch", "layout", b"layout", "model", b"model", "name", b"name", "prefix_seed", b"prefix_seed", "role", b"role", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "data_token", b"data_token", "ep", b"ep", "epoch", b"epoch", "layout", b"layout", "model", b"model", "name", b"name", "prefix_seed", b"prefix_seed", "role", b"role", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

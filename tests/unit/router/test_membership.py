@@ -106,6 +106,7 @@ def test_hello_says_what_the_instance_is() -> None:
             },
             "hello.layout.shards[0].cp_size",
         ),
+        ({"ep": 1 << 31}, "hello.ep"),
     ],
 )
 def test_hello_that_makes_no_sense_is_refused_by_field(changes: dict[str, Any], field: str) -> None:
@@ -116,16 +117,17 @@ def test_hello_that_makes_no_sense_is_refused_by_field(changes: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    ("cp", "heads", "layers", "summary"),
+    ("cp", "heads", "layers", "ep", "summary"),
     [
-        (1, 1, 1, "tp1"),
-        (4, 2, 1, "cp4 tp2"),
-        (1, 4, 1, "tp4"),
-        (2, 1, 1, "cp2"),
-        (1, 2, 2, "pp2 tp2"),
+        (1, 1, 1, 0, "tp1"),
+        (4, 2, 1, 1, "cp4 tp2"),
+        (1, 4, 1, 1, "tp4"),
+        (2, 1, 1, 1, "cp2"),
+        (1, 2, 2, 1, "pp2 tp2"),
+        (1, 4, 1, 4, "tp4 ep4"),
     ],
 )
-def test_layout_has_a_short_form(cp: int, heads: int, layers: int, summary: str) -> None:
+def test_layout_has_a_short_form(cp: int, heads: int, layers: int, ep: int, summary: str) -> None:
     message = layout()
     del message.shards[:]
     for c in range(cp):
@@ -139,7 +141,7 @@ def test_layout_has_a_short_form(cp: int, heads: int, layers: int, summary: str)
                     data_host="h",
                     data_port=1,
                 )
-    assert instance(layout=message).layout.summary == summary
+    assert instance(layout=message, ep=ep).layout.summary == summary
 
 
 @pytest.mark.parametrize(
