@@ -7,9 +7,12 @@ nothing: which sequences step, and when they end, is the worker's.
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from decode.orders import NOTHING, Order
 from decode.rank_experts import RankExperts
@@ -28,12 +31,20 @@ class Row(NamedTuple):
     start: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class DecodeSequence:
-    """What a rank knows of one sequence."""
+    """What a rank knows of one sequence. Blocks may be appended, here or where the list is from."""
 
     blocks: list[int]
     sampling: SequenceState
+    _table: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
+
+    @property
+    def table(self) -> NDArray[np.int64]:
+        """The blocks as passes take them; for the engine's thread."""
+        if len(self._table) != len(self.blocks):
+            self._table = np.array(self.blocks, np.int64)
+        return self._table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +136,7 @@ class RankCompute:
                 sequence.sampling.append(row.token_id)
         logits_SW = self._runner.forward(
             [
-                Chunk(token_ids=[row.token_id], start=row.start, block_table=sequence.blocks)
+                Chunk(token_ids=[row.token_id], start=row.start, block_table=sequence.table)
                 for row, sequence in zip(own, sequences, strict=True)
             ],
             dp_tokens=[len(of_rank) for of_rank in rows],

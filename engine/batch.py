@@ -6,6 +6,7 @@ tensors: nothing here is computed again in a layer.
 Legend: T tokens of the pass, S sequences, B blocks of a table, G KV heads, X = 2G.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Chunk:
 
     token_ids: Sequence[int]
     start: int
-    block_table: Sequence[int]
+    block_table: Sequence[int] | NDArray[np.int64]
     cp_first: int = 0
     is_prompt: bool = False
 
@@ -69,11 +70,12 @@ class LastRows:
 class Batch:
     """One pass: decode rows first, then prefill spans. `rows_of` is in the chunks' order.
 
-    `last` is None where there are no spans.
+    All positions are below `end`. `last` is None where there are no spans.
     """
 
     token_ids_T: Tensor
     positions_T: Tensor
+    end: int
     slot_mapping_TX: Tensor
     decode: DecodeRows
     prefill: tuple[PrefillSpan, ...]
@@ -92,6 +94,8 @@ def make_batch(
     """
     if not chunks:
         raise BatchError("a pass needs at least one chunk")
+    if all(len(chunk.token_ids) == 1 and not chunk.is_prompt for chunk in chunks):
+        return _steps(chunks, cache, vocab_size, _ALONE if deterministic else None)
     tables = [block_table(chunk, cache.block_size, cache.num_blocks) for chunk in chunks]
     is_span = [len(chunk.token_ids) > 1 or (deterministic and chunk.is_prompt) for chunk in chunks]
     # Decode rows first, longest first, so that sequences of like length are slices of the pass.
@@ -111,6 +115,7 @@ def make_batch(
     return Batch(
         token_ids_T=torch.from_numpy(token_ids_T).to(device),
         positions_T=torch.from_numpy(positions_T).to(device),
+        end=max(chunk.end for chunk in chunks),
         slot_mapping_TX=cache.slot_mapping(blocks_T, positions_T % cache.block_size),
         decode=DecodeRows(
             lengths=[chunks[i].end for i in decode],
@@ -129,6 +134,44 @@ def make_batch(
     )
 
 
+def _steps(
+    chunks: Sequence[Chunk], cache: KVCache, vocab_size: int, most_tokens: int | None
+) -> Batch:
+    """Lay out a pass of decode rows alone, as most of a decode instance's are, array by array."""
+    lengths_S = np.array([chunk.start for chunk in chunks], np.int64) + 1
+    counts_S = -(-lengths_S // cache.block_size)
+    order_S = np.argsort(-lengths_S, kind="stable")
+    tables = [chunks[i].block_table[: counts_S[i]] for i in order_S]
+    if lengths_S.min() < 1 or any(map(operator.ne, map(len, tables), counts_S[order_S])):
+        for chunk in chunks:
+            block_table(chunk, cache.block_size, cache.num_blocks)  # one is refused
+    lengths_S = lengths_S[order_S]
+    decode = DecodeRows(
+        lengths=lengths_S.tolist(),
+        tables=[np.asarray(table, np.int64) for table in tables],
+        cache=cache,
+        most_tokens=most_tokens,
+    )
+    _check_blocks(decode.blocks, cache.num_blocks)
+    token_ids_S = _checked([chunks[i].token_ids[0] for i in order_S], vocab_size)
+    positions_S = lengths_S - 1
+    last_blocks_S = decode.blocks[decode.begins_S + positions_S // cache.block_size]
+    rows_S = np.empty_like(order_S)
+    rows_S[order_S] = np.arange(len(chunks))
+    device = cache.tensor.device
+    return Batch(
+        token_ids_T=torch.from_numpy(token_ids_S).to(device),
+        positions_T=torch.from_numpy(positions_S).to(device),
+        end=decode.lengths[0],
+        slot_mapping_TX=cache.slot_mapping(last_blocks_S, positions_S % cache.block_size),
+        decode=decode,
+        prefill=(),
+        rows_of=tuple(slice(row, row + 1) for row in rows_S.tolist()),
+        last_rows_S=torch.from_numpy(rows_S).to(device),
+        last=None,
+    )
+
+
 def no_batch(cache: KVCache) -> Batch:
     """Return the pass of a dp rank that has no tokens while others have."""
     device = cache.tensor.device
@@ -136,6 +179,7 @@ def no_batch(cache: KVCache) -> Batch:
     return Batch(
         token_ids_T=none,
         positions_T=none,
+        end=0,
         slot_mapping_TX=none.view(0, 2 * cache.num_heads),
         decode=DecodeRows(lengths=(), tables=(), cache=cache),
         prefill=(),
@@ -168,9 +212,13 @@ def block_table(chunk: Chunk, block_tokens: int, num_blocks: int) -> NDArray[np.
     table = np.asarray(chunk.block_table[:needed], np.int64)
     if len(table) < needed:
         raise BatchError(f"{chunk.end} tokens need {needed} blocks; the table has {len(table)}")
-    if table.min() < 0 or table.max() >= num_blocks:
-        raise BatchError(f"a block table names a block outside the cache's {num_blocks}")
+    _check_blocks(table, num_blocks)
     return table
+
+
+def _check_blocks(blocks: NDArray[np.int64], num_blocks: int) -> None:
+    if blocks.min() < 0 or blocks.max() >= num_blocks:
+        raise BatchError(f"a block table names a block outside the cache's {num_blocks}")
 
 
 def _rows(chunks: Sequence[Chunk], order: Sequence[int]) -> tuple[slice, ...]:

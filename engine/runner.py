@@ -320,7 +320,7 @@ class ModelRunner:
         shared = Pass(
             token_ids_T=batch.token_ids_T,
             slot_mapping_TX=batch.slot_mapping_TX,
-            angles=self._model.rotary.angles(batch.positions_T),
+            angles=self._model.rotary.angles(batch.positions_T, batch.end),
             cache=self.cache,
             attend=attend,
             attend_last=attend_last,
@@ -333,10 +333,11 @@ class ModelRunner:
     @torch.inference_mode()
     def _run_ring(self, ring: Ring, chunks: Sequence[Chunk], on_layer: OnLayer | None) -> Logits:
         made = ring.make_pass(chunks, self.config.vocab_size)
+        end = max(chunk.end for chunk in chunks)
         shared = Pass(
             token_ids_T=made.token_ids_T,
             slot_mapping_TX=made.slot_mapping_TX,
-            angles=self._model.rotary.angles(made.positions_T),
+            angles=self._model.rotary.angles(made.positions_T, end),
             cache=ring.cache,
             attend=ring.attention(made, self._num_heads),
             attend_last=None,  # every rank's part of the ring is all of its queries

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_GROWTH = 1024  # positions that a table grows by
+_PIECE = 1024  # positions whose angles are computed together
 
 
 @dataclass(frozen=True)
@@ -22,40 +22,35 @@ class Angles:
         """Return the angles of some of the tokens."""
         return Angles(self.cos_T1H[rows_S], self.sin_T1H[rows_S])
 
-    def and_then(self, other: "Angles") -> "Angles":
-        """Return these angles, and others after them."""
-        return Angles(
-            torch.cat((self.cos_T1H, other.cos_T1H)), torch.cat((self.sin_T1H, other.sin_T1H))
-        )
 
 
 class Rotary:
-    """Makes the angles of a pass, once for all layers.
+    """Gives the angles of a pass, once for all layers.
 
-    With `deterministic` a position's are those of a table, which grows: what torch makes of a
-    number differs by where in a register it is.
+    They are those of a table, which grows piece by piece: reading it takes less than computing
+    them again, and what torch makes of a number differs by where in a register it is.
     """
 
-    def __init__(
-        self, head_size: int, theta: float, device: torch.device, *, deterministic: bool = False
-    ) -> None:
+    def __init__(self, head_size: int, theta: float, device: torch.device) -> None:
         exponents = torch.arange(0, head_size, 2, device=device).float() / head_size
         self._frequencies = 1.0 / theta**exponents
-        self._table: Angles | None = None
-        if deterministic:
-            self._table = self._computed(torch.arange(_GROWTH, device=device))
+        self._table = self._piece(0)
 
-    def angles(self, positions_T: Tensor) -> Angles:
-        """Return the angles of tokens at these positions in their sequences."""
-        if self._table is None:
-            return self._computed(positions_T)
-        while len(self._table.cos_T1H) <= int(positions_T.amax() if len(positions_T) else 0):
-            first = len(self._table.cos_T1H)
-            more = torch.arange(first, first + _GROWTH, device=positions_T.device)
-            self._table = self._table.and_then(self._computed(more))
+    def angles(self, positions_T: Tensor, end: int) -> Angles:
+        """Return the angles of tokens at these positions in their sequences, all below `end`."""
+        known = len(self._table.cos_T1H)
+        if end > known:
+            # Doubled at least, so that growing stays a small part of all that is computed.
+            firsts = range(known, max(end, 2 * known), _PIECE)
+            tables = [self._table, *map(self._piece, firsts)]
+            self._table = Angles(
+                torch.cat([table.cos_T1H for table in tables]),
+                torch.cat([table.sin_T1H for table in tables]),
+            )
         return self._table.of(positions_T)
 
-    def _computed(self, positions_T: Tensor) -> Angles:
+    def _piece(self, first: int) -> Angles:
+        positions_T = torch.arange(first, first + _PIECE, device=self._frequencies.device)
         angles = positions_T[:, None, None].float() * self._frequencies
         cos, sin = angles.cos(), angles.sin()
         return Angles(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
