@@ -43,9 +43,20 @@ template <int R>
   }
 }
 
+inline __mmask16 first_of_16(Index columns) {
+  return columns >= 16 ? 0xffff : columns > 0 ? (1 << columns) - 1 : 0;
+}
+
 inline void store(Bf16* out, __m512 x, Index columns) {
-  const __mmask16 mask = columns >= 16 ? 0xffff : columns > 0 ? (1 << columns) - 1 : 0;
-  _mm256_mask_storeu_epi16(out, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+  const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  _mm256_mask_storeu_epi16(out, first_of_16(columns), rounded);
+}
+
+// In fp32 they are the same numbers, rounded likewise.
+inline void store(float* out, __m512 x, Index columns) {
+  const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  const __m512i widened = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+  _mm512_mask_storeu_ps(out, first_of_16(columns), _mm512_castsi512_ps(widened));
 }
 
 // Calls f<R> for as many rows as there are, up to kMost.
@@ -60,8 +71,8 @@ inline void store(Bf16* out, __m512 x, Index columns) {
   }
 
 // The first `columns` of R rows by a panel, to out[r] each.
-template <int R>
-void rows_by_panel(const Bf16* const* rows, const Bf16* panel, Index inner, Bf16* const* out,
+template <int R, typename Out>
+void rows_by_panel(const Bf16* const* rows, const Bf16* panel, Index inner, Out* const* out,
                    Index columns) {
   __m512 sum[R][kSide];
   multiply<R>(rows, panel, inner, sum);
@@ -71,14 +82,15 @@ void rows_by_panel(const Bf16* const* rows, const Bf16* panel, Index inner, Bf16
 
 // x [rows, inner] by a weight of `outputs` columns, its panel number `panel` alone, to
 // out [rows, stride].
+template <typename Out>
 inline void by_panel(const Bf16* x, Index rows, const Bf16* panels, Index panel, Index inner,
-                     Bf16* out, Index outputs, Index stride) {
+                     Out* out, Index outputs, Index stride) {
   const Bf16* at = panels + panel * kPanel * inner;
   const Index columns = outputs - panel * kPanel;
   out += panel * kPanel;
   for (; rows > 0; rows -= kMost, x += kMost * inner, out += kMost * stride) {
     const Bf16* from[kMost];
-    Bf16* to[kMost];
+    Out* to[kMost];
     for (int r = 0; r < kMost && r < rows; ++r) {
       from[r] = x + r * inner;
       to[r] = out + r * stride;

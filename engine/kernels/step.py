@@ -1,11 +1,12 @@
 """The seam of a whole decoding step: all layers of a rank in one call, where a device has that.
 
 Legend: T tokens of the pass, D hidden size, M query and key heads, X = 2G cells of a token, E
-experts, H head size.
+experts, H head size, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -56,10 +57,34 @@ class LayerWeights:
     mlp: DenseWeights | SparseWeights
 
 
-# Runs the fp32 residual stream [T, D] of decoding sequences through all layers, in place, and
-# writes their K and V to the cache: (stream, rows, slots [T, X], cosines and signed sines
-# [T, 1, H]). `rows` are all of the pass's rows. Returns the seconds that parts of it have taken, by
-# their names in engine.step_watch.
-Step = Callable[[Tensor, DecodeRows, Tensor, Tensor, Tensor], Mapping[str, float]]
+@dataclass(frozen=True, kw_only=True)
+class EndWeights:
+    """What comes after the last layer; all of the head is this rank's."""
+
+    norm: NormWeight
+    head: Product
+
+
+class Step(Protocol):
+    """All layers of some weights, and the end where they had one. For one thread."""
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        rows: DecodeRows,
+        slots_TX: Tensor,
+        cos_T1H: Tensor,
+        sin_T1H: Tensor,
+        wanted_T: Tensor,
+    ) -> tuple[Tensor | None, Mapping[str, float]]:
+        """Run the fp32 residual stream of decoding sequences through all layers, in place.
+
+        `rows` are all of the pass's rows; their K and V are written to the cache. Returns the fp32
+        logits [T, V] of the rows in the order `wanted_T`, None where there is no end, and the
+        seconds that parts have taken, by their names in engine.step_watch.
+        """
+        ...
+
+
 # What makes it, or None where the layers' own kernels are to be used.
-StepKernel = Callable[[Sequence[LayerWeights]], Step | None]
+StepKernel = Callable[[Sequence[LayerWeights], EndWeights | None], Step | None]

@@ -59,6 +59,10 @@ struct TwinpoolStep {
   Index values_after;           // elements from a layer's keys to its values
   Index experts, top_k, inner;  // of sparse layers
   Index normalise;
+  const float* end_norm_D;      // null where the stream is what is wanted
+  TwinpoolWeight head;
+  const Index* wanted_T;        // the row of each of the logits
+  float* head_logits_TV;
   // Room.
   Bf16* normed_TD;
   Bf16* qkv_TNH;                // what attention has as q
@@ -83,13 +87,14 @@ enum class Work {
   kAttentionNorm, kQkv, kRotate, kAttend, kMerge, kOut, kMlpNorm,
   kGateUp, kGate, kDown,                           // of a dense layer
   kScore, kRoute, kExpertGateUp, kExpertDown,      // of a sparse one
-  kEnd,
+  kEnd, kHead,
 };
 
 // What a phase belongs to; the last layer's addition to its MLP.
-enum Part { kAttentionPart, kDensePart, kExpertsPart, kParts };
+enum Part { kAttentionPart, kDensePart, kExpertsPart, kHeadPart, kParts };
 
 Part part_of(Work work, const TwinpoolLayer& layer) {
+  if (work == Work::kHead) return kHeadPart;
   if (work < Work::kMlpNorm) return kAttentionPart;
   return layer.router_ED ? kExpertsPart : kDensePart;
 }
@@ -114,7 +119,7 @@ class Step {
     for (const Item& item : items_) {
       if (item.partial && !item.part) merged_.push_back(item);
     }
-    phases_ = std::make_unique<Phase[]>(s_.count * 11 + 1);
+    phases_ = std::make_unique<Phase[]>(s_.count * 11 + 2);
     const TwinpoolLayer* before = nullptr;
     for (const TwinpoolLayer* layer = s_.layers; layer < s_.layers + s_.count; ++layer) {
       for (Work work : {Work::kAttentionNorm, Work::kQkv, Work::kRotate, Work::kAttend,
@@ -131,6 +136,7 @@ class Step {
       before = layer;
     }
     add(Work::kEnd, before, before);
+    if (s_.end_norm_D) add(Work::kHead, before, before);
     open(0);
   }
 
@@ -201,6 +207,7 @@ class Step {
       case Work::kRoute: return 1;
       case Work::kExpertGateUp: return chosen * pieces(s_.inner, kHalf);
       case Work::kExpertDown: return chosen * panels_of(s_.hidden);
+      case Work::kHead: return panels_of(s_.head.outputs);
       default: return s_.tokens;
     }
   }
@@ -208,26 +215,35 @@ class Step {
   void perform(const Phase& phase, Index i, Scratch& scratch) {
     const TwinpoolLayer& layer = *phase.layer;
     switch (phase.work) {
-      case Work::kAttentionNorm: add_and_norm(phase.before, i, layer.attention_norm_D); break;
+      case Work::kAttentionNorm:
+        if (phase.before) add(*phase.before, i);
+        norm(i, layer.attention_norm_D, i);
+        break;
       case Work::kQkv: qkv(layer, i); break;
       case Work::kRotate: rotate_and_insert(layer, i); break;
       case Work::kAttend: attend(problem(layer), items_[i], scratch); break;
       case Work::kMerge: finish(problem(layer), merged_[i]); break;
-      case Work::kOut: multiply_by(s_.attention.out, layer.out, i, s_.more_TD, s_.hidden); break;
+      case Work::kOut: multiply_by(s_.attention.out, layer.out, i, s_.more_TD); break;
       case Work::kMlpNorm:
         add_product(i);
-        norm(i, layer.mlp_norm_D);
+        norm(i, layer.mlp_norm_D, i);
         break;
       case Work::kGateUp:
-        multiply_by(s_.normed_TD, layer.gate_up, i, s_.wide, layer.gate_up.outputs);
+        multiply_by(s_.normed_TD, layer.gate_up, i, s_.wide);
         break;
       case Work::kGate: gate(layer.down.inner, i); break;
-      case Work::kDown: multiply_by(s_.between, layer.down, i, s_.more_TD, s_.hidden); break;
+      case Work::kDown: multiply_by(s_.between, layer.down, i, s_.more_TD); break;
       case Work::kScore: score(layer.router_ED, i); break;
       case Work::kRoute: route(); break;
       case Work::kExpertGateUp: expert_gate_up(layer.expert_gate_up, i); break;
       case Work::kExpertDown: expert_down(layer.expert_down, i); break;
-      case Work::kEnd: add_and_norm(phase.before, i, nullptr); break;
+      case Work::kEnd: {
+        const Index t = s_.end_norm_D ? s_.wanted_T[i] : i;
+        add(*phase.before, t);
+        if (s_.end_norm_D) norm(t, s_.end_norm_D, i);
+        break;
+      }
+      case Work::kHead: multiply_by(s_.normed_TD, s_.head, i, s_.head_logits_TV); break;
     }
   }
 
@@ -240,21 +256,22 @@ class Step {
     return made;
   }
 
-  void multiply_by(const Bf16* x, const TwinpoolWeight& weight, Index panel, Bf16* out,
-                   Index stride) {
-    by_panel(x, s_.tokens, weight.panels, panel, weight.inner, out, weight.outputs, stride);
+  template <typename Out>
+  void multiply_by(const Bf16* x, const TwinpoolWeight& weight, Index panel, Out* out,
+                   Index stride = 0) {
+    by_panel(x, s_.tokens, weight.panels, panel, weight.inner, out, weight.outputs,
+             stride ? stride : weight.outputs);
   }
 
   // ---- Rows ------------------------------------------------------------------------------------
 
-  // Adds what the layer before left, if there is one, and makes a norm, if it is wanted.
-  void add_and_norm(const TwinpoolLayer* before, Index t, const float* weight_D) {
-    if (before && before->router_ED) {
+  // Adds what the layer before left.
+  void add(const TwinpoolLayer& before, Index t) {
+    if (before.router_ED) {
       add_experts(t);
-    } else if (before) {
+    } else {
       add_product(t);
     }
-    if (weight_D) norm(t, weight_D);
   }
 
   void add_product(Index t) {
@@ -264,9 +281,9 @@ class Step {
     for (Index d = 0; d < s_.hidden; ++d) x[d] += widen(more[d]);
   }
 
-  void norm(Index t, const float* weight_D) {
-    const Index at = t * s_.hidden;
-    norm_row(s_.x_TD + at, weight_D, s_.normed_TD + at, s_.hidden, s_.norm_floor2);
+  void norm(Index t, const float* weight_D, Index to) {
+    const Index size = s_.hidden;
+    norm_row(s_.x_TD + t * size, weight_D, s_.normed_TD + to * size, size, s_.norm_floor2);
   }
 
   void qkv(const TwinpoolLayer& layer, Index i) {

@@ -17,15 +17,23 @@ from engine.kernels import decode_native
 from engine.kernels.attention_native import CPU_FLAGS, HEAD_SIZES
 from engine.kernels.experts_cpu import NativeExperts
 from engine.kernels.linear_cpu import NativeProduct
-from engine.kernels.step import DenseWeights, LayerWeights, Product, SparseWeights, Step
-from engine.step_watch import ATTENTION, DENSE, EXPERTS
+from engine.kernels.step import (
+    DenseWeights,
+    EndWeights,
+    LayerWeights,
+    Product,
+    SparseWeights,
+    Step,
+)
+from engine.kvcache import KVCache
+from engine.step_watch import ATTENTION, DENSE, EXPERTS, HEAD
 from native import OPENMP, load_if_possible
 
 _SOURCE = Path(__file__).with_name("step_cpu.cpp")
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _LINE = 64
 _HALF = 32  # as kHalf in step_cpu.cpp
-_PARTS = (ATTENTION, DENSE, EXPERTS)  # as Part in step_cpu.cpp
+_PARTS = (ATTENTION, DENSE, EXPERTS, HEAD)  # as Part in step_cpu.cpp
 
 
 class _Weight(ctypes.Structure):
@@ -72,6 +80,10 @@ class _Step(ctypes.Structure):
         ("top_k", _SIZE),
         ("inner", _SIZE),
         ("normalise", _SIZE),
+        ("end_norm", _POINTER),
+        ("head", _Weight),
+        ("wanted", _POINTER),
+        ("head_logits", _POINTER),
         ("normed", _POINTER),
         ("qkv", _POINTER),
         ("wide", _POINTER),
@@ -84,107 +96,136 @@ class _Step(ctypes.Structure):
 
 
 class NativeStep:
-    """step_cpu.cpp for some layers, which must outlive it, with as many threads as torch."""
+    """step_cpu.cpp for some weights, which must outlive it, with as many threads as torch.
 
-    def __init__(self, library: ctypes.CDLL, layers: Sequence[LayerWeights]) -> None:
+    Keeps its room from step to step: most have as many rows as the one before.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL, layers: Sequence[LayerWeights], end: EndWeights | None
+    ) -> None:
         self._run = library.twinpool_step
         self._run.argtypes, self._run.restype = (_POINTER, ctypes.c_int), None
-        self._kept = layers
+        self._kept = (layers, end)
+        self._numbers = [each.number for each in layers]
         self._layers = (_Layer * len(layers))(*map(_described, layers))
         first = layers[0]
         self._heads, self._head_size = _heads(first)
         self._hidden = first.attention_norm.weight.shape[0]
-        self._floors = first.attention_norm.floor_squared, first.attention.qk_norm.floor_squared
         dense = [each.mlp for each in layers if isinstance(each.mlp, DenseWeights)]
         self._dense_inner = _native(dense[0].down).inner if dense else 0
-        self._sparse = next(
-            (each.mlp for each in layers if isinstance(each.mlp, SparseWeights)), None
-        )
-
-    def __call__(
-        self, x_TD: Tensor, rows: DecodeRows, slots_TX: Tensor, cos_T1H: Tensor, sin_T1H: Tensor
-    ) -> Mapping[str, float]:
-        """See `Step`; there is at least one row. The seconds are its first thread's."""
-        for tensor, dtype in ((x_TD, torch.float32), (slots_TX, torch.int64)):
-            assert tensor.dtype == dtype
-            assert tensor.is_contiguous()
-        assert cos_T1H.is_contiguous()
-        assert sin_T1H.is_contiguous()
-        cache, tokens = rows.cache, len(x_TD)
-        assert tokens == len(rows)
-        for layer, weights in zip(self._layers, self._kept, strict=True):
-            layer.cells = cache.cells[weights.number].data_ptr()
-        # A layer's cells are its keys, then as many for its values.
-        values_after = len(cache.cells[self._kept[0].number]) // 2 * self._head_size
-        step = _Step(
+        self._cache: KVCache | None = None
+        self._room = torch.empty(0, dtype=torch.uint8)
+        self._step = _Step(
             layers=ctypes.addressof(self._layers),
             count=len(self._layers),
-            x=x_TD.data_ptr(),
-            tokens=tokens,
             hidden=self._hidden,
-            norm_floor2=self._floors[0],
-            head_floor2=self._floors[1],
-            cos=cos_T1H.data_ptr(),
-            sin=sin_T1H.data_ptr(),
-            slots=slots_TX.data_ptr(),
-            values_after=values_after,
+            norm_floor2=first.attention_norm.floor_squared,
+            head_floor2=first.attention.qk_norm.floor_squared,
         )
-        room = self._give_room(step, rows)
+        sparse = [each.mlp for each in layers if isinstance(each.mlp, SparseWeights)]
+        if sparse:
+            found = sparse[0].experts
+            assert isinstance(found, NativeExperts)
+            self._step.experts = len(sparse[0].router_ED)
+            self._step.top_k, self._step.inner = sparse[0].top_k, found.inner
+            self._step.normalise = sparse[0].normalise
+        if end is not None:
+            self._step.end_norm = end.norm.weight.data_ptr()
+            self._step.head = _weight(end.head)
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        rows: DecodeRows,
+        slots_TX: Tensor,
+        cos_T1H: Tensor,
+        sin_T1H: Tensor,
+        wanted_T: Tensor,
+    ) -> tuple[Tensor | None, Mapping[str, float]]:
+        """See `Step`; there is at least one row. The seconds are its first thread's."""
+        tokens, step = len(rows), self._step
+        for tensor, dtype in (
+            (x_TD, torch.float32),
+            (cos_T1H, torch.float32),
+            (sin_T1H, torch.float32),
+            (slots_TX, torch.int64),
+            (wanted_T, torch.int64),
+        ):
+            assert len(tensor) == tokens
+            assert tensor.dtype == dtype
+            assert tensor.is_contiguous()
+        self._look_at(rows.cache)
+        logits_TV = None
+        if step.end_norm:
+            logits_TV = torch.empty(tokens, step.head.outputs)
+            step.head_logits, step.wanted = logits_TV.data_ptr(), wanted_T.data_ptr()
+        step.x, step.tokens, step.slots = x_TD.data_ptr(), tokens, slots_TX.data_ptr()
+        step.cos, step.sin = cos_T1H.data_ptr(), sin_T1H.data_ptr()
+        out, partial = self._give_room(rows)
+        step.attention = decode_native.problem(
+            rows,
+            q=(step.qkv, self._row(rows.cache)),
+            heads=self._heads,
+            head_size=self._head_size,
+            out=out,
+            partial=partial,
+        )
         seconds = (ctypes.c_double * len(_PARTS))()
         step.seconds = ctypes.addressof(seconds)
         self._run(ctypes.addressof(step), torch.get_num_threads())
-        del room
-        return dict(zip(_PARTS, seconds, strict=True))
+        return logits_TV, dict(zip(_PARTS, seconds, strict=True))
 
-    def _give_room(self, step: _Step, rows: DecodeRows) -> Tensor:
-        """Return memory that must last while the step does."""
-        tokens, half, whole = len(rows), 2, 4
-        row = (self._heads + 2 * rows.cache.num_heads) * self._head_size
-        pairs = inner = experts = 0
-        if self._sparse is not None:
-            found = self._sparse.experts
-            assert isinstance(found, NativeExperts)
-            experts, top_k = len(self._sparse.router_ED), self._sparse.top_k
-            pairs, inner = tokens * top_k, found.inner
-            step.experts, step.top_k, step.inner = experts, top_k, inner
-            step.normalise = self._sparse.normalise
-        padded = -(-inner // _HALF) * _HALF
+    def _look_at(self, cache: KVCache) -> None:
+        if cache is self._cache:
+            return
+        self._cache = cache
+        for layer, number in zip(self._layers, self._numbers, strict=True):
+            layer.cells = cache.cells[number].data_ptr()
+        # A layer's cells are its keys, then as many for its values.
+        self._step.values_after = len(cache.cells[self._numbers[0]]) // 2 * self._head_size
+
+    def _row(self, cache: KVCache) -> int:
+        """Return the elements of a row's queries, keys and values."""
+        row: int = (self._heads + 2 * cache.num_heads) * self._head_size
+        return row
+
+    def _give_room(self, rows: DecodeRows) -> tuple[int, int]:
+        """Point the step at room for these rows; return where attention's own is."""
+        tokens, half, whole, step = len(rows), 2, 4, self._step
         partial = decode_native.room(rows, self._heads, self._head_size)
+        pairs, padded = tokens * step.top_k, -(-step.inner // _HALF) * _HALF
         sizes = {
             "normed": half * tokens * self._hidden,
-            "qkv": half * tokens * row,
+            "qkv": half * tokens * self._row(rows.cache),
             "wide": half * tokens * 2 * self._dense_inner,
             "between": half * max(tokens * self._dense_inner, pairs * padded),
             "more": half * tokens * self._hidden,
-            "logits": whole * tokens * experts,
+            "logits": whole * tokens * step.experts,
             "y": half * pairs * self._hidden,
             "out": half * tokens * self._heads * self._head_size,
             "partial": whole * partial,
         }
         ends = list(accumulate(-(-size // _LINE) * _LINE for size in sizes.values()))
-        room = torch.empty(ends[-1], dtype=torch.uint8)
-        starts = dict(zip(sizes, (room.data_ptr() + at for at in [0, *ends]), strict=False))
+        if ends[-1] > len(self._room):
+            self._room = torch.empty(ends[-1], dtype=torch.uint8)
+        first = self._room.data_ptr()
+        starts = dict(zip(sizes, (first + at for at in [0, *ends]), strict=False))
         out, partials = starts.pop("out"), starts.pop("partial")
         for name, at in starts.items():
             setattr(step, name, at)
-        step.attention = decode_native.problem(
-            rows,
-            q=(starts["qkv"], row),
-            heads=self._heads,
-            head_size=self._head_size,
-            out=out,
-            partial=partials if partial else 0,
-        )
-        return room
+        return out, partials if partial else 0
 
 
-def step(layers: Sequence[LayerWeights]) -> Step | None:
-    """Return the step through these layers, or None where not all of them are compiled code's."""
+def step(layers: Sequence[LayerWeights], end: EndWeights | None) -> Step | None:
+    """Return the step through these, or None where not all of them are compiled code's."""
     if not layers or not all(map(_fits, layers)):
+        return None
+    if end is not None and not isinstance(end.head, NativeProduct):
         return None
     otherwise = "the layers of a decoding step are run one by one"
     compiled = load_if_possible(_SOURCE, CPU_FLAGS, OPENMP, otherwise)
-    return None if compiled is None else NativeStep(compiled, layers)
+    return None if compiled is None else NativeStep(compiled, layers, end)
 
 
 def _fits(layer: LayerWeights) -> bool:
@@ -209,21 +250,22 @@ def _native(product: Product) -> NativeProduct:
     return product
 
 
-def _described(layer: LayerWeights) -> _Layer:
-    def weight(product: Product) -> _Weight:
-        made = _native(product)
-        return _Weight(made.panels_PIC.data_ptr(), made.inner, made.outputs)
+def _weight(product: Product) -> _Weight:
+    made = _native(product)
+    return _Weight(made.panels_PIC.data_ptr(), made.inner, made.outputs)
 
+
+def _described(layer: LayerWeights) -> _Layer:
     attention, mlp = layer.attention, layer.mlp
     described = _Layer(
         attention_norm=layer.attention_norm.weight.data_ptr(),
-        qkv=(_Weight * 2)(*map(weight, attention.qkv)),
+        qkv=(_Weight * 2)(*map(_weight, attention.qkv)),
         qk_norm=attention.qk_norm.weight.data_ptr(),
-        out=weight(attention.out),
+        out=_weight(attention.out),
         mlp_norm=layer.mlp_norm.weight.data_ptr(),
     )
     if isinstance(mlp, DenseWeights):
-        described.gate_up, described.down = weight(mlp.gate_up), weight(mlp.down)
+        described.gate_up, described.down = _weight(mlp.gate_up), _weight(mlp.down)
     else:
         assert isinstance(mlp.experts, NativeExperts)
         assert mlp.router_ED.is_contiguous()

@@ -56,13 +56,13 @@ class TiedHead:
     def __init__(self, embedding: Embedding, placement: Placement) -> None:
         self._embedding = embedding
         self._make_product = placement.make_product
-        self._product: Product
+        self.product: Product
 
     def slots(self) -> Iterator[WeightSlot]:
         return iter(())
 
     def prepare(self) -> None:
-        self._product = self._make_product(self._embedding.weight_WD)
+        self.product = self._make_product(self._embedding.weight_WD)
 
     def __call__(self, x_SD: Tensor) -> Tensor:
-        return self._product(x_SD)
+        return self.product(x_SD)

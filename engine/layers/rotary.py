@@ -23,7 +23,6 @@ class Angles:
         return Angles(self.cos_T1H[rows_S], self.sin_T1H[rows_S])
 
 
-
 class Rotary:
     """Gives the angles of a pass, once for all layers.
 

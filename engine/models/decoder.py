@@ -14,7 +14,14 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.kernels import step_kernel
-from engine.kernels.step import STEP_ROWS, DenseWeights, LayerWeights, SparseWeights, Step
+from engine.kernels.step import (
+    STEP_ROWS,
+    DenseWeights,
+    EndWeights,
+    LayerWeights,
+    SparseWeights,
+    Step,
+)
 from engine.layers.attention import Attention, Pass
 from engine.layers.embedding import Embedding, TiedHead
 from engine.layers.layer import Layer, Placement
@@ -129,7 +136,9 @@ class Decoder:
         if self._is_alone:
             weights = [layer.weights() for layer in self._layers]
             known = [each for each in weights if each is not None]
-            self._step = self._make_step(known) if len(known) == len(weights) else None
+            if len(known) == len(weights):
+                end = self._end.weights() if self._end is not None else None
+                self._step = self._make_step(known, end)
 
     def ignores(self, tensor_name: str) -> bool:
         """Tell whether a checkpoint may hold this tensor although the model has no slot for it."""
@@ -159,13 +168,12 @@ class Decoder:
             x_tD = self._embedding(shared.token_ids_T)
         if self._step is not None and _is_step(shared):
             assert shared.decode is not None
-            angles = shared.angles
-            self._watch.move(
-                self._step(
-                    x_tD, shared.decode, shared.slot_mapping_TX, angles.cos_T1H, angles.sin_T1H
-                )
+            cos_T1H, sin_T1H = shared.angles.cos_T1H, shared.angles.sin_T1H
+            logits_SV, seconds = self._step(
+                x_tD, shared.decode, shared.slot_mapping_TX, cos_T1H, sin_T1H, wanted_S
             )
-            return x_tD if self._end is None else self._end(x_tD[wanted_S], None, len(wanted_S))
+            self._watch.move(seconds)
+            return x_tD if logits_SV is None else logits_SV
         more_tD = None
         for layer in self._layers[:-1]:
             x_tD, more_tD = layer(x_tD, more_tD, shared, None)
@@ -208,6 +216,10 @@ class _End:
     def parts(self) -> Iterator[Layer]:
         yield self._norm
         yield self._head
+
+    def weights(self) -> EndWeights:
+        """Return what a step through all layers needs."""
+        return EndWeights(norm=self._norm.norm, head=self._head.product)
 
     def __call__(self, x_sD: Tensor, more_sD: Tensor | None, rows: int) -> Tensor:
         self._watch.to(HEAD)

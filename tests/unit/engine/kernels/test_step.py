@@ -152,9 +152,9 @@ def test_it_is_used_for_passes_of_a_few_decoding_sequences_alone(
     step = runner._model._step
     assert step is not None
 
-    def noted(x_TD: Tensor, *rest: object) -> None:
+    def noted(x_TD: Tensor, *rest: object) -> object:
         used.append(len(x_TD))
-        step(x_TD, *rest)  # type: ignore[arg-type]
+        return step(x_TD, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(runner._model, "_step", noted)
     runner.forward(chunks([3] * STEP_ROWS))
@@ -167,7 +167,7 @@ def test_it_is_used_for_passes_of_a_few_decoding_sequences_alone(
 
 def test_other_models_have_none(folder: Path) -> None:
     assert make(folder, torch.float32)._model._step is None
-    assert step_cpu.step([]) is None
+    assert step_cpu.step([], None) is None
 
 
 def test_parts_of_a_step_are_told_to_the_watch(runner: ModelRunner) -> None:
