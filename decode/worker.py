@@ -11,6 +11,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from decode.admission import Admission
 from decode.compute import Compute, Part, Row
@@ -22,8 +23,7 @@ from engine.sampling import Sampled
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Token:
+class Token(NamedTuple):
     """One sequence's part of a step."""
 
     request_id: int

@@ -9,6 +9,7 @@ Legend: T tokens of the pass, S sequences, B blocks of a table, G KV heads, X = 
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,7 @@ _LAST_TOKENS = 1 << 15
 _ALONE = 1  # too few for a group of several
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
+class Chunk(NamedTuple):
     """New tokens of one sequence: `start` tokens before them are already in the cache.
 
     `cp_first` is the cp rank that has the sequence's first tokens. `is_prompt` says that the tokens
@@ -166,7 +166,7 @@ def _steps(
         slot_mapping_TX=cache.slot_mapping(last_blocks_S, positions_S % cache.block_size),
         decode=decode,
         prefill=(),
-        rows_of=tuple(slice(row, row + 1) for row in rows_S.tolist()),
+        rows_of=tuple(map(slice, rows_S.tolist(), (rows_S + 1).tolist())),
         last_rows_S=torch.from_numpy(rows_S).to(device),
         last=None,
     )

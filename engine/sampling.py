@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,8 +163,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # (token id, logprob), the most likely first
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampled:
+class Sampled(NamedTuple):
     """The next token of one sequence."""
 
     token_id: int
@@ -206,11 +206,11 @@ def sample_apart(
 
 
 def _choose(logits_SV: Tensor, states: Sequence[SequenceState]) -> list[int]:
-    if any(not state.is_plain for state in states):
+    adjusted = [row for row, state in enumerate(states) if not state.is_plain]
+    if adjusted:
         logits_SV = logits_SV.clone()
-        for row, state in enumerate(states):
-            if not state.is_plain:
-                state.adjust(logits_SV[row])
+        for row in adjusted:
+            states[row].adjust(logits_SV[row])
     token_ids = argmax_kernel(logits_SV.device)(logits_SV)
     rows = [row for row, state in enumerate(states) if state.params.temperature]
     filtered = [row for row in rows if states[row].params.top_k or states[row].params.top_p < 1]

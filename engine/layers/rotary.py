@@ -20,7 +20,7 @@ class Angles:
 
     def of(self, rows_S: Tensor) -> "Angles":
         """Return the angles of some of the tokens."""
-        return Angles(self.cos_T1H[rows_S], self.sin_T1H[rows_S])
+        return Angles(self.cos_T1H.index_select(0, rows_S), self.sin_T1H.index_select(0, rows_S))
 
 
 class Rotary:
