@@ -14,13 +14,16 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from decode.ahead import Ahead, Coming
 from decode.orders import NOTHING, Order
 from decode.rank_experts import RankExperts
 from decode.sequence import SequenceRecord
-from engine.runner import Chunk, ModelRunner
+from engine.runner import Chunk, Inputs, ModelRunner
 from engine.sampling import Sampled, SequenceState, sample_apart
 from engine.step_watch import REBALANCE, REST, SAMPLING
 from engine.vocabulary import sample_part
+
+_UNKNOWN = (0,)  # in place of a token that is to be chosen yet
 
 
 class Row(NamedTuple):
@@ -39,12 +42,12 @@ class DecodeSequence:
     sampling: SequenceState
     _table: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
 
-    @property
     def table(self) -> NDArray[np.int64]:
-        """The blocks as passes take them; for the engine's thread."""
-        if len(self._table) != len(self.blocks):
-            self._table = np.array(self.blocks, np.int64)
-        return self._table
+        """Return the blocks as passes take them; from any thread."""
+        table = self._table
+        if len(table) != len(self.blocks):
+            table = self._table = np.array(self.blocks, np.int64)
+        return table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,7 @@ class RankCompute:
         self._experts = experts
         self.watch = runner.watch
         self._sequences: dict[int, DecodeSequence] = {}
+        self._ahead = Ahead(self._lay_out, depth=layout.pp)
 
     def add(self, request_id: int, sequence: DecodeSequence) -> None:
         """See Compute."""
@@ -127,6 +131,13 @@ class RankCompute:
             self._experts.act(order)
             self.watch.to(REST)
 
+    def _lay_out(self, step: Coming[DecodeSequence]) -> Inputs:
+        chunks = [
+            Chunk(token_ids=_UNKNOWN, start=start, block_table=sequence.table())
+            for start, sequence in zip(step.starts, step.sequences, strict=True)
+        ]
+        return self._runner.prepare(chunks, step.dp_tokens)
+
     def _run(self, rows: Rows) -> Part | None:
         own = rows[self.dp_rank]
         sequences = [self._sequences[row.request_id] for row in own]
@@ -134,14 +145,18 @@ class RankCompute:
             # Where the worker is another process, its rows are what tells which token was chosen.
             if sequence.sampling.position == row.start:
                 sequence.sampling.append(row.token_id)
-        logits_SW = self._runner.forward(
-            [
-                Chunk(token_ids=[row.token_id], start=row.start, block_table=sequence.table)
-                for row, sequence in zip(own, sequences, strict=True)
-            ],
-            dp_tokens=[len(of_rank) for of_rank in rows],
+        dp_tokens = [len(of_rank) for of_rank in rows]
+        if not own:
+            self._runner.forward([], dp_tokens=dp_tokens)
+            return None
+        starts = [row.start for row in own]
+        step = Coming(sequences=sequences, starts=starts, dp_tokens=dp_tokens)
+        logits_SW = self._runner.step(
+            self._ahead.inputs(step),
+            [row.token_id for row in own],
+            meanwhile=partial(self._ahead.follow, step),
         )
-        if not own or not self._samples:
+        if not self._samples:
             return None
         self.watch.to(SAMPLING)
         began_s = time.monotonic()

@@ -8,7 +8,7 @@ Legend: T tokens of the pass, S sequences, B blocks of a table, G KV heads, X = 
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -82,6 +82,17 @@ class Batch:
     rows_of: tuple[slice, ...]
     last_rows_S: Tensor
     last: LastRows | None
+
+    def with_tokens(self, token_ids: Sequence[int], vocab_size: int) -> "Batch":
+        """Return the same pass with these tokens, one for each chunk, in place of its own.
+
+        For chunks of one token; raises BatchError for a token that does not exist.
+        """
+        assert len(token_ids) == len(self.token_ids_T)
+        ids_S = torch.from_numpy(_checked(token_ids, vocab_size)).to(self.token_ids_T.device)
+        return replace(
+            self, token_ids_T=torch.empty_like(ids_S).scatter_(0, self.last_rows_S, ids_S)
+        )
 
 
 def make_batch(

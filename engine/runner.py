@@ -5,7 +5,7 @@ one thread, the step loop's, calls it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from engine.kernels import argmax_kernel, attention_kernel
 from engine.kvcache import Allocate, KVCache
 from engine.layers.attention import Attend, Pass
 from engine.layers.layer import Placement
+from engine.layers.rotary import Angles
 from engine.models import MODELS
 from engine.parallel import Alone, Collectives, ExpertGroup, Layout
 from engine.pipeline import Apart, Logits, OneStage, Pipeline, Stages
@@ -35,11 +36,20 @@ from engine.tally import CountedCollectives, CountedExperts, Tally
 from engine.vocabulary import Vocabulary
 from engine.weights import Progress, load_weights
 
-__all__ = ["Chunk", "ModelRunner"]
+__all__ = ["Chunk", "Inputs", "ModelRunner"]
 
 OnLayer = Callable[[int], None]
 
 _WARM_UP_TOKENS = (256, 16, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A pass as it was laid out. No dp rank has more than `most_rows` tokens in it."""
+
+    batch: Batch
+    angles: Angles
+    most_rows: int
 
 
 class ModelRunner:
@@ -230,10 +240,32 @@ class ModelRunner:
         """Do as `forward` does, but return when this rank's stage is done with the pass."""
         if self._ring is not None:
             return self._run_ring(self._ring, chunks, on_layer)
+        inputs = self.prepare(chunks, dp_tokens)
+        attend_last = self._last_rows_attention(inputs.batch)
+        return self._run(inputs, inputs.batch.last_rows_S, attend_last, on_layer)
+
+    @torch.inference_mode()
+    def prepare(self, chunks: Sequence[Chunk], dp_tokens: Sequence[int] | None = None) -> Inputs:
+        """Lay out a pass of one cp rank; from any thread, also while another pass runs.
+
+        Raises BatchError where a chunk cannot be run. See `forward`.
+        """
         most_rows = self._most_rows(chunks, dp_tokens)
         batch = self._batch(chunks)
-        attend_last = self._last_rows_attention(batch)
-        return self._run(batch, batch.last_rows_S, attend_last, on_layer, most_rows)
+        angles = self._model.rotary.angles(batch.positions_T, batch.end)
+        return Inputs(batch=batch, angles=angles, most_rows=most_rows)
+
+    def step(
+        self, inputs: Inputs, token_ids: Sequence[int], meanwhile: Callable[[], None]
+    ) -> Tensor:
+        """Do as `forward` does with chunks of one token each, which were prepared with any tokens.
+
+        `token_ids` are the right ones, one for each chunk. `meanwhile` is called, at most once,
+        where the interpreter goes on to do nothing but wait for the pass.
+        """
+        batch = inputs.batch.with_tokens(token_ids, self.config.vocab_size)
+        wanted_S = batch.last_rows_S
+        return self._run(replace(inputs, batch=batch), wanted_S, None, None, meanwhile).wait()
 
     def forward_all(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Do as `forward` does, and return the logits of every token: [T, V] for each chunk.
@@ -241,10 +273,10 @@ class ModelRunner:
         For one cp rank, one dp rank and one stage only.
         """
         assert self._ring is None
-        most_rows = self._most_rows(chunks, None)
-        batch = self._batch(chunks)
+        inputs = self.prepare(chunks)
+        batch = inputs.batch
         rows_T = torch.arange(len(batch.token_ids_T), device=batch.token_ids_T.device)
-        logits_TV = self._run(batch, rows_T, None, None, most_rows).wait()
+        logits_TV = self._run(inputs, rows_T, None, None).wait()
         return [logits_TV[rows] for rows in batch.rows_of]
 
     def warm_up(self) -> None:
@@ -308,25 +340,28 @@ class ModelRunner:
     @torch.inference_mode()
     def _run(
         self,
-        batch: Batch,
+        inputs: Inputs,
         wanted_S: Tensor,
         attend_last: Attend | None,
         on_layer: OnLayer | None,
-        most_rows: int,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Logits:
+        batch = inputs.batch
+
         def attend(layer: int, qkv_TNH: Tensor) -> Tensor:
             return self._attend(qkv_TNH, self.cache.runs[layer], batch, self._num_heads)
 
         shared = Pass(
             token_ids_T=batch.token_ids_T,
             slot_mapping_TX=batch.slot_mapping_TX,
-            angles=self._model.rotary.angles(batch.positions_T, batch.end),
+            angles=inputs.angles,
             cache=self.cache,
             attend=attend,
             attend_last=attend_last,
             decode=None if batch.prefill else batch.decode,
             on_layer=on_layer,
-            most_rows=most_rows,
+            most_rows=inputs.most_rows,
+            meanwhile=meanwhile,
         )
         return self._pass_on(self._model(shared, wanted_S, self._receive(shared)), len(wanted_S))
 

@@ -76,12 +76,14 @@ class Step(Protocol):
         cos_T1H: Tensor,
         sin_T1H: Tensor,
         wanted_T: Tensor,
+        meanwhile: Callable[[], None] | None = None,
     ) -> tuple[Tensor | None, Mapping[str, float]]:
         """Run the fp32 residual stream of decoding sequences through all layers, in place.
 
-        `rows` are all of the pass's rows; their K and V are written to the cache. Returns the fp32
-        logits [T, V] of the rows in the order `wanted_T`, None where there is no end, and the
-        seconds that parts have taken, by their names in engine.step_watch.
+        `rows` are all of the pass's rows; their K and V are written to the cache. `meanwhile` is
+        called before the interpreter does nothing but wait. Returns the fp32 logits [T, V] of the
+        rows in the order `wanted_T`, None where there is no end, and the seconds that parts have
+        taken, by their names in engine.step_watch.
         """
         ...
 

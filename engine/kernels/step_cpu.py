@@ -5,7 +5,7 @@ pairs of a token and an expert, I inner size.
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -142,6 +142,7 @@ class NativeStep:
         cos_T1H: Tensor,
         sin_T1H: Tensor,
         wanted_T: Tensor,
+        meanwhile: Callable[[], None] | None = None,
     ) -> tuple[Tensor | None, Mapping[str, float]]:
         """See `Step`; there is at least one row. The seconds are its first thread's."""
         tokens, step = len(rows), self._step
@@ -173,6 +174,8 @@ class NativeStep:
         )
         seconds = (ctypes.c_double * len(_PARTS))()
         step.seconds = ctypes.addressof(seconds)
+        if meanwhile is not None:
+            meanwhile()
         self._run(ctypes.addressof(step), torch.get_num_threads())
         return logits_TV, dict(zip(_PARTS, seconds, strict=True))
 

@@ -31,7 +31,8 @@ class Pass:
     K and V are in layer l of the cache; `on_layer(l)` is told when they are. `attend_last(l, q)`
     does the same for the wanted rows alone, of their queries, [S, N, H] to [S, N * H]; None where
     attention needs those of all tokens. `decode` are the pass's rows where all of them are of
-    decoding sequences; else None. No dp rank has more than `most_rows` tokens.
+    decoding sequences; else None. No dp rank has more than `most_rows` tokens. `meanwhile` may be
+    called once where the interpreter only waits for the pass.
     """
 
     token_ids_T: Tensor
@@ -43,6 +44,7 @@ class Pass:
     decode: DecodeRows | None
     on_layer: Callable[[int], None] | None
     most_rows: int
+    meanwhile: Callable[[], None] | None = None
 
 
 class Attention:

@@ -170,7 +170,13 @@ class Decoder:
             assert shared.decode is not None
             cos_T1H, sin_T1H = shared.angles.cos_T1H, shared.angles.sin_T1H
             logits_SV, seconds = self._step(
-                x_tD, shared.decode, shared.slot_mapping_TX, cos_T1H, sin_T1H, wanted_S
+                x_tD,
+                shared.decode,
+                shared.slot_mapping_TX,
+                cos_T1H,
+                sin_T1H,
+                wanted_S,
+                shared.meanwhile,
             )
             self._watch.move(seconds)
             return x_tD if logits_SV is None else logits_SV

@@ -51,6 +51,25 @@ def test_token_by_token_equals_one_pass(runner: ModelRunner) -> None:
         assert_same(runner.forward([chunk])[0], expected_TV[place])
 
 
+def test_a_step_may_be_laid_out_before_its_tokens_are_known(runner: ModelRunner) -> None:
+    tables, lengths = ([9, 3], [30, 31, 32], [0, 63]), (12, 17, 3)
+    for table, length in zip(tables, lengths, strict=True):
+        runner.forward([Chunk(token_ids=TOKENS[:length], start=0, block_table=table)])
+    ids = [7, 100, 3]
+
+    def chunks(token_ids: Sequence[int]) -> list[Chunk]:
+        return [
+            Chunk(token_ids=[token_id], start=length, block_table=table)
+            for token_id, length, table in zip(token_ids, lengths, tables, strict=True)
+        ]
+
+    expected_SV = runner.forward(chunks(ids))
+    inputs = runner.prepare(chunks([0, 0, 0]))
+    assert runner.step(inputs, ids, lambda: None).equal(expected_SV)
+    with pytest.raises(BatchError, match="vocabulary"):
+        runner.step(inputs, [7, 1 << 20, 3], lambda: None)
+
+
 def test_any_mix_of_chunks_equals_each_alone(runner: ModelRunner) -> None:
     # (tokens in the cache, new tokens): decodes and prefills, long and short, interleaved.
     shapes = [(0, 20), (30, 1), (7, 13), (0, 1), (59, 1), (16, 8), (8, 1), (15, 2)]

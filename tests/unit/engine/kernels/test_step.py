@@ -165,6 +165,14 @@ def test_it_is_used_for_passes_of_a_few_decoding_sequences_alone(
     assert used == [STEP_ROWS]
 
 
+def test_something_else_may_be_done_while_a_step_runs(runner: ModelRunner) -> None:
+    passed = chunks([3, 40])
+    done: list[str] = []
+    inputs = runner.prepare(passed)
+    runner.step(inputs, [3, 10], lambda: done.append("other"))
+    assert done == ["other"]
+
+
 def test_other_models_have_none(folder: Path) -> None:
     assert make(folder, torch.float32)._model._step is None
     assert step_cpu.step([], None) is None
