@@ -139,7 +139,7 @@ def test_answer_is_carried_to_and_fro(twins: Decodes) -> None:
     twins.wait_idle()
 
 
-@pytest.mark.parametrize("who", some_slow(["target", "source"], "target"))
+@pytest.mark.parametrize("who", some_slow(["target", "source"]))
 def test_instance_that_dies_in_mid_move_costs_no_token(twins: Decodes, who: str) -> None:
     with twins.client() as client:
         right = client.complete(PROMPTS[2], timeout_s=60, **LONG)

@@ -97,6 +97,7 @@ def test_metrics_say_where_steps_spend_their_time(balanced: Cluster) -> None:
     assert metrics()["twinpool_decode_inter_token_seconds_count"] >= 58
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_lost_in_a_round_takes_its_instance_down(
     balanced: Cluster, expected: Reference
 ) -> None:

@@ -117,6 +117,7 @@ def test_layout_that_cannot_be_is_refused_with_those_that_can(tmp_path: Path) ->
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_starts_on_two_nodes_are_one_instance(
     tmp_path: Path, expected: Reference
 ) -> None:

@@ -217,6 +217,7 @@ def test_draining_decode_is_left_at_once_by_long_answers(twins: Cluster) -> None
     twins.wait_idle()
 
 
+@pytest.mark.slow
 def test_drained_decode_hands_back_what_it_cannot_finish(twins: Cluster) -> None:
     options: dict[str, Any] = {"max_new_tokens": 1500, "ignore_eos": True}
     with twins.client() as client:

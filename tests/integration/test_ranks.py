@@ -46,7 +46,7 @@ def expected() -> Reference:
     return reference(MODEL_DIR)
 
 
-@pytest.fixture(scope="module", params=some_slow(LAYOUTS, "cp2 x tp2", "pp2 x cp2"))
+@pytest.fixture(scope="module", params=some_slow(LAYOUTS, "cp2 x tp2"))
 def split(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
@@ -222,7 +222,14 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.mark.parametrize(
     "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize(("name", "victim"), [("a", "first"), ("a", "other"), ("b", "other")])
+@pytest.mark.parametrize(
+    ("name", "victim"),
+    [
+        ("a", "other"),
+        pytest.param("a", "first", marks=pytest.mark.slow),
+        pytest.param("b", "other", marks=pytest.mark.slow),
+    ],
+)
 def test_lost_rank_takes_its_instance_down_and_another_takes_over(
     twins: Cluster, expected: Reference, how: signal.Signals, name: str, victim: str
 ) -> None:
