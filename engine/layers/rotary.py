@@ -36,17 +36,20 @@ class Rotary:
         self._table = self._piece(0)
 
     def angles(self, positions_T: Tensor, end: int) -> Angles:
-        """Return the angles of tokens at these positions in their sequences, all below `end`."""
-        known = len(self._table.cos_T1H)
+        """Return the angles of tokens at these positions in their sequences, all below `end`.
+
+        From any thread: each grows the table that it has seen, and the last one's is kept.
+        """
+        table = self._table
+        known = len(table.cos_T1H)
         if end > known:
             # Doubled at least, so that growing stays a small part of all that is computed.
-            firsts = range(known, max(end, 2 * known), _PIECE)
-            tables = [self._table, *map(self._piece, firsts)]
-            self._table = Angles(
-                torch.cat([table.cos_T1H for table in tables]),
-                torch.cat([table.sin_T1H for table in tables]),
+            pieces = [table, *map(self._piece, range(known, max(end, 2 * known), _PIECE))]
+            table = self._table = Angles(
+                torch.cat([piece.cos_T1H for piece in pieces]),
+                torch.cat([piece.sin_T1H for piece in pieces]),
             )
-        return self._table.of(positions_T)
+        return table.of(positions_T)
 
     def _piece(self, first: int) -> Angles:
         positions_T = torch.arange(first, first + _PIECE, device=self._frequencies.device)
