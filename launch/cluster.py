@@ -31,6 +31,8 @@ _CALL_TIMEOUT_S = 2.0
 # On top of the drain: what a child needs to close connections and end its threads.
 _STOP_MARGIN_S = 3.0
 _NAMES = {ROLE_PREFILL: "prefill", ROLE_DECODE: "decode"}
+# Decode's steps beside prompts vary less with 10 than with 5; prefill still gets a tenth.
+_PREFILL_NICE = "10"
 
 
 class ClusterConfig(BaseModel):
@@ -160,6 +162,8 @@ def child_specs(config: ClusterConfig, router_port: int) -> list[ChildSpec]:
     if config.model == builtin.MODEL_DIR:
         instance += ("--served-model-name", "builtin")
     env = {**os.environ, **thread_env(config.threads), **import_env()}
+    # A prompt is a long piece of work, and running sequences would feel it with every token.
+    env.setdefault("TWINPOOL_PREFILL_NICE", _PREFILL_NICE)
     specs = [_spec("router", (*router, *shared), env, stop_order=0)]
     for role in ("prefill", "decode"):
         arguments = (str(config.model), "--name", f"{role}-0", *instance, *shared)

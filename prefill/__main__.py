@@ -5,11 +5,13 @@ import os
 from prefill import member
 from prefill.config import PrefillConfig
 from service.config import launcher
+from service.priority import give_way
 from service.threads import set_thread_env
 
 
 def start(config: PrefillConfig) -> None:
     """Run one prefill instance until it is stopped, or the rank of one that torchrun wants."""
+    give_way(config.nice)
     if int(os.environ.get("RANK", "0")) > 0:
         member.start(config)
         return

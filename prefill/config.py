@@ -47,6 +47,14 @@ class PrefillConfig(RanksConfig):
         description="What --cp ranks send each other: keys and values, queries, or all to all.",
     )
 
+    nice: int = Field(
+        default=0,
+        ge=0,
+        le=19,
+        description="Niceness: from 1 on, decode comes first where both share cores that are too"
+        " few.",
+    )
+
     @property
     def role(self) -> str:
         """See RanksConfig."""

@@ -47,10 +47,19 @@ def speed(arrivals: Sequence[Sequence[float]]) -> float:
     return tokens / (end - begin)
 
 
-def gaps_s(arrivals: Sequence[Sequence[float]], settle_s: float) -> list[float]:
-    """Return the times between one token of a request and its next, that end after `settle_s`."""
+def gaps_s(arrivals: Sequence[Sequence[float]], in_flight: int) -> list[float]:
+    """Return the times between one token of a request and its next.
+
+    Only while so many were under way and the first of them, which began at once, had begun to be
+    replaced by others.
+    """
+    begin = min(each[-1] for each in arrivals[:in_flight])
+    end = max(each[0] for each in arrivals)
     return [
-        after - before for each in arrivals for before, after in pairwise(each) if after > settle_s
+        after - before
+        for each in arrivals
+        for before, after in pairwise(each)
+        if begin <= before and after <= end
     ]
 
 

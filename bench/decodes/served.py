@@ -50,14 +50,15 @@ def of_load(model: str, settings: Settings, say: Say) -> list[Row]:
     vocab_size = load_config(checkpoints.kept(settings.checkpoints, model)).vocab_size
     rounds = max(2, settings.rounds // 2)
     made = [load.requests(vocab_size, number) for number in range(rounds + 1)]
-    tokens = max(map(len, made)) * load.tokens
+    tokens = load.count * load.tokens
     found: dict[str, list[list[float]]] = {}
     with _systems(model, settings, default_threads(), tokens, load.tokens) as sides:
         for number, requests in enumerate(made):
             for side in sides:
-                arrivals = side.ask("stream", requests=requests)["arrivals"]
+                asked = side.ask("stream", requests=requests, in_flight=load.in_flight)
                 if number:  # the first is a warm-up
-                    found.setdefault(side.name, []).append(gaps_s(arrivals, load.settle_s))
+                    gaps = gaps_s(asked["arrivals"], load.in_flight)
+                    found.setdefault(side.name, []).append(gaps)
         say(f"measured {name}")
     ours, *others = (Gaps(name=side, rounds=each) for side, each in found.items())
     return latency_rows(name, ours, others[0] if others else None)
@@ -95,7 +96,7 @@ def _batch(
     speeds: dict[str, list[float]] = {side.name: [] for side in sides}
     for number in range(settings.rounds + 1):
         for side in sides:
-            arrivals = side.ask("stream", requests=asked)["arrivals"]
+            arrivals = side.ask("stream", requests=asked, in_flight=len(asked))["arrivals"]
             if number:  # the first is a warm-up
                 speeds[side.name].append(speed(arrivals))
     ours, *others = (Given(name=side, speeds=each) for side, each in speeds.items())

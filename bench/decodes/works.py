@@ -1,7 +1,6 @@
 """What is decoded: batches that stay as they are, and a load in which requests come and go. Pure.
 
-A request, as sides are asked it, is when it is sent in seconds from the start, its prompt, and how
-many tokens it is to get.
+A request, as sides are asked it, is its prompt and how many tokens it is to get.
 """
 
 import itertools
@@ -16,7 +15,7 @@ from bench.prefills.works import BLOCK_SIZE
 
 _MANY_TOKENS = 64 * 1024
 
-Request = tuple[float, list[int], int]
+Request = tuple[list[int], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +66,22 @@ def prompts(work: Work, vocab_size: int, number: int) -> list[list[int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Requests that come at random, whether or not earlier ones have ended.
+    """Requests of which each that ends makes room for another: a steady number is under way.
+
+    With requests that come at random the number of sequences in a step is random too, and a step's
+    time follows it: with experts nearly in proportion. That says nothing of joining and leaving.
 
     Attributes:
-        per_s: How many come in a second on average.
-        settle_s: Time from the start whose tokens are not counted.
+        in_flight: Requests under way at once.
+        count: Of all requests.
+        prompt: Tokens of each; few enough for prefill to keep up.
+        least_tokens: That a request gets; how many is random.
+        most_tokens: That a request gets.
     """
 
-    per_s: float = 1.0
-    for_s: float = 20.0
-    settle_s: float = 4.0
-    prompt: int = 256
+    in_flight: int = 8
+    count: int = 96
+    prompt: int = 64
     least_tokens: int = 32
     most_tokens: int = 96
 
@@ -87,23 +91,17 @@ class Load:
         return self.prompt + self.most_tokens
 
     def requests(self, vocab_size: int, number: int) -> list[Request]:
-        """Return the requests of round `number`, the same for everybody; at least one."""
+        """Return the requests of round `number`, the same for everybody."""
         random = np.random.default_rng(number)
-        made: list[Request] = []
-        at_s = 0.0
-        while not made or at_s < self.for_s:
-            prompt: list[int] = random.integers(vocab_size, size=self.prompt).tolist()
-            made.append(
-                (at_s, prompt, int(random.integers(self.least_tokens, self.most_tokens + 1)))
-            )
-            at_s += float(random.exponential(1 / self.per_s))
-        return made
+        asked = random.integers(vocab_size, size=(self.count, self.prompt)).tolist()
+        tokens = random.integers(self.least_tokens, self.most_tokens + 1, size=self.count).tolist()
+        return list(zip(asked, tokens, strict=True))
 
 
 LOAD = Load()
-QUICK_LOAD = Load(per_s=4.0, for_s=2.0, settle_s=0.0, prompt=40, least_tokens=8, most_tokens=16)
+QUICK_LOAD = Load(in_flight=2, count=8, prompt=40, least_tokens=8, most_tokens=16)
 
 
 def together(work: Work, asked: Sequence[list[int]]) -> list[Request]:
-    """Return the requests of a batch that is sent at once, a token before its first step."""
-    return [(0.0, prompt, work.steps + 1) for prompt in asked]
+    """Return the requests of a batch, a token before its first step."""
+    return [(prompt, work.steps + 1) for prompt in asked]

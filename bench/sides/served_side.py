@@ -38,12 +38,13 @@ class Served:
         """Answer with the seconds until all prompts, sent together, have their first token."""
         return asyncio.run(self._run(prompts))
 
-    def stream(self, *, requests: list[tuple[float, list[int], int]]) -> dict[str, Any]:
+    def stream(self, *, requests: list[tuple[list[int], int]], in_flight: int) -> dict[str, Any]:
         """Answer with when each token of each request came, in seconds from the start.
 
-        A request is when it is sent, its prompt, and how many tokens it is to get.
+        A request is its prompt and how many tokens it is to get; as soon as one ends the next is
+        sent.
         """
-        return {"arrivals": asyncio.run(self._stream(requests))}
+        return {"arrivals": asyncio.run(self._stream(requests, in_flight))}
 
     async def _run(self, prompts: list[list[int]]) -> dict[str, Any]:
         async with AsyncClient(self._address) as client:
@@ -57,18 +58,22 @@ class Served:
             seconds = time.perf_counter() - began
         return {"seconds": seconds, "tokens": [each.token_ids[0] for each in done]}
 
-    async def _stream(self, requests: list[tuple[float, list[int], int]]) -> list[list[float]]:
+    async def _stream(
+        self, requests: list[tuple[list[int], int]], in_flight: int
+    ) -> list[list[float]]:
+        room = asyncio.Semaphore(in_flight)
         async with AsyncClient(self._address) as client:
             await client.status()  # connected
             began = time.perf_counter()
 
-            async def arrivals(at_s: float, prompt: list[int], new_tokens: int) -> list[float]:
-                await asyncio.sleep(began + at_s - time.perf_counter())
-                asked = client.generate(
-                    prompt, max_new_tokens=new_tokens, ignore_eos=True, timeout_s=_TIMEOUT_S
-                )
+            async def arrivals(prompt: list[int], new_tokens: int) -> list[float]:
                 came: list[float] = []
-                async with asked as stream:
+                async with (
+                    room,
+                    client.generate(
+                        prompt, max_new_tokens=new_tokens, ignore_eos=True, timeout_s=_TIMEOUT_S
+                    ) as stream,
+                ):
                     async for chunk in stream:
                         came.extend([time.perf_counter() - began] * len(chunk.token_ids))
                 return came

@@ -46,12 +46,13 @@ class VllmServed:
             seconds = time.perf_counter() - began
         return {"seconds": seconds, "tokens": tokens}
 
-    def stream(self, *, requests: list[tuple[float, list[int], int]]) -> dict[str, Any]:
+    def stream(self, *, requests: list[tuple[list[int], int]], in_flight: int) -> dict[str, Any]:
         """Answer with when each token of each request came, in seconds from the start.
 
-        A request is when it is sent, its prompt, and how many tokens it is to get.
+        A request is its prompt and how many tokens it is to get; as soon as one ends the next is
+        sent.
         """
-        with self._awake(), ThreadPoolExecutor(len(requests)) as pool:
+        with self._awake(), ThreadPoolExecutor(in_flight) as pool:
             began = time.perf_counter()
             came = list(pool.map(lambda request: self._arrivals(began, *request), requests))
         return {"arrivals": came}
@@ -69,10 +70,7 @@ class VllmServed:
             token: int = json.loads(answer.read())["choices"][0]["token_ids"][0]
         return token
 
-    def _arrivals(
-        self, began: float, at_s: float, prompt: list[int], new_tokens: int
-    ) -> list[float]:
-        time.sleep(max(0.0, began + at_s - time.perf_counter()))
+    def _arrivals(self, began: float, prompt: list[int], new_tokens: int) -> list[float]:
         asked = _asked(prompt, new_tokens) | {"stream": True}
         came: list[float] = []
         with self._answer("POST", "/v1/completions", asked) as answer:

@@ -17,7 +17,7 @@ from bench.decodes.figures import (
     speed_rows,
     step_s,
 )
-from bench.decodes.works import LOAD, WORKS, Load, Work, prompts, together
+from bench.decodes.works import LOAD, WORKS, Work, prompts, together
 from bench.prefills.works import BLOCK_SIZE
 from engine.config import ModelConfig, MoeConfig
 
@@ -88,20 +88,19 @@ def test_rounds_differ_and_everybody_gets_the_same() -> None:
     work = Work(batch=2, context=5)
     assert prompts(work, 50, 1) == prompts(work, 50, 1)
     assert prompts(work, 50, 1) != prompts(work, 50, 2)
-    [(at_s, prompt, tokens), _] = together(work, prompts(work, 50, 1))
-    assert (at_s, prompt, tokens) == (0.0, prompts(work, 50, 1)[0], work.steps + 1)
+    asked = prompts(work, 50, 1)
+    assert together(work, asked) == [(prompt, work.steps + 1) for prompt in asked]
 
 
 def test_a_load_is_random_but_the_same_for_everybody() -> None:
     made = LOAD.requests(50, 1)
     assert made == LOAD.requests(50, 1)
     assert made != LOAD.requests(50, 2)
-    moments = [at_s for at_s, _, _ in made]
-    assert moments == sorted(moments)
-    assert 0 <= moments[0] <= moments[-1] < LOAD.for_s
-    assert len(made) == pytest.approx(LOAD.per_s * LOAD.for_s, rel=0.5)
-    assert all(LOAD.least_tokens <= tokens <= LOAD.most_tokens for _, _, tokens in made)
-    assert len(Load(for_s=0.0).requests(50, 1)) == 1
+    assert [len(prompt) for prompt, _ in made] == [LOAD.prompt] * LOAD.count
+    assert {LOAD.least_tokens, LOAD.most_tokens} <= {
+        tokens for number in range(5) for _, tokens in LOAD.requests(50, number)
+    }
+    assert all(LOAD.least_tokens <= tokens <= LOAD.most_tokens for _, tokens in made)
 
 
 def test_steps_are_timed_between_two_of_the_whole_batch() -> None:
@@ -118,8 +117,10 @@ def test_a_clients_speed_is_that_of_the_time_in_which_all_get_tokens() -> None:
         speed([[0.0, 1.0], [2.0, 3.0]])
 
 
-def test_gaps_are_within_a_request_and_after_it_has_settled() -> None:
-    assert gaps_s([[0.0, 1.0, 3.0], [2.5, 3.5], [9.0]], settle_s=2.0) == [2.0, 1.0]
+def test_gaps_are_within_a_request_while_a_steady_number_is_under_way() -> None:
+    first, second = [0.0, 1.0, 2.0], [0.5, 1.5, 3.5, 4.0]
+    third, last = [3.0, 5.0, 9.0], [7.0, 8.0]
+    assert gaps_s([first, second, third, last], in_flight=2) == [0.5, 2.0]
 
 
 def test_each_peer_has_a_row_of_speed_beside_the_same_limit() -> None:

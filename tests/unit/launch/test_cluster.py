@@ -250,3 +250,10 @@ def test_readiness_needs_both_pools_and_no_drain() -> None:
 
 def test_free_ports_can_be_bound() -> None:
     assert 0 < free_port("127.0.0.1") < 65536
+
+
+def test_prefill_gives_way_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TWINPOOL_PREFILL_NICE", raising=False)
+    assert {spec.env["TWINPOOL_PREFILL_NICE"] for spec in child_specs(ClusterConfig(), 1)} == {"10"}
+    monkeypatch.setenv("TWINPOOL_PREFILL_NICE", "0")
+    assert {spec.env["TWINPOOL_PREFILL_NICE"] for spec in child_specs(ClusterConfig(), 1)} == {"0"}
