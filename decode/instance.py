@@ -56,6 +56,7 @@ from service.ranks.joined import End
 from service.ranks.leader import Followers
 from service.ranks.wire import collectives_from_wire, sum_of_ranks
 from service.registration import Registration
+from service.security.settings import Security, instance_security
 from service.wire import counts_to_wire
 
 log = logging.getLogger(__name__)
@@ -303,18 +304,28 @@ async def main(settings: DecodeConfig) -> None:
         level=settings.log_level,
         as_json=settings.log_json,
     )
-    async with led(settings, who) as (followers, part):
-        await _serve(settings, who, followers, part)
+    security = instance_security(settings)
+    security.warn_if_exposed("decode instance", settings.host)
+    async with led(settings, who, security) as (followers, part):
+        await _serve(settings, who, followers, part, security)
 
 
 async def _serve(
-    settings: DecodeConfig, who: Incarnation, followers: Followers | None, part: Part
+    settings: DecodeConfig,
+    who: Incarnation,
+    followers: Followers | None,
+    part: Part,
+    security: Security,
 ) -> None:
     model = await asyncio.to_thread(load, settings, part)
     registry = new_registry()
     instance = Instance(settings, model, who, registry, followers)
     server = Server(
-        "decode", host=settings.host, port=settings.port, reflection=settings.reflection
+        "decode",
+        host=settings.host,
+        port=settings.port,
+        reflection=settings.reflection,
+        security=security,
     )
     server.add(worker_pb2_grpc.add_DecodeServicer_to_server, instance.service, "twinpool.v1.Decode")
     await server.start()
@@ -343,6 +354,7 @@ async def _serve(
             on_peers=instance.sender.update_peers,
             on_drain=lambda _: server.request_stop(),
             prefixes=instance.journal,
+            security=security,
         )
         await serve_instance(
             settings,

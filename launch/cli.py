@@ -17,6 +17,7 @@ _COMMANDS = {
     "serve": ("Serve a model on this machine, all roles at once.", "launch.serve"),
     "generate": ("Send a prompt and print the answer as it comes.", "launch.generate"),
     "status": ("Show pools, instances, blocks and requests.", "launch.status"),
+    "token": ("Make tokens for clients and workers.", "launch.token"),
     "demo": ("Serve the built-in model and check its answers.", "launch.demo"),
     "router": ("Run a router.", "router.__main__"),
     "prefill": ("Run a prefill instance that joins a router.", "prefill.__main__"),

@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, Self
 
 import grpc
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from twinpool.v1.common_pb2 import ROLE_DECODE, ROLE_PREFILL
 from twinpool.v1.worker_pb2 import GetStatusRequest, GetStatusResponse
 from twinpool.v1.worker_pb2_grpc import MembershipStub
@@ -22,8 +22,24 @@ from launch import builtin
 from launch.supervisor import ChildFailed, ChildSpec, Supervisor
 from service.channels import dial
 from service.config import Positional
+from service.errors import PermissionDenied, Unauthenticated
 from service.lifecycle import join_address, stop_signals
 from service.logs import LogLevel
+from service.security.settings import (
+    PLAIN,
+    Security,
+    SecuritySettings,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TlsRequireClientCert,
+    TlsServerName,
+    TokensFile,
+    WorkerTokenFile,
+    check_tls,
+    shown_by_client,
+)
+from service.status import from_rpc_error
 from service.threads import default_threads, thread_env
 
 _POLL_S = 0.1
@@ -33,6 +49,39 @@ _STOP_MARGIN_S = 3.0
 _NAMES = {ROLE_PREFILL: "prefill", ROLE_DECODE: "decode"}
 # Decode's steps beside prompts vary less with 10 than with 5; prefill still gets a tenth.
 _PREFILL_NICE = "10"
+
+
+class ClusterSecurity(SecuritySettings, Protocol):
+    """What a configuration of a whole cluster has."""
+
+    @property
+    def tokens_file(self) -> Path | None: ...
+    @property
+    def token_file(self) -> Path | None: ...
+
+
+# Its fields, by name.
+SECURITY_FIELDS = (
+    *("tls_cert", "tls_key", "tls_ca", "tls_require_client_cert", "tls_server_name"),
+    *("tokens_file", "worker_token_file", "token_file"),
+)
+
+
+def check_security(settings: ClusterSecurity) -> None:
+    """Raises ValueError for flags of which one needs another, in one sentence."""
+    check_tls(settings)
+    if settings.tokens_file is None:
+        return
+    if settings.token_file is None:
+        raise ValueError(
+            "--token-file: is required where --tokens-file is given, with a token that has the"
+            " right 'admin': the router is asked with it whether all is ready"
+        )
+    if settings.worker_token_file is None:
+        raise ValueError(
+            "--worker-token-file: is required where --tokens-file is given; `twinpool token new"
+            " --rights worker --out FILE` makes one"
+        )
 
 
 class ClusterConfig(BaseModel):
@@ -60,7 +109,22 @@ class ClusterConfig(BaseModel):
     drain_timeout_s: float = Field(
         default=10.0, ge=0, description="Seconds that open requests may take at the end."
     )
+    tls_cert: TlsCert = None
+    tls_key: TlsKey = None
+    tls_ca: TlsCa = None
+    tls_require_client_cert: TlsRequireClientCert = False
+    tls_server_name: TlsServerName = ""
+    tokens_file: TokensFile = None
+    worker_token_file: WorkerTokenFile = None
+    token_file: Path | None = Field(
+        default=None, description="File of a token with the right 'admin', to ask the router with."
+    )
     log_level: LogLevel = Field(default="info", description="What the roles log.")
+
+    @model_validator(mode="after")
+    def _has_whole_security(self) -> Self:
+        check_security(self)
+        return self
 
 
 class Cluster:
@@ -72,6 +136,7 @@ class Cluster:
     def __init__(self, config: ClusterConfig, say: Callable[[str], None]) -> None:
         self._config = config
         self._say = say
+        self._security = shown_by_client(config, config.token_file)
         port = config.port or free_port(config.host)
         self.address = join_address(_reachable(config.host), port)
         self._supervisor = Supervisor(
@@ -106,7 +171,7 @@ class Cluster:
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._config.start_timeout_s):
-                status = await wait_until_ready(self.address, self._say)
+                status = await wait_until_ready(self.address, self._say, self._security)
         except TimeoutError as exc:
             raise ChildFailed(
                 f"not ready after {self._config.start_timeout_s:g} s: see the lines above, or give"
@@ -122,18 +187,25 @@ def _cancel(task: "asyncio.Task[None]") -> None:
     task.cancel()
 
 
-async def wait_until_ready(address: str, say: Callable[[str], None]) -> GetStatusResponse:
-    """Returns the router's status once it has a prefill and a decode instance."""
+async def wait_until_ready(
+    address: str, say: Callable[[str], None], security: Security = PLAIN
+) -> GetStatusResponse:
+    """Returns the router's status once it has a prefill and a decode instance.
+
+    Raises `ChildFailed` where it refuses the token.
+    """
     told = ""
-    async with dial(address) as channel:
+    async with dial(address, security=security) as channel:
         stub = MembershipStub(channel)
         while True:
             missing, status = "the router", GetStatusResponse()
             try:
                 status = await stub.GetStatus(GetStatusRequest(), timeout=_CALL_TIMEOUT_S)
                 missing = missing_roles(status)
-            except grpc.aio.AioRpcError:
-                pass
+            except grpc.aio.AioRpcError as exc:
+                error = from_rpc_error(exc)
+                if isinstance(error, Unauthenticated | PermissionDenied):
+                    raise ChildFailed(f"--token-file: the router says: {error.message}") from exc
             if not missing:
                 return status
             if missing != told:
@@ -144,7 +216,8 @@ async def wait_until_ready(address: str, say: Callable[[str], None]) -> GetStatu
 
 def missing_roles(status: GetStatusResponse) -> str:
     """Names the roles that no instance has, in words; empty when a request can be served."""
-    present = {instance.role for instance in status.instances if not instance.draining}
+    usable = [one for one in status.instances if not (one.draining or one.connecting)]
+    present = {instance.role for instance in usable}
     return " and ".join(name for role, name in _NAMES.items() if role not in present)
 
 
@@ -153,8 +226,15 @@ def child_specs(config: ClusterConfig, router_port: int) -> list[ChildSpec]:
 
     The router is stopped first: it finishes the open requests while the others still work.
     """
-    shared = ("--drain-timeout-s", str(config.drain_timeout_s), "--log-level", config.log_level)
-    router = ("--host", config.host, "--port", str(router_port))
+    shared: tuple[str, ...] = (
+        *("--drain-timeout-s", str(config.drain_timeout_s), "--log-level", config.log_level),
+        *_flags(config, "tls_cert", "tls_key", "tls_ca", "tls_server_name", "worker_token_file"),
+        *(("--tls-require-client-cert",) if config.tls_require_client_cert else ()),
+    )
+    router = (
+        *("--host", config.host, "--port", str(router_port)),
+        *_flags(config, "tokens_file"),
+    )
     instance: tuple[str, ...] = (
         *("--router", join_address(_reachable(config.host), router_port)),
         *("--threads", str(config.threads)),
@@ -169,6 +249,14 @@ def child_specs(config: ClusterConfig, router_port: int) -> list[ChildSpec]:
         arguments = (str(config.model), "--name", f"{role}-0", *instance, *shared)
         specs.append(_spec(role, arguments, env, stop_order=1))
     return specs
+
+
+def _flags(config: ClusterConfig, *names: str) -> tuple[str, ...]:
+    """Returns some of the settings as flags, where they are given."""
+    given = [(name, getattr(config, name)) for name in names if getattr(config, name)]
+    return tuple(
+        word for name, value in given for word in (f"--{name.replace('_', '-')}", str(value))
+    )
 
 
 def _spec(

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.table import Table
 from twinpool import (
@@ -28,13 +28,23 @@ from twinpool import (
 from launch import builtin
 from launch.builtin import task
 from launch.builtin.task import Example
-from launch.cluster import Cluster, ClusterConfig
+from launch.cluster import SECURITY_FIELDS, Cluster, ClusterConfig, check_security
+from launch.connection import client_tls
 from launch.console import table_console
 from launch.reference import reference_answers
 from service.config import launcher
 from service.errors import StartError
 from service.lifecycle import run
 from service.logs import configure_logging
+from service.security.settings import (
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TlsRequireClientCert,
+    TlsServerName,
+    TokensFile,
+    WorkerTokenFile,
+)
 from service.threads import default_threads
 
 MAX_NEW_TOKENS = 32
@@ -59,6 +69,21 @@ class DemoConfig(BaseModel):
         ge=1,
         description="Threads that compute in each of prefill and decode.",
     )
+    tls_cert: TlsCert = None
+    tls_key: TlsKey = None
+    tls_ca: TlsCa = None
+    tls_require_client_cert: TlsRequireClientCert = False
+    tls_server_name: TlsServerName = ""
+    tokens_file: TokensFile = None
+    worker_token_file: WorkerTokenFile = None
+    token_file: Path | None = Field(
+        default=None, description="File of a token with the right 'admin', to ask the router with."
+    )
+
+    @model_validator(mode="after")
+    def _has_whole_security(self) -> Self:
+        check_security(self)
+        return self
 
 
 class DemoFailed(StartError):
@@ -114,7 +139,9 @@ class Demo:
     async def run(self, cluster: Cluster) -> None:
         """Shows everything; raises `DemoFailed` with what was wrong."""
         rng = Random(self._config.seed)
-        async with AsyncClient(cluster.address) as client:
+        async with AsyncClient(
+            cluster.address, tls=client_tls(self._config), token_file=self._config.token_file
+        ) as client:
             before = await client.status()
             shown = [
                 await self._ask_aloud(client, title, example)
@@ -280,7 +307,11 @@ def start(config: DemoConfig) -> None:
     if not Path(builtin.MODEL_DIR, "config.json").exists():
         raise StartError(f"the built-in model is not at {builtin.MODEL_DIR}")
     cluster = ClusterConfig(
-        port=0, threads=config.threads, restart=False, drain_timeout_s=2.0, log_level="error"
+        port=0,
+        restart=False,
+        drain_timeout_s=2.0,
+        log_level="error",
+        **config.model_dump(include={"threads", *SECURITY_FIELDS}),
     )
 
     async def main() -> None:

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from twinpool import Chunk, Client, GenerateOptions, Message, Prompt, Stream, TwinpoolError
 
+from launch.connection import TlsCa, TlsCert, TlsKey, TlsServerName, TokenFile, UseTls, connect
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -43,6 +45,12 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with answer, usage and stats.")
     ] = False,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_server_name: TlsServerName = "",
+    token_file: TokenFile = None,
 ) -> None:
     """Send a prompt to a router and print the answer as it comes."""
     if system is not None and chat is False:
@@ -58,7 +66,15 @@ def generate(
     )
     text = sys.stdin.read() if prompt == "-" else prompt
     try:
-        with Client(router) as client:
+        with connect(
+            router,
+            use_tls=tls,
+            ca=tls_ca,
+            cert=tls_cert,
+            key=tls_key,
+            server_name=tls_server_name,
+            token_file=token_file,
+        ) as client:
             use_chat = chat if chat is not None else system is not None or _has_template(client)
             stream = client.generate(_prompt(text, system) if use_chat else text, **options)
             if as_json:

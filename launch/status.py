@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from twinpool import Client, InstanceStatus, Status, TwinpoolError
 
+from launch.connection import TlsCa, TlsCert, TlsKey, TlsServerName, TokenFile, UseTls, connect
 from launch.console import table_console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -29,10 +30,24 @@ def status(
     interval: Annotated[
         float, typer.Option(min=0.1, help="Seconds between questions with --watch.")
     ] = 1.0,
+    tls: UseTls = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_server_name: TlsServerName = "",
+    token_file: TokenFile = None,
 ) -> None:
     """Show the pools of a router: instances, KV blocks, requests."""
     try:
-        with Client(router) as client:
+        with connect(
+            router,
+            use_tls=tls,
+            ca=tls_ca,
+            cert=tls_cert,
+            key=tls_key,
+            server_name=tls_server_name,
+            token_file=token_file,
+        ) as client:
             if watch:
                 _watch(client, as_json, interval)
             elif as_json:
@@ -88,7 +103,8 @@ def _instances(instances: tuple[InstanceStatus, ...]) -> Table:
             *(blocks.quarantined, blocks.total),
             *(instance.ledger_reserved, instance.running, instance.waiting),
         )
-        name = f"{instance.name} (draining)" if instance.draining else instance.name
+        state = " (draining)" if instance.draining else ""
+        name = instance.name + (" (connecting)" if instance.connecting else state)
         age = f"{instance.heartbeat_age_s:.1f} s ago"
         style = "red" if instance.heartbeat_age_s > _STALE_AFTER_S else ""
         table.add_row(

@@ -45,6 +45,7 @@ from service.ranks.group import led, log_name
 from service.ranks.leader import Followers
 from service.ranks.wire import links_from_wire, sum_of_ranks
 from service.registration import Registration
+from service.security.settings import Security, instance_security
 from service.wire import counts_to_wire, pairs_to_wire
 
 log = logging.getLogger(__name__)
@@ -186,10 +187,12 @@ async def main(settings: PrefillConfig) -> None:
         level=settings.log_level,
         as_json=settings.log_json,
     )
+    security = instance_security(settings)
+    security.warn_if_exposed("prefill instance", settings.host)
     region = SharedRegion()  # so that a decode instance on this host can read the cache itself
     try:
-        async with led(settings, who) as (followers, part):
-            await _serve(settings, who, region, followers, part)
+        async with led(settings, who, security) as (followers, part):
+            await _serve(settings, who, region, followers, part, security)
     finally:
         region.close()
 
@@ -200,12 +203,17 @@ async def _serve(
     region: SharedRegion,
     followers: Followers | None,
     part: Part,
+    security: Security,
 ) -> None:
     model = await asyncio.to_thread(load, settings, part, region)
     registry = new_registry()
     instance = Instance(settings, model, who, registry, region, followers)
     server = Server(
-        "prefill", host=settings.host, port=settings.port, reflection=settings.reflection
+        "prefill",
+        host=settings.host,
+        port=settings.port,
+        reflection=settings.reflection,
+        security=security,
     )
     server.add(
         worker_pb2_grpc.add_PrefillServicer_to_server, instance.service, "twinpool.v1.Prefill"
@@ -231,6 +239,7 @@ async def _serve(
             on_peers=instance.update_peers,
             on_drain=lambda _: server.request_stop(),
             prefixes=instance.journal,
+            security=security,
         )
         await serve_instance(
             settings,

@@ -1,9 +1,21 @@
 """Owns the router's settings: names, bounds, defaults. Imports nothing heavy."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from router.validate import Caps
 from service.logs import LogLevel
+from service.security.settings import (
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TlsRequireClientCert,
+    TlsServerName,
+    TokensFile,
+    WorkerTokenFile,
+    check_tls,
+)
 
 
 class RouterConfig(BaseModel):
@@ -73,12 +85,24 @@ class RouterConfig(BaseModel):
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="Seconds that open requests may take after SIGTERM."
     )
+    tls_cert: TlsCert = None
+    tls_key: TlsKey = None
+    tls_ca: TlsCa = None
+    tls_require_client_cert: TlsRequireClientCert = False
+    tls_server_name: TlsServerName = ""
+    tokens_file: TokensFile = None
+    worker_token_file: WorkerTokenFile = None
     reflection: bool = Field(default=False, description="Offer gRPC reflection.")
     metrics_port: int = Field(
         default=0, ge=0, le=65535, description="Port of Prometheus metrics on loopback; 0 is off."
     )
     log_level: LogLevel = Field(default="info", description="What to log.")
     log_json: bool = Field(default=False, description="Log JSON lines.")
+
+    @model_validator(mode="after")
+    def _has_whole_tls(self) -> Self:
+        check_tls(self)
+        return self
 
     @property
     def caps(self) -> Caps:

@@ -19,12 +19,12 @@ from router.wire import output_from_wire, sampling_to_wire, stop_to_wire
 from router.workers import (
     ABORT_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
+    Dial,
     answers,
     layout_from,
     ttl_ms,
     worker_error,
 )
-from service.channels import dial
 from service.errors import Unavailable, WorkFailed
 
 RESERVE_TIMEOUT_S = 5.0
@@ -51,6 +51,7 @@ class DecodeLink:
         self,
         instance: Instance,
         *,
+        dial: Dial,
         router_id: str,
         on_up: Callable[[], None],
         on_down: Callable[[], None],

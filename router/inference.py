@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from twinpool.v1 import inference_pb2, inference_pb2_grpc
 
+from router.callers import Callers, caps_of, owned_by
 from router.inflight import Inflight, Job
 from router.ledger import Ledger
 from router.membership import Model
@@ -34,6 +35,7 @@ from service.errors import (
     ServiceError,
     Unavailable,
 )
+from service.security.access import current_caller
 from text import PromptError, Tokenizer
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -66,6 +68,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._caps = caps
         self._default_timeout_s = default_timeout_s
         self._clock = clock
+        self._callers = Callers()
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._is_draining = False
         self.open_requests = 0
@@ -90,7 +93,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self.open_requests += 1
         self._idle.clear()
         try:
-            await self._generate(request, context)
+            with self._callers.admitted(current_caller()):
+                await self._generate(request, context)
             outcome = "finished"
         except ServiceError as exc:
             outcome = _outcome_of(exc)
@@ -238,11 +242,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> ValidRequest:
         """Checks a request and tokenizes it. Raises InvalidRequest, or Refused if it never fits."""
         given = input_from_wire(request)
+        caller = current_caller()
         limits = self._limits(model, tokenizer)
         check_model_name(given.model, limits)
         prompt = check_prompt(given.prompt, limits, self._caps)
         token_ids = await self._tokenize(prompt, tokenizer)
-        return check(given, token_ids, limits, self._caps)
+        caps = caps_of(caller, self._caps)
+        return owned_by(caller, check(given, token_ids, limits, caps))
 
     def _allowed_s(self, context: Any) -> float:
         remaining_s: float | None = context.time_remaining()

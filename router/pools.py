@@ -17,6 +17,7 @@ from router.membership import Instance, Member, Members, Model, Role
 from router.prefill_link import PrefillLink
 from router.prefix_index import PrefixEvents, PrefixIndex
 from router.tasks import Tasks
+from router.workers import Dial
 from service.errors import NotFound, Unavailable
 
 # Between two questions whether a suspect answers; the first is asked at once.
@@ -29,7 +30,13 @@ class Pools:
     """All instances, and the way to each."""
 
     def __init__(
-        self, *, router_id: str, ledger: Ledger, admission: Admission, clock: Callable[[], float]
+        self,
+        *,
+        router_id: str,
+        ledger: Ledger,
+        admission: Admission,
+        clock: Callable[[], float],
+        dial: Dial,
     ) -> None:
         self.members = Members()
         self.tokenizers = TokenizerStore()
@@ -39,6 +46,7 @@ class Pools:
         self._ledger = ledger
         self._admission = admission
         self._clock = clock
+        self._dial = dial
         self._decodes: dict[InstanceKey, DecodeLink] = {}
         self._prefills: dict[InstanceKey, PrefillLink] = {}
         self._suspects: set[InstanceKey] = set()
@@ -58,6 +66,11 @@ class Pools:
         if key not in self._prefills:
             raise Unavailable(f"prefill instance {key.name!r} is lost", reason="INSTANCE_LOST")
         return self._prefills[key]
+
+    def is_up(self, key: InstanceKey) -> bool:
+        """Whether the instance is connected, and so may be given work."""
+        known = {view.key for view in self._ledger.prefills()}
+        return key in known | {view.key for view in self._ledger.decodes()}
 
     def suspect(self, key: InstanceKey) -> None:
         """Gives the instance nothing new until it has answered."""
@@ -161,10 +174,13 @@ class Pools:
         self._links += 1
         self.prefixes.join(instance)
         if instance.role is Role.PREFILL:
-            self._prefills[key] = PrefillLink(instance, on_up=lambda: self._up(member))
+            self._prefills[key] = PrefillLink(
+                instance, dial=self._dial, on_up=lambda: self._up(member)
+            )
         else:
             self._decodes[key] = DecodeLink(
                 instance,
+                dial=self._dial,
                 router_id=f"{self._router_id}.{self._links}",
                 on_up=lambda: self._up(member),
                 on_down=lambda: self._down(instance),

@@ -19,11 +19,11 @@ from router.wire import first_token_from_wire, sampling_to_wire, stop_to_wire
 from router.workers import (
     ABORT_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
+    Dial,
     answers,
     ttl_ms,
     worker_error,
 )
-from service.channels import dial
 from service.errors import ServiceError, Unavailable
 
 # The request's own deadline is kept by the router; the call's is for an instance that hangs.
@@ -39,7 +39,7 @@ _EOF: Any = grpc.aio.EOF
 class PrefillLink:
     """One prefill instance's connection; each request has a stream of its own there."""
 
-    def __init__(self, instance: Instance, *, on_up: Callable[[], None]) -> None:
+    def __init__(self, instance: Instance, *, dial: Dial, on_up: Callable[[], None]) -> None:
         self.instance = instance
         self._channel = dial(instance.address)
         self._stub = worker_pb2_grpc.PrefillStub(self._channel)

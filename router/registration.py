@@ -277,6 +277,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             ledger_reserved=self._ledger.reserved_blocks(instance.key),
             pairs=[_pair_to_wire(pair) for pair in member.heartbeat.pairs],
             known_prefix_blocks=self._pools.prefixes.known_blocks(instance.key),
+            connecting=not self._pools.is_up(instance.key),
         )
 
 

@@ -3,6 +3,7 @@
 import random
 import secrets
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry
@@ -20,9 +21,10 @@ from router.policy import LeastLoaded
 from router.pools import Pools
 from router.queue import AdmissionQueue
 from router.registration import MembershipService
-from service.channels import PUBLIC_MESSAGE_BYTES
+from service.channels import PUBLIC_MESSAGE_BYTES, dial
 from service.lifecycle import Server
 from service.metrics import MetricsEndpoint, new_registry
+from service.security.settings import router_security
 
 
 class Router:
@@ -31,6 +33,8 @@ class Router:
     def __init__(self, config: RouterConfig, registry: CollectorRegistry) -> None:
         self.config = config
         clock = time.monotonic
+        security = router_security(config, config.tokens_file)
+        security.warn_if_exposed("router", config.host)
         router_id = f"router-{secrets.token_hex(6)}"
         self.ledger = Ledger(max_prefill_requests=config.max_prefill_requests)
         self.metrics = Metrics(registry)
@@ -42,7 +46,11 @@ class Router:
             grace_s=config.restart_grace_s,
         )
         self.pools = Pools(
-            router_id=router_id, ledger=self.ledger, admission=self.admission, clock=clock
+            router_id=router_id,
+            ledger=self.ledger,
+            admission=self.admission,
+            clock=clock,
+            dial=partial(dial, security=security),
         )
         self.inflight = Inflight(
             pools=self.pools,
@@ -80,6 +88,7 @@ class Router:
             port=config.port,
             max_message_bytes=PUBLIC_MESSAGE_BYTES,
             reflection=config.reflection,
+            security=security,
         )
         self.server.add(add_InferenceServicer_to_server, self._inference, "twinpool.v1.Inference")
         self.server.add(

@@ -3,7 +3,7 @@ in a prefill instance a prompt begins, and the question whether an instance answ
 """
 
 from array import array
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from hashlib import blake2b
 
 import grpc
@@ -17,13 +17,18 @@ from service.errors import (
     Incompatible,
     Internal,
     NotFound,
+    PermissionDenied,
     ServiceError,
+    Unauthenticated,
     Unavailable,
 )
 from service.status import from_rpc_error
 
 CONNECT_TIMEOUT_S = 5.0
 ABORT_TIMEOUT_S = 2.0
+
+# Makes the channel to an instance at an address.
+Dial = Callable[[str], grpc.aio.Channel]
 
 
 def worker_error(instance: Instance, error: grpc.aio.AioRpcError) -> ServiceError:
@@ -32,6 +37,9 @@ def worker_error(instance: Instance, error: grpc.aio.AioRpcError) -> ServiceErro
     who = f"{instance.role.value} instance {instance.key.name!r}"
     if isinstance(meant, DeadlineExceeded):
         return Unavailable(f"{who} did not answer in time", reason="INSTANCE_TIMEOUT")
+    if isinstance(meant, Unauthenticated | PermissionDenied):
+        # The router's trouble: to its client it must not look as if the client's token were wrong.
+        return Unavailable(f"{who} does not take this router's token", reason="ROUTER_REFUSED")
     # An instance that has restarted, or has not heard of a peer yet, refuses what it will take
     # a moment later.
     passing = isinstance(meant, Incompatible | NotFound) or _is_broken_stream(meant)

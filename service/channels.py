@@ -5,6 +5,10 @@ Owns sizes and keepalive; knows no service.
 
 import grpc
 
+from service.security.channel import SecureChannel, connect
+from service.security.settings import PLAIN, Security
+from service.security.tls import Pems
+
 MIB = 1 << 20
 WORKER_MESSAGE_BYTES = 64 * MIB
 PUBLIC_MESSAGE_BYTES = 16 * MIB
@@ -54,6 +58,23 @@ def channel_options(max_message_bytes: int) -> Options:
     ]
 
 
-def dial(address: str, *, max_message_bytes: int = WORKER_MESSAGE_BYTES) -> grpc.aio.Channel:
-    """Returns a channel to another process of the cluster; connects with the first call."""
-    return grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
+def dial(
+    address: str,
+    *,
+    max_message_bytes: int = WORKER_MESSAGE_BYTES,
+    security: Security = PLAIN,
+) -> grpc.aio.Channel:
+    """Returns a channel to another process of the cluster; connects with the first call.
+
+    With `security` it speaks TLS, shows the process's certificate, and sends its token.
+    """
+    options = channel_options(max_message_bytes)
+    if security.tls is None and security.shows is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    server_name = security.tls.server_name if security.tls is not None else ""
+
+    def make(pems: Pems | None) -> grpc.aio.Channel:
+        return connect(address, pems, options, server_name)
+
+    token = security.shows.shown if security.shows is not None else None
+    return SecureChannel(make, tls=security.tls, token=token)

@@ -126,6 +126,13 @@ class Unauthenticated(ServiceError):
         super().__init__(message, reason=reason)
 
 
+class PermissionDenied(ServiceError):
+    """The caller is known, and may not do this."""
+
+    def __init__(self, message: str, *, reason: str = "PERMISSION_DENIED") -> None:
+        super().__init__(message, reason=reason)
+
+
 class Internal(ServiceError):
     """A defect on the server's side; the log there has the details under the id in the message."""
 

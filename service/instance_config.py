@@ -10,6 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from service.config import Positional
 from service.logs import LogLevel
+from service.security.settings import (
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TlsRequireClientCert,
+    TlsServerName,
+    WorkerTokenFile,
+    check_tls,
+)
 from service.threads import default_threads
 
 _WILDCARDS = ("0.0.0.0", "::")  # what is listened on, never where somebody is reached
@@ -66,6 +75,12 @@ class InstanceConfig(BaseModel):
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="Seconds that open requests may take after SIGTERM."
     )
+    tls_cert: TlsCert = None
+    tls_key: TlsKey = None
+    tls_ca: TlsCa = None
+    tls_require_client_cert: TlsRequireClientCert = False
+    tls_server_name: TlsServerName = ""
+    worker_token_file: WorkerTokenFile = None
     reflection: bool = Field(default=False, description="Offer gRPC reflection.")
     metrics_port: int = Field(
         default=0, ge=0, le=65535, description="Port of Prometheus metrics on loopback; 0 is off."
@@ -79,6 +94,11 @@ class InstanceConfig(BaseModel):
         if host in _WILDCARDS:
             raise ValueError("peers need an address that they can reach, not a wildcard")
         return host
+
+    @model_validator(mode="after")
+    def _has_whole_tls(self) -> Self:
+        check_tls(self)
+        return self
 
     @model_validator(mode="after")
     def _is_reachable(self) -> Self:

@@ -22,6 +22,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from service.channels import WORKER_MESSAGE_BYTES, server_options
 from service.errors import StartError
 from service.parent import exit_with_supervisor
+from service.security.access import AccessInterceptor
+from service.security.settings import PLAIN, Security
+from service.security.tls import Tls
 from service.status import StatusInterceptor, leaves
 
 _log = logging.getLogger(__name__)
@@ -35,6 +38,8 @@ _EXIT_GRACE_S = 5.0
 class Server:
     """One grpc.aio server on one address, with health and, where wanted, reflection.
 
+    `security` says whether its port speaks TLS and whom it lets in.
+
     Use: `add` the services, `await start()`, then `await serve_until_stopped()`.
     """
 
@@ -46,16 +51,20 @@ class Server:
         port: int = 0,
         max_message_bytes: int = WORKER_MESSAGE_BYTES,
         reflection: bool = False,
+        security: Security = PLAIN,
     ) -> None:
         self.role = role
         self.host = host
         self.port = port
         self._reflection = reflection
+        self._tls = security.tls
+        access = security.access
+        guards = [AccessInterceptor(access)] if access is not None else []
         self._services: list[str] = []
         self._health = health.aio.HealthServicer()
         self._stop_wanted = asyncio.Event()
         self._grpc = grpc.aio.server(
-            interceptors=[StatusInterceptor()],
+            interceptors=[StatusInterceptor(), *guards],
             options=server_options(max_message_bytes),
             compression=grpc.Compression.NoCompression,
         )
@@ -88,7 +97,7 @@ class Server:
             reflection.enable_server_reflection(names, self._grpc)
         _check_bindable(self.host, self.port)
         try:
-            self.port = self._grpc.add_insecure_port(self.address)
+            self.port = _add_port(self._grpc, self.address, self._tls)
         except RuntimeError as exc:
             raise StartError(_bind_problem(self.host, self.port, None)) from exc
         for service in ("", *self._services):
@@ -246,6 +255,12 @@ async def _cancel(tasks: Sequence["asyncio.Future[None]"]) -> None:
 def join_address(host: str, port: int) -> str:
     """Returns host:port, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _add_port(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
+    if tls is None or tls.files.cert is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, tls.server_credentials())
 
 
 def _check_bindable(host: str, port: int) -> None:

@@ -30,10 +30,13 @@ from service.errors import (
     DeadlineExceeded,
     Incompatible,
     InvalidRequest,
+    PermissionDenied,
+    ServiceError,
     StartError,
     Unauthenticated,
     Unavailable,
 )
+from service.security.settings import PLAIN, Security
 from service.status import from_rpc_error, leaves
 
 _log = logging.getLogger(__name__)
@@ -43,7 +46,10 @@ ASSETS_CHUNK_BYTES = MIB
 PREFIX_INTERVAL_S = 0.2
 _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 2.0
-_FINAL = (Incompatible, InvalidRequest, Unauthenticated)
+_FINAL = (Incompatible, InvalidRequest)
+# Final for a newcomer, whose token is wrong. One that was let in before may only have another token
+# than the router for as long as tokens are being changed.
+_NOT_LET_IN = (Unauthenticated, PermissionDenied)
 
 _Call = Any  # grpc.aio.StreamStreamCall[RegisterRequest, RegisterResponse]
 
@@ -84,6 +90,7 @@ class Registration:
         on_drain: Callable[[str], None] | None = None,
         prefixes: PrefixSource | None = None,
         accept_timeout_s: float = 10.0,
+        security: Security = PLAIN,
     ) -> None:
         self.router_address = router_address
         self._hello = hello
@@ -93,6 +100,8 @@ class Registration:
         self._on_drain = on_drain
         self._prefixes = prefixes
         self._accept_timeout_s = accept_timeout_s
+        self._security = security
+        self._was_accepted = False
         self._accepted = asyncio.Event()
         self._closed = asyncio.Event()
         self._problem = ""
@@ -135,12 +144,13 @@ class Registration:
     async def _one_stream(self) -> bool:
         """Runs one stream to its end; returns whether it held for a while."""
         began = time.monotonic()
-        channel = dial(self.router_address)
+        channel = dial(self.router_address, security=self._security)
         try:
             call = MembershipStub(channel).Register()
             await self._converse(call)
         except Exception as exc:
-            self._lost(_problem_of(exc, self.router_address))
+            final = _FINAL if self._was_accepted else (*_FINAL, *_NOT_LET_IN)
+            self._lost(_problem_of(exc, self.router_address, final))
         finally:
             held = self.registered and time.monotonic() - began > _LONGEST_DELAY_S
             self._accepted.clear()
@@ -155,6 +165,7 @@ class Registration:
         except TimeoutError as exc:
             raise _Lost("does not answer") from exc
         self._accepted.set()
+        self._was_accepted = True
         self._problem = ""
         _log.info("registered with router %s", self.router_address)
         async with asyncio.TaskGroup() as tasks:
@@ -216,14 +227,14 @@ class _Lost(Exception):
     """The stream is over; the message completes the sentence "the router ..."."""
 
 
-def _problem_of(exc: Exception, router_address: str) -> str:
+def _problem_of(exc: Exception, router_address: str, final: tuple[type[ServiceError], ...]) -> str:
     """Says in plain words why a stream ended; raises where trying again is in vain."""
     for cause in leaves(exc):
         if isinstance(cause, _Lost):
             return str(cause)
         if isinstance(cause, grpc.aio.AioRpcError):
             error = from_rpc_error(cause)
-            if isinstance(error, _FINAL):
+            if isinstance(error, final):
                 raise RegistrationRefused(
                     f"router {router_address} refused this instance: {error.message}"
                 ) from exc

@@ -26,6 +26,7 @@ from service.errors import (
     Internal,
     InvalidRequest,
     NotFound,
+    PermissionDenied,
     Refused,
     ServiceError,
     Unauthenticated,
@@ -49,6 +50,7 @@ _CODES: dict[type[ServiceError], grpc.StatusCode] = {
     NotFound: grpc.StatusCode.NOT_FOUND,
     Incompatible: grpc.StatusCode.FAILED_PRECONDITION,
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     Internal: grpc.StatusCode.INTERNAL,
 }
 
@@ -234,8 +236,10 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
             return NotFound(message, reason=reason or "NOT_FOUND")
         case grpc.StatusCode.FAILED_PRECONDITION:
             return Incompatible(message, reason=reason or "INCOMPATIBLE")
-        case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
+        case grpc.StatusCode.UNAUTHENTICATED:
             return Unauthenticated(message, reason=reason or "UNAUTHENTICATED")
+        case grpc.StatusCode.PERMISSION_DENIED:
+            return PermissionDenied(message, reason=reason or "PERMISSION_DENIED")
         case _:
             return Internal(message, reason=reason or code.name)
 

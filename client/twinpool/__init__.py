@@ -2,9 +2,11 @@
 
 from twinpool.aio import AsyncClient, AsyncStream
 from twinpool.client import Client, Stream
+from twinpool.credentials import Tls
 from twinpool.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    PermissionDenied,
     Refused,
     ServerError,
     TwinpoolError,
@@ -49,6 +51,7 @@ __all__ = [
     "KvPair",
     "Message",
     "ModelStatus",
+    "PermissionDenied",
     "PositionLogprobs",
     "Prompt",
     "Refused",
@@ -57,6 +60,7 @@ __all__ = [
     "ServerError",
     "Status",
     "Stream",
+    "Tls",
     "TokenLogprob",
     "TwinpoolError",
     "Unauthenticated",

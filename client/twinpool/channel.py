@@ -1,4 +1,7 @@
-"""How a client connects: target, sizes, keepalive and the token. Knows no call."""
+"""How a client connects: target, sizes, keepalive. Knows no call."""
+
+import grpc
+from twinpool.credentials import Tls
 
 MESSAGE_BYTES = 16 * 2**20
 
@@ -21,9 +24,18 @@ OPTIONS = [
 QUESTION_TIMEOUT_S = 10.0
 
 
-def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """Return the metadata that every call carries."""
-    return (("authorization", f"Bearer {token}"),) if token is not None else ()
+def transport(
+    tls: Tls | None, credentials: grpc.ChannelCredentials | None
+) -> tuple[grpc.ChannelCredentials | None, list[tuple[str, int | str]]]:
+    """Return a channel's credentials, None for a plain one, and its options.
+
+    Raises ValueError for both at once and for files that cannot be read.
+    """
+    if tls is not None and credentials is not None:
+        raise ValueError("tls and credentials: give one of them")
+    if tls is None:
+        return credentials, [*OPTIONS]
+    return tls.credentials(), [*OPTIONS, *tls.options()]
 
 
 def checked_address(address: object) -> str:

@@ -7,7 +7,8 @@ from typing import Self, TypeVar, Unpack
 import grpc
 from google.protobuf.message import Message as WireMessage
 from twinpool import wire
-from twinpool.channel import OPTIONS, QUESTION_TIMEOUT_S, call_metadata, checked_address
+from twinpool.channel import QUESTION_TIMEOUT_S, checked_address, transport
+from twinpool.credentials import Bearer, FilePath, TlsChoice, tls_of
 from twinpool.errors import from_rpc_error
 from twinpool.types import Chunk, Completion, Description, GenerateOptions, Prompt, Status
 from twinpool.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -94,8 +95,9 @@ class Stream:
 class Client:
     """A connection to a Twinpool router at "host:port"; connects with the first call.
 
-    `token` goes with every call as `authorization: Bearer`; it is readable on the way unless
-    `credentials` (grpc.ssl_channel_credentials(...)) make the connection TLS.
+    `token`, or the one in `token_file`, goes with every call as `authorization: Bearer`; it can be
+    read on the way unless the connection is TLS. `tls` is True, a CA's PEM file, or a `Tls`;
+    `credentials` takes gRPC's own instead. Raises ValueError for files that cannot be used.
     """
 
     def __init__(
@@ -103,15 +105,18 @@ class Client:
         address: str,
         *,
         token: str | None = None,
+        token_file: FilePath | None = None,
+        tls: TlsChoice = False,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._address = checked_address(address)
-        self._metadata = call_metadata(token)
+        self._bearer = Bearer(token, token_file)
         self._closed = False
+        credentials, options = transport(tls_of(tls), credentials)
         if credentials is None:
-            self._channel = grpc.insecure_channel(address, options=OPTIONS)
+            self._channel = grpc.insecure_channel(address, options=options)
         else:
-            self._channel = grpc.secure_channel(address, credentials, options=OPTIONS)
+            self._channel = grpc.secure_channel(address, credentials, options=options)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._membership = worker_pb2_grpc.MembershipStub(self._channel)
 
@@ -123,7 +128,9 @@ class Client:
         self._check_open()
         request = wire.generate_request(prompt, options)
         timeout_s = options.get("timeout_s")
-        call = self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        call = self._inference.Generate(
+            request, timeout=timeout_s, metadata=self._bearer.metadata()
+        )
         return Stream(call, self._address)
 
     def complete(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
@@ -171,7 +178,7 @@ class Client:
     ) -> _Answer:
         self._check_open()
         try:
-            return call(request, timeout=timeout_s, metadata=self._metadata)
+            return call(request, timeout=timeout_s, metadata=self._bearer.metadata())
         except grpc.RpcError as exc:
             raise from_rpc_error(exc, address=self._address) from exc
 

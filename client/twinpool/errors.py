@@ -91,6 +91,10 @@ class Unauthenticated(TwinpoolError):
     """The server wants a token, or another one."""
 
 
+class PermissionDenied(TwinpoolError):
+    """The token is known, and is not good for this call."""
+
+
 class ServerError(TwinpoolError):
     """The server failed at this request; nothing about the request is known to be wrong."""
 
@@ -133,8 +137,10 @@ def from_rpc_error(
             # gRPC's own words for it do not say what has passed.
             message = said if rich.ours else f"the call to {address} took longer than its timeout_s"
             return DeadlineExceeded(message, reason=reason, request_id=request_id)
-        case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
+        case grpc.StatusCode.UNAUTHENTICATED:
             return Unauthenticated(said, reason=reason, request_id=request_id)
+        case grpc.StatusCode.PERMISSION_DENIED:
+            return PermissionDenied(said, reason=reason, request_id=request_id)
         case grpc.StatusCode.UNIMPLEMENTED:
             message = f"{address} does not offer this call ({said}); is it a Twinpool router?"
             return ServerError(message, reason=reason, request_id=request_id)

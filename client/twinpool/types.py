@@ -214,7 +214,8 @@ class KvPair:
 class InstanceStatus:
     """One instance as the router sees it; `role` is prefill or decode.
 
-    `known_prefix_blocks` are those of its prefix cache that the router routes by.
+    `known_prefix_blocks` are those of its prefix cache that the router routes by. While it is
+    `connecting`, the router gives it nothing.
     """
 
     name: str
@@ -227,6 +228,7 @@ class InstanceStatus:
     running: int
     waiting: int
     draining: bool
+    connecting: bool
     heartbeat_age_s: float
     ledger_reserved: int
     known_prefix_blocks: int

@@ -21,6 +21,7 @@ from service.instance import Incarnation, Part, die
 from service.logs import configure_logging
 from service.ranks.config import RanksConfig
 from service.ranks.group import given_place, log_name, meet_first, rank_name, take_part
+from service.security.settings import instance_security
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ async def follow(settings: RanksConfig, make: Make) -> None:
     place = await asyncio.to_thread(given_place)
     _configure_logs(settings, f"rank {rank_name(settings, place.rank)}")
     address, secret = await asyncio.to_thread(meet_first, place)
-    channel = dial(address)
+    channel = dial(address, security=instance_security(settings))
     stream = _Stream(channel, place.rank, secret)
     welcome = await stream.welcome()
     who = Incarnation(

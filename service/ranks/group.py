@@ -37,6 +37,7 @@ from service.lifecycle import Server
 from service.parent import PARENT_PID_VARIABLE
 from service.ranks.config import RanksConfig
 from service.ranks.leader import Followers
+from service.security.settings import PLAIN, Security
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def _group(settings: RanksConfig, rank: int, axes: tuple[str, ...]) -> dist.Proc
 
 @asynccontextmanager
 async def led(
-    settings: RanksConfig, who: Incarnation
+    settings: RanksConfig, who: Incarnation, security: Security = PLAIN
 ) -> AsyncIterator[tuple[Followers | None, Part]]:
     """Be the first rank: start the others where nobody else has, and join them.
 
@@ -163,7 +164,7 @@ async def led(
         who=who,
         on_lost=_go_down,
     )
-    server = Server("ranks", host=settings.data_host)
+    server = Server("ranks", host=settings.data_host, security=security)
     server.add(rank_pb2_grpc.add_RanksServicer_to_server, followers, "twinpool.v1.Ranks")
     await server.start()
     place.store.set(_SECRET, secret.hex())

@@ -138,7 +138,8 @@ class Cluster:
                 assert process.poll() is None, f"{role} ended:\n{self.log(role)}"
             try:
                 with self.client() as client:
-                    return {i.name for i in client.status().instances} == names
+                    found = client.status().instances
+                    return {i.name for i in found if not i.connecting} == names
             except TwinpoolError:
                 return False
 

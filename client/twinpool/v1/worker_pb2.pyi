@@ -615,6 +615,7 @@ class InstanceStatus(_message.Message):
     LEDGER_RESERVED_FIELD_NUMBER: _builtins.int
     PAIRS_FIELD_NUMBER: _builtins.int
     KNOWN_PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
+    CONNECTING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     epoch: _builtins.int
     role: _common_pb2.Role.ValueType
@@ -629,6 +630,8 @@ class InstanceStatus(_message.Message):
     """Blocks that the router's own ledger holds here."""
     known_prefix_blocks: _builtins.int
     """Blocks of its prefix cache that the router knows of and routes by."""
+    connecting: _builtins.bool
+    """The router has no connection to it yet, or none any more, and gives it nothing."""
     @_builtins.property
     def capacity(self) -> Global___Capacity: ...
     @_builtins.property
@@ -652,10 +655,11 @@ class InstanceStatus(_message.Message):
         ledger_reserved: _builtins.int = ...,
         pairs: _abc.Iterable[Global___KvPair] | None = ...,
         known_prefix_blocks: _builtins.int = ...,
+        connecting: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "capacity", b"capacity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "known_prefix_blocks", b"known_prefix_blocks", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "pairs", b"pairs", "role", b"role", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "connecting", b"connecting", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "known_prefix_blocks", b"known_prefix_blocks", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "pairs", b"pairs", "role", b"role", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

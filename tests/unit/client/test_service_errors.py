@@ -40,6 +40,7 @@ def arrives(error: service.ServiceError) -> twinpool.TwinpoolError:
         (service.DeadlineExceeded(), twinpool.DeadlineExceeded),
         (service.NotFound("no such model"), twinpool.InvalidRequest),
         (service.Unauthenticated("no token"), twinpool.Unauthenticated),
+        (service.PermissionDenied("no right"), twinpool.PermissionDenied),
         (service.Internal("a defect"), twinpool.ServerError),
         (service.WorkFailed("x", reason="PeerLost", retryable=True), twinpool.Unavailable),
         (service.WorkFailed("x", reason="BadModel", retryable=False), twinpool.ServerError),

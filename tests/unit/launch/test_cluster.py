@@ -7,9 +7,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from twinpool.v1.common_pb2 import ROLE_DECODE, ROLE_PREFILL
 from twinpool.v1.worker_pb2 import GetStatusResponse, InstanceStatus
 
@@ -231,6 +232,29 @@ def test_command_lines_are_what_the_roles_accept() -> None:
         assert flags <= fields
 
 
+def secured(**changes: Any) -> ClusterConfig:
+    files = ("tls_cert", "tls_key", "tls_ca", "tokens_file", "worker_token_file", "token_file")
+    settings: dict[str, Any] = {name: Path(f"/{name}") for name in files}
+    return ClusterConfig(**settings | {"tls_require_client_cert": True} | changes)
+
+
+def test_roles_are_given_certificates_and_the_workers_token_and_only_the_router_the_file() -> None:
+    specs = {spec.name: " ".join(spec.argv) for spec in child_specs(secured(), 9123)}
+    for line in specs.values():
+        assert "--tls-cert /tls_cert --tls-key /tls_key --tls-ca /tls_ca" in line
+        assert "--worker-token-file /worker_token_file --tls-require-client-cert" in line
+        assert "/token_file" not in line.split()
+    assert [name for name, line in specs.items() if "--tokens-file /tokens_file" in line] == [
+        "router"
+    ]
+
+
+@pytest.mark.parametrize("missing", ["token_file", "worker_token_file", "tls_key", "tls_cert"])
+def test_half_of_what_a_secured_cluster_needs_is_refused(missing: str) -> None:
+    with pytest.raises(ValidationError, match=f"--{missing.replace('_', '-')}: is required"):
+        secured(**{missing: None})
+
+
 def test_model_is_the_built_in_one_unless_given() -> None:
     assert ClusterConfig().model == builtin.MODEL_DIR
     specs = child_specs(ClusterConfig(), 1)
@@ -242,9 +266,11 @@ def test_readiness_needs_both_pools_and_no_drain() -> None:
     prefill = InstanceStatus(role=ROLE_PREFILL)
     decode = InstanceStatus(role=ROLE_DECODE)
     draining = InstanceStatus(role=ROLE_DECODE, draining=True)
+    connecting = InstanceStatus(role=ROLE_DECODE, connecting=True)
     assert missing_roles(GetStatusResponse()) == "prefill and decode"
     assert missing_roles(GetStatusResponse(instances=[prefill])) == "decode"
     assert missing_roles(GetStatusResponse(instances=[prefill, draining])) == "decode"
+    assert missing_roles(GetStatusResponse(instances=[prefill, connecting])) == "decode"
     assert missing_roles(GetStatusResponse(instances=[prefill, decode])) == ""
 
 

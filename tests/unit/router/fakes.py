@@ -18,6 +18,7 @@ from twinpool.v1 import common_pb2, kv_pb2, worker_pb2, worker_pb2_grpc
 
 from service.errors import Incompatible, NotFound, ServiceError, WorkFailed
 from service.registration import PrefixSource, Registration
+from service.security.settings import PLAIN, Security
 from service.status import StatusInterceptor
 from text import TextAssets, Tokenizer
 
@@ -98,8 +99,10 @@ class FakeInstance:
         prefix_seed: bytes = b"",
         prefixes: PrefixSource | None = None,
         expected_output_tokens: int = 0,
+        security: Security = PLAIN,
     ) -> None:
         self.name = name
+        self.security = security
         self.epoch = epoch
         self.answer = TOKENIZER.encode(answer)
         self.capacity = worker_pb2.Capacity(
@@ -159,6 +162,7 @@ class FakeInstance:
             on_peers=lambda peers: setattr(self, "peers", peers),
             on_drain=self.drains.append,
             prefixes=self.prefixes,
+            security=self.security,
         )
         self._registration = asyncio.create_task(registration.run())
         return self._registration

@@ -43,6 +43,20 @@ async def test_instances_hear_of_decode_instances_as_they_come_and_go() -> None:
         await until(lambda: [p.name for p in decode.peers] == ["decode"])  # as it may drain
 
 
+async def test_status_tells_which_instances_the_router_cannot_reach() -> None:
+    async with running() as system:
+        await system.add_prefill()
+        lost = FakeDecode("lost")
+        lost.address = "127.0.0.1:1"
+        lost.join(system.router.server.address)
+        try:
+            await until(lambda: len(system.router.pools.members) == 2)
+            status = await system.membership.GetStatus(worker_pb2.GetStatusRequest(), timeout=10)
+        finally:
+            await lost.die()
+    assert {i.name: i.connecting for i in status.instances} == {"prefill": False, "lost": True}
+
+
 async def test_instance_of_another_model_is_refused_for_good() -> None:
     async with pair() as (system, _, _):
         stranger = FakeDecode("stranger", model_description=model(fingerprint="beef"))

@@ -22,7 +22,14 @@ from twinpool.v1.worker_pb2 import (
     RegisterResponse,
 )
 
-from service.errors import Incompatible, InvalidRequest, Unavailable
+from service.errors import (
+    Incompatible,
+    InvalidRequest,
+    PermissionDenied,
+    ServiceError,
+    Unauthenticated,
+    Unavailable,
+)
 from service.lifecycle import Server
 from service.registration import ASSETS_CHUNK_BYTES, Registration, RegistrationRefused
 
@@ -247,9 +254,14 @@ async def test_peers_and_drain_reach_their_callbacks() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [Incompatible("it serves 'a', this is 'b'"), InvalidRequest("layout", "tp3", "unknown")],
+    [
+        Incompatible("it serves 'a', this is 'b'"),
+        InvalidRequest("layout", "tp3", "unknown"),
+        Unauthenticated("the token is not known here"),
+        PermissionDenied("the token has not the right"),
+    ],
 )
-async def test_refused_registration_is_final(error: Incompatible | InvalidRequest) -> None:
+async def test_refused_registration_is_final(error: ServiceError) -> None:
     router = Router(raising(error))
     async with serving(router) as server:
         with pytest.raises(RegistrationRefused) as caught:
@@ -257,6 +269,15 @@ async def test_refused_registration_is_final(error: Incompatible | InvalidReques
                 await registration(server.address).run()
     assert error.message in str(caught.value)
     assert len(router.streams) == 1
+
+
+async def test_token_that_was_good_once_is_tried_again_while_tokens_change() -> None:
+    router = Router(
+        accepting(drop_after=1), raising(Unauthenticated("not known here")), accepting()
+    )
+    async with serving(router) as server, running(registration(server.address)):
+        await router.until(lambda: "heartbeat" in router.kinds(2))
+    assert router.kinds(1) == ["hello"]
 
 
 async def test_dropped_stream_is_opened_again_with_a_hello() -> None:

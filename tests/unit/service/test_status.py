@@ -24,6 +24,7 @@ from service.errors import (
     Internal,
     InvalidRequest,
     NotFound,
+    PermissionDenied,
     Refused,
     ServiceError,
     Unauthenticated,
@@ -48,6 +49,7 @@ ERRORS = [
     (NotFound("no model 'x'"), grpc.StatusCode.NOT_FOUND),
     (Incompatible("another model"), grpc.StatusCode.FAILED_PRECONDITION),
     (Unauthenticated("no token"), grpc.StatusCode.UNAUTHENTICATED),
+    (PermissionDenied("no right"), grpc.StatusCode.PERMISSION_DENIED),
     (Internal("internal error 1"), grpc.StatusCode.INTERNAL),
 ]
 
