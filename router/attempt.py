@@ -369,6 +369,7 @@ class Attempt:
             request_id=leg_id,
             need=Need(prompt_tokens=len(self._request.prompt_token_ids), max_new_tokens=1),
             priority=self._request.priority,
+            tenant=self._request.tenant,
             start_by=self._deadline,
             cached_tokens=self._pools.prefixes.lookup(self._request),
             avoid=frozenset(self._lost),

@@ -1,9 +1,10 @@
 """Owns the router's settings: names, bounds, defaults. Imports nothing heavy."""
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from router.fairness import Tenants
 from router.validate import Caps
 from service.logs import LogLevel
 from service.security.settings import (
@@ -16,6 +17,9 @@ from service.security.settings import (
     WorkerTokenFile,
     check_tls,
 )
+
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Cap = Annotated[int, Field(ge=1)]
 
 
 class RouterConfig(BaseModel):
@@ -39,6 +43,28 @@ class RouterConfig(BaseModel):
         default=64,
         ge=1,
         description="Times later requests may overtake one that does not fit yet.",
+    )
+    refuse_early: bool = Field(
+        default=True,
+        description="Refuse at once what, as far as is known, cannot start in time.",
+    )
+    tenant_weight: dict[str, Weight] = Field(
+        default_factory=dict,
+        description="Share of the KV room, while others wait, of a tenant, or of * for any other;"
+        " 1 where none is given.",
+    )
+    max_tenant_requests: dict[str, Cap] = Field(
+        default_factory=dict,
+        description="Open requests of a tenant, or of * for any other, at most.",
+    )
+    max_tenant_queued: dict[str, Cap] = Field(
+        default_factory=dict,
+        description="Requests of a tenant, or of * for any other, that may wait for room at most.",
+    )
+    max_tenant_tokens: dict[str, Cap] = Field(
+        default_factory=dict,
+        description="Tokens that open requests of a tenant, or of * for any other, may come to"
+        " hold room for at most.",
     )
     max_prefill_requests: int = Field(
         default=256, ge=1, description="Requests given to one prefill instance at once."
@@ -103,6 +129,15 @@ class RouterConfig(BaseModel):
     def _has_whole_tls(self) -> Self:
         check_tls(self)
         return self
+
+    @property
+    def tenants(self) -> Tenants:
+        return Tenants(
+            weights=self.tenant_weight,
+            max_requests=self.max_tenant_requests,
+            max_queued=self.max_tenant_queued,
+            max_tokens=self.max_tenant_tokens,
+        )
 
     @property
     def caps(self) -> Caps:

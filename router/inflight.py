@@ -166,7 +166,7 @@ class Inflight:
             raise
         waited_s = self._clock() - asked_at
         run.stats.queue_s += waited_s
-        self._metrics.waited(waited_s)
+        self._metrics.waited(waited_s, run.request.priority)
         return placement
 
     def _waiting(self, run: Progress, need: Need, start_by: float) -> Waiting:
@@ -174,11 +174,13 @@ class Inflight:
             request_id=run.id,
             need=need,
             priority=run.request.priority,
+            tenant=run.request.tenant,
             start_by=start_by,
             cached_tokens=self._pools.prefixes.lookup(run.request),
             avoid=run.avoid,
             resumes=run.has_begun or _is_preempted(run.error),
             patient=run.has_begun or _is_preempted(run.error),
+            again=run.error is not None,
         )
 
     def _attempt(self, job: Job, run: Progress, placement: Placement) -> Try:

@@ -144,10 +144,12 @@ class PrefillView:
     max_outstanding_requests: int
 
     def fits(self, need: Need) -> bool:
-        return (
-            need.prompt_tokens <= self.capacity.largest_sequence
-            and self.outstanding_requests < self.max_outstanding_requests
-        )
+        return need.prompt_tokens <= self.capacity.largest_sequence and not self.is_full
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it takes no more requests, of whatever size, before it is done with one."""
+        return self.outstanding_requests >= self.max_outstanding_requests
 
     @property
     def outstanding_tokens(self) -> int:
@@ -406,6 +408,14 @@ class Ledger:
         key = self._decode_of.pop(request_id, None)
         if key is not None:
             self._decodes[key].strike(request_id)
+
+    def room_of(self, request_id: int) -> int | None:
+        """Tokens of room that a request has at decode: 0 while only prefill has it, else None."""
+        key = self._decode_of.get(request_id)
+        if key is not None:
+            account = self._decodes[key]
+            return account.entries[request_id] * account.capacity.block_size
+        return 0 if request_id in self._prefill_of else None
 
     def is_idle(self) -> bool:
         return not self._decode_of and not self._prefill_of

@@ -23,6 +23,15 @@ WAYS = ("prefill", "kv")
 CARRIES = ("carried", "stayed")
 # How the search for another prefill instance can end; "not needed": decode had all of the KV.
 RESUMES = ("resumed", "not needed", "failed")
+# Classes of priority, which itself is any number: below 0, 0, above.
+CLASSES = ("low", "normal", "high")
+# Seconds that a wait was longer than foretold; below 0 it was shorter.
+# fmt: off
+_ERROR_BUCKETS_S = (
+    -60.0, -30.0, -10.0, -5.0, -2.0, -1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0,
+    60.0,
+)
+# fmt: on
 
 
 class Metrics:
@@ -80,8 +89,32 @@ class Metrics:
             self._pause_s.labels(way)
         self._queue_s = Histogram(
             "twinpool_router_queue_seconds",
-            "Wait for room in the pools.",
+            "Wait for room in the pools, by class of priority.",
+            ["priority"],
             buckets=QUEUE_BUCKETS_S,
+            registry=registry,
+        )
+        for name in CLASSES:
+            self._queue_s.labels(name)
+        self._admissions = Counter(
+            "twinpool_router_admissions",
+            "Waits for room by how they ended, and why requests were refused.",
+            ["outcome", "reason"],
+            registry=registry,
+        )
+        # "left": the client or its deadline ended the wait.
+        for outcome in ("admitted", "left"):
+            self._admissions.labels(outcome, "")
+        self._foretold_s = Histogram(
+            "twinpool_router_foretold_queue_seconds",
+            "Wait that was foretold for requests that were admitted.",
+            buckets=QUEUE_BUCKETS_S,
+            registry=registry,
+        )
+        self._foretold_error_s = Histogram(
+            "twinpool_router_foretold_error_seconds",
+            "Wait for room less the wait that was foretold, of requests that were admitted.",
+            buckets=_ERROR_BUCKETS_S,
             registry=registry,
         )
         self._ttft_s = Histogram(
@@ -143,8 +176,18 @@ class Metrics:
     def paused(self, seconds: float, way: str) -> None:
         self._pause_s.labels(way).observe(seconds)
 
-    def waited(self, seconds: float) -> None:
-        self._queue_s.observe(seconds)
+    def waited(self, seconds: float, priority: int) -> None:
+        name = CLASSES[1 + (priority > 0) - (priority < 0)]
+        self._queue_s.labels(name).observe(seconds)
+
+    def admission(self, outcome: str, reason: str = "") -> None:
+        """Counts a wait for room that has ended; `reason` is one of the gate's constants."""
+        self._admissions.labels(outcome, reason).inc()
+
+    def foretold(self, predicted_s: float, waited_s: float) -> None:
+        """Takes the wait of an admitted request as it was foretold, and as it was."""
+        self._foretold_s.observe(predicted_s)
+        self._foretold_error_s.observe(waited_s - predicted_s)
 
     def placed(self, cached_tokens: int) -> None:
         self._expected_cached.inc(cached_tokens)

@@ -13,13 +13,13 @@ from twinpool.v1.worker_pb2_grpc import add_MembershipServicer_to_server
 
 from router.admission import Admission
 from router.config import RouterConfig
+from router.gate import Gate
 from router.inference import InferenceService
 from router.inflight import Inflight
 from router.ledger import Ledger
 from router.metrics import Metrics
 from router.policy import LeastLoaded
 from router.pools import Pools
-from router.queue import AdmissionQueue
 from router.registration import MembershipService
 from service.channels import PUBLIC_MESSAGE_BYTES, dial
 from service.lifecycle import Server
@@ -38,13 +38,16 @@ class Router:
         router_id = f"router-{secrets.token_hex(6)}"
         self.ledger = Ledger(max_prefill_requests=config.max_prefill_requests)
         self.metrics = Metrics(registry)
-        self.admission = Admission(
+        gate = Gate(
             ledger=self.ledger,
-            queue=AdmissionQueue(max_requests=config.max_queue, max_bypasses=config.max_bypasses),
             policy=LeastLoaded(),
-            clock=clock,
+            tenants=config.tenants,
+            max_queue=config.max_queue,
+            max_bypasses=config.max_bypasses,
             grace_s=config.restart_grace_s,
+            refuses_early=config.refuse_early,
         )
+        self.admission = Admission(gate=gate, metrics=self.metrics, clock=clock)
         self.pools = Pools(
             router_id=router_id,
             ledger=self.ledger,

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from service.errors import StartError
-from service.options import Positional, bare_type, flag_name, is_list, parameter
+from service.options import Positional, bare_type, flag_name, is_list, is_mapping, parameter
 from service.parent import exit_with_supervisor
 
 __all__ = ["ConfigError", "Loaded", "Positional", "env_name", "launcher", "load"]
@@ -82,14 +82,26 @@ def load(
     ]
     for source, layer in layers:
         for name, value in layer.items():
-            values[name] = value
             sources[name] = (
                 f"environment {env_name(role, name)}" if source == "environment" else source
             )
+            values[name] = _by_name(model, name, value, sources[name])
     try:
         return Loaded(config=model(**values), sources=sources)
     except ValidationError as exc:
         raise ConfigError(_error_lines(exc, model, sources)) from None
+
+
+def _by_name(model: type[BaseModel], name: str, value: Any, source: str) -> Any:
+    """Returns the NAME=VALUE texts of flags and environment as a mapping, else the value itself."""
+    if not is_mapping(model.model_fields[name]) or not isinstance(value, list):
+        return value
+    pairs = [str(text).partition("=") for text in value]
+    for text, (key, sign, _) in zip(value, pairs, strict=True):
+        if not (key and sign):
+            found = f"{flag_name(model, name)}: found {text!r} ({source})"
+            raise ConfigError([f"{found}; must be NAME=VALUE"])
+    return {key: text for key, _, text in pairs}
 
 
 def env_name(role: str, field: str) -> str:

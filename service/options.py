@@ -70,6 +70,8 @@ def _option(name: str, field: FieldInfo, bare: Any) -> Any:
 
 
 def _metavar(field: FieldInfo, bare: Any) -> str:
+    if is_mapping(field):
+        return "NAME=VALUE"
     if is_list(field):
         return "TEXT"
     names = {int: "INTEGER", float: "NUMBER", Path: "PATH", SecretStr: "SECRET"}
@@ -84,8 +86,10 @@ def _help(field: FieldInfo) -> str:
     if field.is_required():
         return f"{text} Required."
     default = field.get_default(call_default_factory=True)
-    if default is None or default == "" or default == []:
+    if default is None or default in ("", [], {}):
         return text
+    if isinstance(default, dict):
+        default = [f"{name}={value}" for name, value in default.items()]
     shown = "yes" if default is True else "no" if default is False else default
     shown = ", ".join(map(str, shown)) if isinstance(shown, list | tuple) else shown
     return f"{text} Default: {shown}."
@@ -116,4 +120,9 @@ def bare_type(annotation: Any) -> Any:
 
 def is_list(field: FieldInfo) -> bool:
     """Whether a field takes several values."""
-    return get_origin(bare_type(field.annotation)) in (list, tuple)
+    return get_origin(bare_type(field.annotation)) in (list, tuple) or is_mapping(field)
+
+
+def is_mapping(field: FieldInfo) -> bool:
+    """Whether a field takes values by name, each as NAME=VALUE."""
+    return get_origin(bare_type(field.annotation)) is dict

@@ -1,7 +1,8 @@
 """Between `service.errors` and gRPC statuses, both ways: the only file that names status codes.
 
 On the wire an error is a google.rpc.Status with ErrorInfo (reason, domain "twinpool", metadata),
-BadRequest for a field that is wrong, RetryInfo where trying again can help.
+BadRequest for a field that is wrong, RetryInfo where trying again can help. The trailing metadata
+`grpc-retry-pushback-ms` tells the same to clients that leave it to gRPC to try again.
 """
 
 import asyncio
@@ -36,6 +37,8 @@ from service.errors import (
 
 DOMAIN = "twinpool"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+# To gRPC's own retries any number below 0 says that there is to be none.
+_NO_RETRY = "-1"
 _DETAILS_KEY = "grpc-status-details-bin"
 # The message travels twice in the trailers, which HTTP/2 peers cap at 8 KiB by default.
 _MAX_MESSAGE_CHARS = 1000
@@ -70,6 +73,8 @@ def rich_status(
     trailing: list[tuple[str, str | bytes]] = [(_DETAILS_KEY, status.SerializeToString())]
     if error.retry_after_s is not None:
         trailing.append((PUSHBACK_KEY, str(round(error.retry_after_s * 1000))))
+    elif not error.retryable:
+        trailing.append((PUSHBACK_KEY, _NO_RETRY))
     return code, message, tuple(trailing)
 
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from engine.ring.cyclic import Dealing
-from router.admission import Room
 from router.ledger import Capacity, InstanceKey, Ledger, LedgerError, Need, Placement
 from router.policy import LeastLoaded
 from router.queue import AdmissionQueue, QueueFull, Waiting
+from router.room import Misfits, Room
 
 PREFILL = InstanceKey("prefill", 1)
 DECODE = InstanceKey("decode", 1)
@@ -216,7 +216,7 @@ class LedgerAndQueue(RuleBasedStateMachine):
     def room_is_given(self) -> None:
         while True:
             before = {w.request_id: w.bypasses for w in self.waiting.values()}
-            found = self.queue.next_admissible(Room(self.ledger, LeastLoaded()))
+            found = self.queue.next_admissible(Room(self.ledger, LeastLoaded(), Misfits()))
             if found is None:
                 return
             admitted, placement = found

@@ -22,13 +22,19 @@ class Room:
 
 
 def waiting(
-    request_id: int, tokens: int = 10, *, priority: int = 0, start_by: float = 99.0
+    request_id: int,
+    tokens: int = 10,
+    *,
+    priority: int = 0,
+    start_by: float = 99.0,
+    tenant: str = "",
 ) -> Waiting:
     return Waiting(
         request_id=request_id,
         need=Need(prompt_tokens=tokens - 2, max_new_tokens=2),
         priority=priority,
         start_by=start_by,
+        tenant=tenant,
     )
 
 

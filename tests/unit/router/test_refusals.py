@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from twinpool.v1 import inference_pb2
 
+from router.forecast import MIN_ENDS
 from service.errors import DeadlineExceeded, InvalidRequest, Refused, Unavailable
 from tests.unit.router.system import System, collect, error_of, pair, running, text_of, until
 
@@ -47,6 +48,93 @@ async def test_wait_beyond_the_limit_is_refused_with_a_retry_time() -> None:
         assert error.retryable
         holder.cancel()
         await system.settled()
+
+
+async def test_tenant_above_its_cap_is_refused_while_others_are_let_in() -> None:
+    async with pair(max_tenant_requests={"*": 1, "vip": 2}) as (system, _, decode):
+        decode.step_gate.clear()
+        held = [system.generate(max_new_tokens=9, tenant=t) for t in ("a", "vip", "vip")]
+        await until(lambda: len(decode.reserves) == 3)
+        error = await error_of(system.generate(max_new_tokens=9, tenant="a"))
+        assert isinstance(error, Refused)
+        assert (error.reason, error.needed, error.free) == ("TENANT_CAP", 1, 0)
+        assert error.retryable
+        decode.step_gate.set()
+        for call in held:
+            await collect(call)
+        await system.settled()
+        assert admissions(system, "admitted", "") == 3
+        assert admissions(system, "refused", "TENANT_CAP") == 1
+
+
+async def test_tenant_that_fills_the_queue_gives_way_in_it() -> None:
+    async with pair(max_queue=2) as (system, _, decode):
+        decode.step_gate.clear()
+        holder = system.generate(max_new_tokens=1000, tenant="flood")
+        await until(lambda: bool(decode.reserves))
+        first = system.generate(max_new_tokens=1000, tenant="flood")
+        await until(lambda: system.router.admission.queued == 1)
+        last = system.generate(max_new_tokens=1000, tenant="flood")
+        await until(lambda: system.router.admission.queued == 2)
+        other = asyncio.ensure_future(collect(system.generate(max_new_tokens=3, tenant="b")))
+        error = await error_of(last)
+        assert isinstance(error, Refused)
+        assert (error.reason, error.retryable) == ("QUEUE_FULL", True)
+        assert not first.done()
+        decode.step_gate.set()
+        assert text_of(await other) == "hel"
+        await collect(holder)
+        await collect(first)
+        await system.settled()
+
+
+async def test_wait_that_is_known_to_be_of_no_use_is_refused_at_once() -> None:
+    async with pair(max_queue_wait_s=0.001) as (system, _, decode):
+        for _ in range(MIN_ENDS):
+            await collect(system.generate(max_new_tokens=100, ignore_eos=True))
+        decode.step_gate.clear()
+        holder = system.generate(max_new_tokens=1000)
+        await until(lambda: len(decode.reserves) > MIN_ENDS)
+        error = await error_of(system.generate(max_new_tokens=1000))
+        assert isinstance(error, Refused)
+        assert error.reason == "PREDICTED_WAIT"
+        assert error.retryable
+        assert system.router.admission.queued == 0
+        holder.cancel()
+        await system.settled()
+        assert admissions(system, "refused", "PREDICTED_WAIT") == 1
+
+
+async def test_whoever_is_told_to_wait_in_vain_may_be_let_wait() -> None:
+    async with pair(max_queue_wait_s=0.001, refuse_early=False) as (system, _, decode):
+        for _ in range(MIN_ENDS):
+            await collect(system.generate(max_new_tokens=100, ignore_eos=True))
+        decode.step_gate.clear()
+        holder = system.generate(max_new_tokens=1000)
+        await until(lambda: len(decode.reserves) > MIN_ENDS)
+        error = await error_of(system.generate(max_new_tokens=1000))
+        assert error.reason == "QUEUE_WAIT"
+        holder.cancel()
+        await system.settled()
+
+
+async def test_waits_are_measured_by_class_of_priority_and_against_the_forecast() -> None:
+    async with pair() as (system, _, _):
+        for priority in (-7, 0, 0, 3, 9):
+            await collect(system.generate(max_new_tokens=2, priority=priority))
+        for _ in range(MIN_ENDS):
+            await collect(system.generate(max_new_tokens=2))
+        read = system.registry.get_sample_value
+        name = "twinpool_router_queue_seconds_count"
+        counts = [read(name, {"priority": p}) for p in ("low", "normal", "high")]
+        assert counts == [1, 2 + MIN_ENDS, 2]
+        foretold = read("twinpool_router_foretold_queue_seconds_count")
+        assert foretold == read("twinpool_router_foretold_error_seconds_count") == 5
+
+
+def admissions(system: System, outcome: str, reason: str) -> float | None:
+    labels = {"outcome": outcome, "reason": reason}
+    return system.registry.get_sample_value("twinpool_router_admissions_total", labels)
 
 
 async def test_deadline_ends_a_wait_in_the_queue() -> None:

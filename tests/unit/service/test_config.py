@@ -20,6 +20,7 @@ class RouterConfig(BaseModel):
     log_json: bool = Field(default=False, description="Log JSON lines.")
     peers: list[str] = Field(default_factory=lambda: ["a:1"], description="Others.")
     wait_s: float = Field(default=1.5, gt=0, description="Time to wait.")
+    weights: dict[str, float] = Field(default_factory=dict, description="Weights.")
     limit: int | None = Field(default=None, ge=1, description="A limit.")
     token: SecretStr | None = Field(default=None, description="A secret.")
 
@@ -50,6 +51,24 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path) -> No
     assert (config.port, config.host, config.log_level) == (3, "environ", "debug")
     assert config.wait_s == 1.5
     assert config.model == Path("m")
+
+
+def test_values_by_name_come_as_pairs_or_as_a_mapping(tmp_path: Path) -> None:
+    _, seen = invoke("m", "--weights", "a=3", "--weights", "b=1.5")
+    assert seen[0].weights == {"a": 3.0, "b": 1.5}
+    _, seen = invoke("m", environ={"TWINPOOL_ROUTER_WEIGHTS": "a=1,*=2"})
+    assert seen[0].weights == {"a": 1.0, "*": 2.0}
+    file = tmp_path / "c.yaml"
+    file.write_text("weights: {a: 4}\n")
+    _, seen = invoke("m", "--config", str(file))
+    assert seen[0].weights == {"a": 4.0}
+
+
+@pytest.mark.parametrize("text", ["a", "=3", "a=many"])
+def test_pair_that_makes_no_sense_is_reported_by_flag(text: str) -> None:
+    result, _ = invoke("m", "--weights", text)
+    assert result.exit_code == 2
+    assert "--weights: found" in result.output
 
 
 def test_file_with_role_sections_gives_each_role_its_own(tmp_path: Path) -> None:

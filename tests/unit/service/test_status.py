@@ -1,4 +1,5 @@
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -125,7 +126,45 @@ async def test_refusal_with_a_time_carries_retry_info_and_pushback() -> None:
 async def test_refusal_for_ever_carries_no_retry_info() -> None:
     error = await failure(Refused("NEVER_FITS", needed=9, free=4))
     assert details(error, RetryInfo) is None
+    assert pushback(error) == "-1"
+
+
+async def test_error_without_a_time_leaves_it_to_the_client_when_to_retry() -> None:
+    error = await failure(Unavailable("no decode instance", reason="NO_WORKER"))
     assert pushback(error) is None
+
+
+@pytest.mark.parametrize(
+    ("retry_after_s", "calls"), [(0.01, 3), (None, 1)], ids=["retried", "not retried"]
+)
+async def test_grpc_itself_retries_where_the_pushback_lets_it(
+    retry_after_s: float | None, calls: int
+) -> None:
+    made: list[None] = []
+
+    def refuse() -> None:
+        made.append(None)
+        raise Refused("KV_FULL", needed=9, free=4, retry_after_s=retry_after_s)
+
+    policy = {
+        "maxAttempts": 3,
+        "initialBackoff": "0.01s",
+        "maxBackoff": "0.01s",
+        "backoffMultiplier": 1,
+        "retryableStatusCodes": ["RESOURCE_EXHAUSTED"],
+    }
+    config = {"methodConfig": [{"name": [{}], "retryPolicy": policy}]}
+    server = Server("test")
+    service = Inference(refuse)
+    server.add(inference.add_InferenceServicer_to_server, service, "twinpool.v1.Inference")
+    await server.start()
+    options = [("grpc.service_config", json.dumps(config))]
+    async with grpc.aio.insecure_channel(server.address, options=options) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await inference.InferenceStub(channel).Describe(DescribeRequest())
+    await server.stop()
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert len(made) == calls
 
 
 async def test_invalid_request_names_the_field() -> None:

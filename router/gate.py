@@ -1,0 +1,392 @@
+"""Owns who gets room and when: joins queue, ledger, policy, shares, caps and forecast.
+
+Pure: time is handed in, what is decided is handed back, and `admission` acts on it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from router.fairness import BrokenCap, FairShares, Tenants, Usage
+from router.forecast import Forecast, Load, Owed
+from router.ledger import InstanceKey, Ledger, Need, Placement
+from router.policy import RoutingPolicy
+from router.queue import AdmissionQueue, QueueFull, Waiting
+from router.room import Misfits, Room
+from service.errors import DeadlineExceeded, Refused, ServiceError, Unavailable
+
+# What a client is told to wait where nothing is known: about how long short answers take. It is
+# also what a request is first taken to hold its room for.
+RETRY_AFTER_S = 1.0
+
+# A request that waits no more: it has its place, or its wait was of no use.
+Decision = tuple[Waiting, Placement | ServiceError]
+
+
+@dataclass(kw_only=True)
+class _Holding:
+    """What a request holds, and what its tenant was charged for it, in KV-seconds."""
+
+    waiting: Waiting
+    prefill: InstanceKey
+    owed_tokens: int
+    tokens: int
+    began_at: float
+    since: float
+    charged: float
+    used: float = 0.0
+    prefilled_at: float | None = None
+
+    def hold(self, tokens: int, now: float) -> None:
+        """Go on with another amount of room."""
+        self.used += self.tokens * (now - self.since)
+        self.tokens, self.since = tokens, now
+
+
+class Gate:
+    """Decides on requests in order, as room comes and goes.
+
+    `grace_s` is how long a role may be without any instance before its requests fail: long enough
+    for a restart. Patient ones wait on, to their own limit. Unless `refuses_early`, whatever wait
+    is foretold is only noted.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        policy: RoutingPolicy,
+        tenants: Tenants,
+        max_queue: int,
+        max_bypasses: int,
+        grace_s: float,
+        refuses_early: bool,
+    ) -> None:
+        self._ledger = ledger
+        self._policy = policy
+        self._tenants = tenants
+        self._shares = FairShares(tenants)
+        self.queue = AdmissionQueue(
+            max_requests=max_queue,
+            max_bypasses=max_bypasses,
+            tenants=tenants,
+            shares=self._shares,
+        )
+        self._grace_s = grace_s
+        self._refuses_early = refuses_early
+        self._forecast = Forecast()
+        self._owed = Owed()
+        self._holdings: dict[int, _Holding] = {}
+        self._held_by: dict[str, Usage] = {}
+        self._misfits = Misfits()
+        # Those that have come since all others were tried; None: others may fit that did not.
+        self._newcomers: list[Waiting] | None = None
+        # When the last instance of a role went away; -inf: there was none ever.
+        self._absent_since: dict[str, float | None] = {"prefill": -math.inf, "decode": -math.inf}
+
+    # ---- coming
+
+    def offer(self, waiting: Waiting, now: float) -> list[Decision]:
+        """Takes a request into the queue; returns what that decides for others.
+
+        Raises Refused (a cap, a wait that is of no use, a full queue, never fits), Unavailable (a
+        role has no instance) and DeadlineExceeded.
+        """
+        if waiting.start_by <= now:
+            raise DeadlineExceeded
+        if not waiting.patient:
+            self._check_places(waiting.need, now)
+        waiting.came_at = now
+        waiting.room_tokens = self._room_tokens(waiting.need)
+        waiting.hold_s = self._hold_s(waiting)
+        if not (waiting.resumes or waiting.again):
+            self._check_caps(waiting)
+            self._check_wait(waiting, now)
+        try:
+            gives_way = self.queue.push(waiting)
+        except QueueFull as exc:
+            raise self._queue_full(waiting) from exc
+        if self._newcomers is not None:
+            self._newcomers.append(waiting)
+        if gives_way is None:
+            return []
+        self._newcomers = None
+        return [(gives_way, self._queue_full(gives_way))]
+
+    def _check_caps(self, waiting: Waiting) -> None:
+        if not self._tenants.have_caps:
+            return
+        tenant, tokens = waiting.tenant, waiting.need.total_tokens
+        broken = self._tenants.broken_cap(tenant, self.usage(tenant), tokens)
+        if broken is not None:
+            raise self._over_cap(broken)
+
+    def _check_wait(self, waiting: Waiting, now: float) -> None:
+        predicted_s = self._predict(waiting, now)
+        waiting.predicted_s = predicted_s
+        if predicted_s is None or not self._refuses_early:
+            return
+        if now + predicted_s > waiting.start_by:
+            raise self._refusal("PREDICTED_WAIT", waiting.need, predicted_s)
+
+    def _predict(self, waiting: Waiting, now: float) -> float | None:
+        decodes, prefills = self._ledger.decodes(), self._ledger.prefills()
+        instances = {view.key: view for view in decodes}.values()
+        capacity_sequences = sum(view.capacity.max_sequences for view in instances)
+        load = Load(
+            before=self.queue.before(waiting),
+            own_tokens=waiting.room_tokens,
+            free_tokens=sum(max(0, v.free_blocks) * v.capacity.block_size for v in decodes),
+            capacity_tokens=sum(v.capacity.dp_blocks * v.capacity.block_size for v in decodes),
+            free_sequences=capacity_sequences - sum(view.sequences for view in instances),
+            capacity_sequences=capacity_sequences,
+            prefills=tuple(view.key for view in prefills),
+            owed=self._owed.before(waiting.priority, waiting.tenant, waiting.need.prompt_tokens),
+        )
+        return self._forecast.wait_s(load, now)
+
+    def _hold_s(self, waiting: Waiting) -> float:
+        return self._forecast.hold_s(waiting.tenant, waiting.need) or RETRY_AFTER_S
+
+    def _room_tokens(self, need: Need) -> int:
+        """What a request will be booked at decode, as the instances of now would."""
+        if not need.decodes:
+            return 0
+        decode = next(iter(self._ledger.decodes()), None)
+        if decode is None:
+            return need.total_tokens
+        return decode.capacity.blocks_at_first(need) * decode.capacity.block_size
+
+    # ---- being decided upon
+
+    def decide(self, now: float) -> list[Decision]:
+        """Ends the waits that can end now; costs next to nothing while nobody waits."""
+        if not len(self.queue):
+            return []
+        decisions: list[Decision] = [
+            (waiting, self._refusal("QUEUE_WAIT", waiting.need, self._retry_after_s()))
+            for waiting in self.queue.take_expired(now)
+        ]
+        decisions += self._placeless(now)
+        # One that has gone may have held others back.
+        if not decisions and self._newcomers is not None:
+            room = self._room()
+            if not any(w.is_queued and room.place(w) is not None for w in self._newcomers):
+                self._newcomers.clear()
+                return []
+        while (found := self.queue.next_admissible(self._room())) is not None:
+            self._book(*found, now)
+            decisions.append(found)
+        self._newcomers = []
+        return decisions
+
+    def _room_came_back(self) -> None:
+        self._misfits = Misfits()
+        self._newcomers = None
+
+    def _room(self) -> Room:
+        return Room(self._ledger, self._policy, self._misfits)
+
+    def next_moment(self, now: float) -> float | None:
+        """When `decide` has to be asked even if nothing changes; None while nobody waits."""
+        expiry = self.queue.next_expiry()
+        if expiry is None:
+            return None
+        ends_of_grace = [s + self._grace_s for s in self._absent_since.values() if s is not None]
+        return min(expiry, *(moment for moment in ends_of_grace if moment > now), math.inf)
+
+    def end_all(self, error: Callable[[], ServiceError]) -> list[Decision]:
+        """Ends the wait of every queued request."""
+        return [(waiting, error()) for waiting in self.queue.take(lambda _: True)]
+
+    def withdraw(self, waiting: Waiting) -> None:
+        """Takes a request out of the queue; no error where it is not in."""
+        if waiting.is_queued:
+            self._newcomers = None
+        self.queue.discard(waiting)
+
+    def has_room(self, need: Need) -> bool:
+        """Whether a request could be placed this moment."""
+        waiting = Waiting(request_id=0, need=need, priority=0, start_by=0.0)
+        return self._room().place(waiting) is not None
+
+    def place(self, waiting: Waiting, now: float) -> Placement | None:
+        """Books room that is there this moment, past the queue; None where there is none."""
+        placement = self._room().place(waiting)
+        if placement is not None:
+            self._book(waiting, placement, now)
+        return placement
+
+    def _placeless(self, now: float) -> list[Decision]:
+        if all(since is None for since in self._absent_since.values()):
+            return []
+        decisions: list[Decision] = []
+        for waiting in self.queue.take(
+            lambda w: not w.patient and self._missing_role(w.need, now) is not None
+        ):
+            missing = self._missing_role(waiting.need, now)
+            assert missing is not None
+            decisions.append((waiting, _no_instance(missing)))
+        return decisions
+
+    # ---- holding room
+
+    def _book(self, waiting: Waiting, placement: Placement, now: float) -> None:
+        request_id, need = waiting.request_id, waiting.need
+        if not self._ledger.try_reserve(request_id, need, placement):
+            raise AssertionError("the policy chose a placement that the ledger refuses")
+        tokens = self._ledger.room_of(request_id) or need.prompt_tokens
+        charged = tokens * self._hold_s(waiting)
+        owed_tokens = max(0, need.prompt_tokens - placement.cached_tokens)
+        self._holdings[request_id] = _Holding(
+            waiting=waiting,
+            prefill=placement.prefill,
+            owed_tokens=owed_tokens,
+            tokens=tokens,
+            began_at=now,
+            since=now,
+            charged=charged,
+        )
+        usage = self._held_by.setdefault(waiting.tenant, Usage())
+        usage.requests += 1
+        usage.tokens += need.total_tokens
+        self._shares.serve(waiting.priority, waiting.tenant, charged)
+        self._owed.add(waiting.priority, waiting.tenant, owed_tokens)
+        self._forecast.prefill_began(placement.prefill, now)
+
+    def grow(self, request_id: int, tokens: int, now: float) -> None:
+        """A sequence at decode has come to so many tokens."""
+        self._ledger.grow(request_id, tokens)
+        holding = self._holdings.get(request_id)
+        room = self._ledger.room_of(request_id)
+        if holding is not None and room is not None and room > holding.tokens:
+            holding.hold(room, now)
+
+    def end_prefill(self, request_id: int, now: float) -> None:
+        """Prefill owes this request nothing any more; no error where it never did."""
+        if len(self.queue) and any(v.is_full for v in self._ledger.prefills()):
+            self._room_came_back()
+        self._ledger.end_prefill(request_id)
+        self._note_given_back(request_id, now)
+
+    def release(self, request_id: int, now: float) -> None:
+        """Frees what the request holds, at any moment and as often as one likes."""
+        self._ledger.release(request_id)
+        self._room_came_back()
+        self._note_given_back(request_id, now)
+
+    def _note_given_back(self, request_id: int, now: float) -> None:
+        holding = self._holdings.get(request_id)
+        if holding is None:
+            return
+        waiting = holding.waiting
+        if holding.prefilled_at is None:
+            holding.prefilled_at = now
+            self._owed.add(waiting.priority, waiting.tenant, -holding.owed_tokens)
+            self._forecast.prefill_ended(holding.prefill, holding.owed_tokens, now)
+        if self._ledger.room_of(request_id) is None:
+            self._end(self._holdings.pop(request_id), now)
+
+    def _end(self, holding: _Holding, now: float) -> None:
+        waiting = holding.waiting
+        holding.hold(0, now)
+        held_s = now - holding.began_at
+        if waiting.need.decodes and held_s > 0:
+            assert holding.prefilled_at is not None
+            self._forecast.room_came_back(
+                waiting.tenant,
+                waiting.need,
+                tokens=holding.used / held_s,
+                before_s=holding.prefilled_at - holding.began_at,
+                decode_s=now - holding.prefilled_at,
+                now=now,
+            )
+        self._shares.correct(waiting.priority, waiting.tenant, holding.used - holding.charged)
+        usage = self._held_by[waiting.tenant]
+        usage.requests -= 1
+        usage.tokens -= waiting.need.total_tokens
+        if not usage.requests:
+            del self._held_by[waiting.tenant]
+
+    # ---- instances
+
+    def instances_changed(self, now: float) -> None:
+        """To be called after every change of the ledger's instances."""
+        self._room_came_back()
+        prefills = self._ledger.prefills()
+        for role, views in (("prefill", prefills), ("decode", self._ledger.decodes())):
+            if views:
+                self._absent_since[role] = None
+            elif self._absent_since[role] is None:
+                self._absent_since[role] = now
+        self._forecast.keep_prefills(
+            {view.key for view in prefills}
+            | {h.prefill for h in self._holdings.values() if h.prefilled_at is None}
+        )
+
+    def _check_places(self, need: Need, now: float) -> None:
+        """Raises where no instance of now, or of a moment ago, could ever take the request."""
+        missing = self._missing_role(need, now)
+        if missing is not None:
+            raise _no_instance(missing)
+        if self._is_complete(need) and not self._ledger.fits_ever(need):
+            raise self._refusal("NEVER_FITS", need, retry_after_s=None)
+
+    def _missing_role(self, need: Need, now: float) -> str | None:
+        for role in ("prefill", "decode") if need.decodes else ("prefill",):
+            since = self._absent_since[role]
+            if since is not None and since + self._grace_s <= now:
+                return role
+        return None
+
+    def _is_complete(self, need: Need) -> bool:
+        roles = ("prefill", "decode") if need.decodes else ("prefill",)
+        return all(self._absent_since[role] is None for role in roles)
+
+    # ---- what clients are told
+
+    def usage(self, tenant: str) -> Usage:
+        """Returns what a tenant's open requests are and may come to hold."""
+        held = self._held_by.get(tenant, Usage())
+        queued = self.queue.of_tenant(tenant)
+        return Usage(
+            requests=held.requests + len(queued),
+            queued=len(queued),
+            tokens=held.tokens + sum(w.need.total_tokens for w in queued),
+        )
+
+    def _retry_after_s(self) -> float:
+        return max(RETRY_AFTER_S, self._forecast.mean_hold_s or 0.0)
+
+    def _refusal(self, reason: str, need: Need, retry_after_s: float | None) -> Refused:
+        free = max(
+            (max(0, d.free_blocks) * d.capacity.block_size for d in self._ledger.decodes()),
+            default=0,
+        )
+        return Refused(reason, needed=need.total_tokens, free=free, retry_after_s=retry_after_s)
+
+    def _queue_full(self, waiting: Waiting) -> Refused:
+        return self._refusal("QUEUE_FULL", waiting.need, self._retry_after_s())
+
+    def _over_cap(self, broken: BrokenCap) -> Refused:
+        is_ever = broken.needed <= broken.limit
+        retry_after_s = self._retry_after_s() if is_ever else None
+        what_next = f"try again in {retry_after_s:.1f} s" if is_ever else "it can never be more"
+        return Refused(
+            "TENANT_CAP",
+            needed=broken.needed,
+            free=max(0, broken.limit - broken.used),
+            retry_after_s=retry_after_s,
+            message=(
+                f"the tenant may have {broken.limit} {broken.what} at once: has {broken.used},"
+                f" needs {broken.needed} more; {what_next}"
+            ),
+        )
+
+
+def _no_instance(role: str) -> Unavailable:
+    return Unavailable(
+        f"no {role} instance is registered with this router",
+        reason="NO_INSTANCE",
+        retry_after_s=RETRY_AFTER_S,
+    )

@@ -1,0 +1,65 @@
+"""Owns the question whether a request fits this moment, and the memory of those that did not."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from router.ledger import DecodeView, InstanceKey, Ledger, Need, Placement, PrefillView
+from router.policy import RoutingPolicy
+from router.queue import Waiting
+
+_View = TypeVar("_View", DecodeView, PrefillView)
+
+
+class Misfits:
+    """What has not fitted since room last came back, and so needs not be tried again till then."""
+
+    def __init__(self) -> None:
+        self._tried: set[Waiting] = set()
+        # What has not fitted anywhere, as (prompt, new) tokens, without what needs as much of both
+        # as another, which does not fit either.
+        self._least: list[tuple[int, int]] = []
+
+    def __contains__(self, waiting: Waiting) -> bool:
+        if waiting in self._tried:
+            return True
+        prompt, new = waiting.need.prompt_tokens, waiting.need.max_new_tokens
+        return any(prompt >= least[0] and new >= least[1] for least in self._least)
+
+    def add(self, waiting: Waiting) -> None:
+        self._tried.add(waiting)
+        if waiting.avoid:
+            return  # it may not have been tried everywhere
+        prompt, new = waiting.need.prompt_tokens, waiting.need.max_new_tokens
+        self._least = [least for least in self._least if least[0] < prompt or least[1] < new]
+        self._least.append((prompt, new))
+
+
+class Room:
+    """The room of one moment, as the queue asks about it."""
+
+    def __init__(self, ledger: Ledger, policy: RoutingPolicy, misfits: Misfits) -> None:
+        self._ledger = ledger
+        self._misfits = misfits
+        self._policy = policy
+        self._prefills = ledger.prefills()
+        self._decodes = ledger.decodes()
+
+    def place(self, waiting: Waiting) -> Placement | None:
+        if waiting in self._misfits:
+            return None
+        placement = self._policy.choose(
+            _preferred(self._prefills, waiting.avoid),
+            _preferred(self._decodes, waiting.avoid),
+            waiting.need,
+            waiting.cached_tokens,
+        )
+        if placement is None:
+            self._misfits.add(waiting)
+        return placement
+
+    def fits_ever(self, need: Need) -> bool:
+        return self._ledger.fits_ever(need)
+
+
+def _preferred(views: Sequence[_View], avoid: frozenset[InstanceKey]) -> Sequence[_View]:
+    return [v for v in views if v.key not in avoid] or views if avoid else views
