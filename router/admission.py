@@ -55,8 +55,11 @@ class Admission:
             self._pump()
             return await future
         finally:
+            was_waiting = waiting.is_queued
             self._gate.withdraw(waiting)
             del self._futures[waiting]
+            if was_waiting:  # it was cancelled, and may have held others back
+                self._pump()
 
     def has_room(self, need: Need) -> bool:
         """Whether a request could be placed this moment."""

@@ -271,8 +271,8 @@ class Gate:
 
     def release(self, request_id: int, now: float) -> None:
         """Frees what the request holds, at any moment and as often as one likes."""
-        self._ledger.release(request_id)
-        self._room_came_back()
+        if self._ledger.release(request_id):
+            self._room_came_back()
         self._note_given_back(request_id, now)
 
     def _note_given_back(self, request_id: int, now: float) -> None:

@@ -6,164 +6,34 @@ has no clock, does no I/O and does not decide: `policy` picks a place, the ledge
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+
+from router.kept_views import KeptViews
+from router.views import (
+    CachedTokens,
+    Capacity,
+    DecodeView,
+    InstanceKey,
+    Need,
+    Placement,
+    PrefillView,
+    owed,
+)
+
+__all__ = [
+    "CachedTokens",
+    "Capacity",
+    "DecodeView",
+    "InstanceKey",
+    "Ledger",
+    "LedgerError",
+    "Need",
+    "Placement",
+    "PrefillView",
+]
 
 
 class LedgerError(Exception):
     """The ledger was asked for something its own account rules out."""
-
-
-class InstanceKey(NamedTuple):
-    """One life of one instance: after a restart the name is the same and the epoch is higher."""
-
-    name: str
-    epoch: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """What an instance said it can hold. A block is a grain of tokens on each of `cp` ranks.
-
-    Each of `dp` ranks has as many of the blocks, and a sequence is on one of them. Decode reserves
-    room for `expected_output_tokens` at first, and takes more when needed; 0: for all there may be.
-    """
-
-    blocks: int
-    block_size: int
-    max_sequences: int
-    max_sequence_tokens: int
-    cp: int = 1
-    dp: int = 1
-    expected_output_tokens: int = 0
-
-    @property
-    def dp_blocks(self) -> int:
-        """Blocks of each dp rank."""
-        return self.blocks // self.dp
-
-    def blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.block_size)
-
-    def blocks_at_first(self, need: "Need") -> int:
-        """Returns what decode reserves for a request; what was generated before is prompt."""
-        new = need.max_new_tokens
-        if self.expected_output_tokens:
-            new = min(new, self.expected_output_tokens)
-        return self.blocks_for(need.prompt_tokens + new)
-
-    @property
-    def largest_sequence(self) -> int:
-        """Tokens of the longest sequence that an otherwise empty instance can hold."""
-        return min(self.max_sequence_tokens, self.dp_blocks * self.block_size)
-
-    def shares(self, tokens: int, first: int) -> list[int]:
-        """Returns how many of a sequence's first tokens each cp rank has.
-
-        They are dealt grain by grain, from rank `first` on, in every second block backwards.
-        """
-        grain = self.block_size // self.cp
-        blocks, rest = divmod(tokens, self.block_size)
-        shares = [blocks * grain] * self.cp
-        for turn in range(self.cp):
-            place = self.cp - 1 - turn if blocks % 2 else turn
-            shares[(first + place) % self.cp] += max(0, min(grain, rest - turn * grain))
-        return shares
-
-
-@dataclass(frozen=True, kw_only=True)
-class Need:
-    """What one request asks of the pools, in tokens."""
-
-    prompt_tokens: int
-    max_new_tokens: int
-
-    @property
-    def total_tokens(self) -> int:
-        return self.prompt_tokens + self.max_new_tokens
-
-    @property
-    def decodes(self) -> bool:
-        """Whether a decode instance takes part; the first token comes from prefill alone."""
-        return self.max_new_tokens > 1
-
-
-class CachedTokens(Protocol):
-    """How many tokens of a request's prompt an instance is thought to have in its prefix cache."""
-
-    def __call__(self, key: InstanceKey, dp_rank: int = 0) -> int:
-        """Return those of an instance, and of one of its dp ranks."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where a request goes. `decode` is None where prefill alone answers it.
-
-    `cached_tokens` of its prompt are thought to be at prefill already, which does not owe them.
-    `cp_first` is the cp rank that is to have its first tokens, None where load is not to say, and
-    `dp_rank` decode's dp rank.
-    """
-
-    prefill: InstanceKey
-    decode: InstanceKey | None
-    cached_tokens: int = 0
-    cp_first: int | None = None
-    dp_rank: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeView:
-    """A dp rank of a decode instance as a policy sees it; `sequences` are all of the instance's."""
-
-    key: InstanceKey
-    capacity: Capacity
-    free_blocks: int
-    sequences: int
-    dp_rank: int = 0
-
-    def fits(self, need: Need) -> bool:
-        return (
-            need.total_tokens <= self.capacity.largest_sequence
-            and self.sequences < self.capacity.max_sequences
-            and self.capacity.blocks_at_first(need) <= self.free_blocks
-        )
-
-    def room(self, cached_tokens: int) -> int:
-        """Returns how many tokens are free, those of a prompt counted that need not be sent."""
-        return self.free_blocks * self.capacity.block_size + cached_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillView:
-    """A prefill instance as a policy sees it; `owed_tokens` are those of each of its cp ranks."""
-
-    key: InstanceKey
-    capacity: Capacity
-    owed_tokens: tuple[int, ...]
-    outstanding_requests: int
-    max_outstanding_requests: int
-
-    def fits(self, need: Need) -> bool:
-        return need.prompt_tokens <= self.capacity.largest_sequence and not self.is_full
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it takes no more requests, of whatever size, before it is done with one."""
-        return self.outstanding_requests >= self.max_outstanding_requests
-
-    @property
-    def outstanding_tokens(self) -> int:
-        """Prompt tokens that it has yet to compute."""
-        return sum(self.owed_tokens)
-
-    def tokens_until(self, prompt_tokens: int, cached_tokens: int, first: int) -> int:
-        """Returns how many tokens the busiest of the ranks that a prompt needs computes first.
-
-        The prompt's own are among them.
-        """
-        shares = _owed(self.capacity, prompt_tokens, cached_tokens, first)
-        queued = zip(self.owed_tokens, shares, strict=True)
-        return max((before + own for before, own in queued if own), default=0)
 
 
 @dataclass
@@ -196,9 +66,11 @@ class _DecodeAccount(_Account):
     of_ranks: list[int] = field(default_factory=list)
     # Those that have taken more than was booked for them at first.
     outgrown: set[int] = field(default_factory=set)
+    growing: list[int] = field(default_factory=list)  # how many of them each dp rank has
 
     def __post_init__(self) -> None:
         self.of_ranks = [0] * self.capacity.dp
+        self.growing = [0] * self.capacity.dp
 
     def free(self, dp_rank: int) -> int:
         """Returns the blocks that a new sequence may take.
@@ -206,16 +78,21 @@ class _DecodeAccount(_Account):
         One is left to each that grows: it will take it soon, and then it would be the new one that
         has to give its own back, with all that it was prefilled for.
         """
-        growing = sum(self.dp_rank_of[request_id] == dp_rank for request_id in self.outgrown)
-        return self.capacity.dp_blocks - self.of_ranks[dp_rank] - growing
+        return self.capacity.dp_blocks - self.of_ranks[dp_rank] - self.growing[dp_rank]
 
-    def grow(self, request_id: int, blocks: int) -> None:
+    def grow(self, request_id: int, blocks: int) -> bool:
+        """Returns whether that is more than was booked."""
         more = blocks - self.entries[request_id]
-        if more > 0:
-            self.entries[request_id] = blocks
-            self.total += more
-            self.of_ranks[self.dp_rank_of[request_id]] += more
+        if more <= 0:
+            return False
+        dp_rank = self.dp_rank_of[request_id]
+        self.entries[request_id] = blocks
+        self.total += more
+        self.of_ranks[dp_rank] += more
+        if request_id not in self.outgrown:
             self.outgrown.add(request_id)
+            self.growing[dp_rank] += 1
+        return True
 
     def take(self, request_id: int, blocks: int, dp_rank: int) -> None:
         self.enter(request_id, blocks)
@@ -223,8 +100,11 @@ class _DecodeAccount(_Account):
         self.of_ranks[dp_rank] += blocks
 
     def strike(self, request_id: int) -> None:
-        self.of_ranks[self.dp_rank_of.pop(request_id)] -= self.entries[request_id]
-        self.outgrown.discard(request_id)
+        dp_rank = self.dp_rank_of.pop(request_id)
+        self.of_ranks[dp_rank] -= self.entries[request_id]
+        if request_id in self.outgrown:
+            self.outgrown.remove(request_id)
+            self.growing[dp_rank] -= 1
         super().strike(request_id)
 
 
@@ -252,13 +132,6 @@ class _PrefillAccount(_Account):
         self.of_ranks = [total + sign * share for total, share in pairs]
 
 
-def _owed(capacity: Capacity, prompt_tokens: int, cached_tokens: int, first: int) -> list[int]:
-    """Returns what each cp rank has to compute of a prompt."""
-    cached = capacity.shares(min(cached_tokens, prompt_tokens), first)
-    whole = capacity.shares(prompt_tokens, first)
-    return [all_of_it - known for all_of_it, known in zip(whole, cached, strict=True)]
-
-
 class Ledger:
     """Reservations of all requests on all instances that may be given work."""
 
@@ -268,16 +141,20 @@ class Ledger:
         self._prefills: dict[InstanceKey, _PrefillAccount] = {}
         self._decode_of: dict[int, InstanceKey] = {}
         self._prefill_of: dict[int, InstanceKey] = {}
+        self._decode_views = KeptViews(self._views_of_decode)
+        self._prefill_views = KeptViews(self._views_of_prefill)
 
     # ---- instances
 
     def add_decode(self, key: InstanceKey, capacity: Capacity) -> None:
         self._check_new(key)
         self._decodes[key] = _DecodeAccount(capacity)
+        self._decode_views.forget()
 
     def add_prefill(self, key: InstanceKey, capacity: Capacity) -> None:
         self._check_new(key)
         self._prefills[key] = _PrefillAccount(capacity)
+        self._prefill_views.forget()
 
     def _check_new(self, key: InstanceKey) -> None:
         if key in self._decodes or key in self._prefills:
@@ -292,22 +169,36 @@ class Ledger:
             account = accounts.pop(key, None)
             for request_id in account.entries if account is not None else ():
                 del places[request_id]
+        self._forget_views()
 
     def set_draining(self, key: InstanceKey) -> None:
         """From here on the instance keeps what it has and gets nothing new."""
         for accounts in (self._decodes, self._prefills):
             if key in accounts:
                 accounts[key].draining = True
+        self._forget_views()
 
     def set_suspended(self, key: InstanceKey, suspended: bool) -> None:
         """While suspended, the instance keeps what it has and gets nothing new."""
         for accounts in (self._decodes, self._prefills):
             if key in accounts:
                 accounts[key].suspended = suspended
+        self._forget_views()
+
+    def _forget_views(self) -> None:
+        self._decode_views.forget()
+        self._prefill_views.forget()
 
     # ---- views
 
     def decodes(self) -> list[DecodeView]:
+        return self._decode_views.of(self._decodes)
+
+    def prefills(self) -> list[PrefillView]:
+        return self._prefill_views.of(self._prefills)
+
+    def _views_of_decode(self, key: InstanceKey) -> list[DecodeView]:
+        account = self._decodes[key]
         return [
             DecodeView(
                 key=key,
@@ -316,23 +207,20 @@ class Ledger:
                 sequences=len(account.entries),
                 dp_rank=dp_rank,
             )
-            for key, account in self._decodes.items()
-            if account.takes_new
             for dp_rank in range(account.capacity.dp)
+            if account.takes_new
         ]
 
-    def prefills(self) -> list[PrefillView]:
-        return [
-            PrefillView(
-                key=key,
-                capacity=account.capacity,
-                owed_tokens=tuple(account.of_ranks),
-                outstanding_requests=len(account.entries),
-                max_outstanding_requests=self._max_prefill_requests,
-            )
-            for key, account in self._prefills.items()
-            if account.takes_new
-        ]
+    def _views_of_prefill(self, key: InstanceKey) -> list[PrefillView]:
+        account = self._prefills[key]
+        view = PrefillView(
+            key=key,
+            capacity=account.capacity,
+            owed_tokens=tuple(account.of_ranks),
+            outstanding_requests=len(account.entries),
+            max_outstanding_requests=self._max_prefill_requests,
+        )
+        return [view] if account.takes_new else []
 
     def reserved_blocks(self, key: InstanceKey) -> int:
         return self._decodes[key].total if key in self._decodes else 0
@@ -367,8 +255,9 @@ class Ledger:
         ):
             return False
         cached, first = placement.cached_tokens, placement.cp_first or 0
-        prefill.owe(request_id, _owed(prefill.capacity, need.prompt_tokens, cached, first))
+        prefill.owe(request_id, owed(prefill.capacity, need.prompt_tokens, cached, first))
         self._prefill_of[request_id] = placement.prefill
+        self._prefill_views.changed(placement.prefill)
         return True
 
     def _reserve_blocks(self, request_id: int, need: Need, key: InstanceKey, dp_rank: int) -> bool:
@@ -384,6 +273,7 @@ class Ledger:
             return False
         account.take(request_id, blocks, dp_rank)
         self._decode_of[request_id] = key
+        self._decode_views.changed(key)
         return True
 
     def grow(self, request_id: int, tokens: int) -> None:
@@ -393,21 +283,31 @@ class Ledger:
         nothing where decode reserves all at first.
         """
         key = self._decode_of.get(request_id)
-        if key is not None and (account := self._decodes[key]).capacity.expected_output_tokens:
-            account.grow(request_id, account.capacity.blocks_for(tokens))
+        if key is None:
+            return
+        account = self._decodes[key]
+        overcommits = account.capacity.expected_output_tokens > 0
+        if overcommits and account.grow(request_id, account.capacity.blocks_for(tokens)):
+            self._decode_views.changed(key)
 
-    def end_prefill(self, request_id: int) -> None:
-        """Prefill owes this request nothing any more; no error where it never did."""
+    def end_prefill(self, request_id: int) -> bool:
+        """Prefill owes this request nothing any more; returns whether it did until now."""
         key = self._prefill_of.pop(request_id, None)
-        if key is not None:
-            self._prefills[key].strike(request_id)
+        if key is None:
+            return False
+        self._prefills[key].strike(request_id)
+        self._prefill_views.changed(key)
+        return True
 
-    def release(self, request_id: int) -> None:
-        """Frees all that the request still holds; calling it again changes nothing."""
-        self.end_prefill(request_id)
+    def release(self, request_id: int) -> bool:
+        """Frees all that the request still holds; returns whether it held anything."""
+        was_owed = self.end_prefill(request_id)
         key = self._decode_of.pop(request_id, None)
-        if key is not None:
-            self._decodes[key].strike(request_id)
+        if key is None:
+            return was_owed
+        self._decodes[key].strike(request_id)
+        self._decode_views.changed(key)
+        return True
 
     def room_of(self, request_id: int) -> int | None:
         """Tokens of room that a request has at decode: 0 while only prefill has it, else None."""
@@ -421,7 +321,12 @@ class Ledger:
         return not self._decode_of and not self._prefill_of
 
     def check_integrity(self) -> None:
-        """Raises LedgerError where the sums, limits or indexes do not agree."""
+        """Raises LedgerError where the sums, limits, indexes or kept views do not agree."""
+        if not (
+            self._decode_views.are_true(self._decodes)
+            and self._prefill_views.are_true(self._prefills)
+        ):
+            raise LedgerError("a view that was kept is not that of its account")
         for accounts, places in (
             (self._decodes, self._decode_of),
             (self._prefills, self._prefill_of),
@@ -445,6 +350,11 @@ class Ledger:
                 of_ranks[dp_rank] += account.entries[request_id]
             if of_ranks != account.of_ranks:
                 raise LedgerError(f"{key.name}: the dp ranks' sums are {account.of_ranks}")
+            growing = [0] * capacity.dp
+            for request_id in account.outgrown & account.dp_rank_of.keys():
+                growing[account.dp_rank_of[request_id]] += 1
+            if growing != account.growing:
+                raise LedgerError(f"{key.name}: {account.growing} are said to grow")
             overcommits = bool(capacity.expected_output_tokens)
             if not account.outgrown <= (account.entries.keys() if overcommits else set()):
                 raise LedgerError(f"{key.name}: what has grown is not there, or must not grow")

@@ -1,9 +1,12 @@
 """Owns the choice of instances for one request; pure, so that a simulator can run it too."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Protocol
 
-from router.ledger import CachedTokens, DecodeView, Need, Placement, PrefillView
+from router.ledger import CachedTokens, DecodeView, InstanceKey, Need, Placement, PrefillView
+
+_LOAD = attrgetter("load")
 
 
 class RoutingPolicy(Protocol):
@@ -18,6 +21,7 @@ class RoutingPolicy(Protocol):
     ) -> Placement | None:
         """Returns a placement that fits now, or None where there is none.
 
+        What does not fit does not fit either with a longer prompt or more tokens to generate.
         `cached_tokens` may hash the prompt: it is not to be asked where nothing fits anyway.
         """
         ...
@@ -47,39 +51,62 @@ class LeastLoaded:
         need: Need,
         cached_tokens: CachedTokens,
     ) -> Placement | None:
-        able = [p for p in prefills if p.fits(need)]
-        roomy = [d for d in decodes if d.fits(need)] if need.decodes else []
+        prompt_tokens, total_tokens = need.prompt_tokens, need.total_tokens
+        able = [p for p in prefills if prompt_tokens <= p.longest_prompt]
+        # By what costs least to ask, where that is enough: there may be hundreds of instances.
+        roomy = [
+            d
+            for d in decodes
+            if total_tokens <= d.surely_fits
+            or (total_tokens <= d.longest_sequence and d.fits(need))
+        ]
         if not able or (need.decodes and not roomy):
             return None
-        cached = {p.key: cached_tokens(p.key) for p in able}
+        cached = {p.key: tokens for p in able if (tokens := cached_tokens(p.key))}
         *_, first, prefill = min(
             (
-                p.tokens_until(need.prompt_tokens, cached[p.key], first),
+                p.tokens_until(prompt_tokens, cached.get(p.key, 0), first),
                 p.outstanding_requests,
                 p.key,
                 first,
                 p,
             )
-            for p in able
+            for p in _first_prefills(able, cached)
             for first in _beginnings(p, need)
         )
-        decode = min(
-            roomy,
-            key=lambda d: (
-                -d.room(cached_tokens(d.key, d.dp_rank)),
-                d.sequences,
-                d.key,
-                d.dp_rank,
-            ),
-            default=None,
-        )
+        decode = _roomiest(roomy, cached_tokens) if need.decodes else None
         return Placement(
             prefill=prefill.key,
             decode=decode.key if decode is not None else None,
-            cached_tokens=cached[prefill.key],
+            cached_tokens=cached.get(prefill.key, 0),
             cp_first=first if _is_short(prefill, need) else None,
             dp_rank=decode.dp_rank if decode is not None else 0,
         )
+
+
+def _first_prefills(
+    able: Sequence[PrefillView], cached: Mapping[InstanceKey, int]
+) -> Sequence[PrefillView]:
+    """Returns those that can be done with a prompt first: any that has some of it, and the one
+    that owes least. With context parallelism it depends on the ranks, so that any of them can.
+    """
+    idlest = min(able, key=_LOAD)
+    if idlest.capacity.cp > 1:
+        return able
+    return [idlest, *(p for p in able if p.key in cached or p.capacity.cp > 1)]
+
+
+def _roomiest(roomy: Sequence[DecodeView], cached_tokens: CachedTokens) -> DecodeView:
+    """Returns the one with the most room, what is cached of the prompt counted as such."""
+    best = min(roomy, key=_LOAD)
+    least = best.load
+    for view in roomy:
+        tokens = cached_tokens(view.key, view.dp_rank)
+        if tokens:
+            load = (-view.room(tokens), *view.load[1:])
+            if load < least:
+                best, least = view, load
+    return best
 
 
 def _beginnings(prefill: PrefillView, need: Need) -> range:

@@ -34,6 +34,8 @@ class _Known:
 
     instance: Instance
     most_keys: int
+    # Instances with the same number name a prompt's blocks alike.
+    naming: int
     sequence: int | None = None
     keys: set[int] = field(default_factory=set)
 
@@ -45,12 +47,15 @@ class PrefixIndex:
         """`max_keys` is what is remembered of one instance at most."""
         self._max_keys = max_keys
         self._known: dict[InstanceKey, _Known] = {}
+        self._namings: dict[tuple[bytes, int, int], int] = {}
 
     def join(self, instance: Instance) -> None:
         """Takes an instance in, of which nothing is known yet; one without a seed never tells."""
         if instance.prefix_seed:
             most = min(instance.capacity.blocks, self._max_keys)
-            self._known[instance.key] = _Known(instance=instance, most_keys=most)
+            named = (instance.prefix_seed, instance.layout.cp, instance.capacity.block_size)
+            naming = self._namings.setdefault(named, len(self._namings))
+            self._known[instance.key] = _Known(instance=instance, most_keys=most, naming=naming)
 
     def leave(self, key: InstanceKey) -> None:
         """Forgets an instance; unknown ones are no error."""
@@ -90,24 +95,28 @@ class PrefixIndex:
         The prompt is hashed block by block, once for all instances that name it alike, and only
         as far as somebody has it.
         """
-        chains: dict[tuple[bytes, int, int], _Chain] = {}
+        chains: dict[tuple[int, int], _Chain] = {}
+        find = self._known.get
 
+        # Asked for each of hundreds of instances, most of which have nothing of the prompt.
         def cached_tokens(key: InstanceKey, dp_rank: int = 0) -> int:
-            known = self._known.get(key)
-            if known is None or not known.keys:
+            known = find(key)
+            if known is None:
                 return 0
-            instance = known.instance
-            named = (
-                instance.prefix_seed,
-                # Prefill has no dp ranks, and decode no cp ranks.
-                cp_first(instance, request) + dp_rank,
-                instance.capacity.block_size,
-            )
-            if named not in chains:
-                chains[named] = _Chain(request, *named)
-            return chains[named].tokens_in(known.keys)
+            chain = chains.get((known.naming, dp_rank))
+            if chain is None:
+                if not known.keys:
+                    return 0
+                chain = chains[known.naming, dp_rank] = _chain(request, known.instance, dp_rank)
+            return chain.tokens_in(known.keys) if chain.first in known.keys else 0
 
         return cached_tokens
+
+
+def _chain(request: ValidRequest, instance: Instance, dp_rank: int) -> "_Chain":
+    # Prefill has no dp ranks, and decode no cp ranks.
+    first = cp_first(instance, request) + dp_rank
+    return _Chain(request, instance.prefix_seed, first, instance.capacity.block_size)
 
 
 class _Chain:
@@ -115,20 +124,23 @@ class _Chain:
 
     def __init__(self, request: ValidRequest, seed: bytes, first: int, block_size: int) -> None:
         self._block_size = block_size
-        self._hashed: list[int] = []
         self._rest = _hash(request, PrefixKeys(seed=seed), first, block_size)
+        self._hashed = list(islice(self._rest, 1))
+        # None where the prompt has no full block: nobody has that.
+        self.first = self._hashed[0] if self._hashed else None
 
     def tokens_in(self, keys: set[int]) -> int:
         """Tokens of the longest beginning whose blocks are all among the keys."""
-        blocks = 0
-        while self._has(blocks) and self._hashed[blocks] in keys:
+        for blocks, short in enumerate(self._hashed):
+            if short not in keys:
+                return blocks * self._block_size
+        blocks = len(self._hashed)
+        for short in self._rest:
+            self._hashed.append(short)
+            if short not in keys:
+                break
             blocks += 1
         return blocks * self._block_size
-
-    def _has(self, block: int) -> bool:
-        if block == len(self._hashed):
-            self._hashed.extend(islice(self._rest, 1))
-        return block < len(self._hashed)
 
 
 def _hash(request: ValidRequest, keys: PrefixKeys, first: int, block_size: int) -> Iterator[int]:

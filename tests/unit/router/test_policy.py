@@ -196,3 +196,91 @@ def test_prompts_that_all_begin_alike_are_not_all_given_to_their_holder(
     one = 16 * large.blocks_for(need.total_tokens)
     assert held["holder"] - held["idle"] + one >= 0
     assert held["holder"] - held["idle"] <= known + one
+
+
+def by_looking_at_all(
+    prefills: list[PrefillView], decodes: list[DecodeView], need: Need, cached: Mapping[str, int]
+) -> tuple[str, int, str, int] | None:
+    """What is chosen where every instance and every beginning is compared with all others."""
+    begins = [
+        (
+            p.tokens_until(need.prompt_tokens, cached.get(p.key.name, 0), first),
+            p.outstanding_requests,
+            p.key,
+            first,
+        )
+        for p in prefills
+        if p.fits(need)
+        for first in range(p.capacity.cp if need.prompt_tokens <= p.capacity.block_size else 1)
+    ]
+    rooms = [
+        (-d.room(cached.get(d.key.name, 0)), d.sequences, d.key, d.dp_rank)
+        for d in decodes
+        if d.fits(need)
+    ]
+    if not begins or not rooms:
+        return None
+    *_, prefill_key, first = min(begins)
+    *_, decode_key, dp_rank = min(rooms)
+    return prefill_key.name, first, decode_key.name, dp_rank
+
+
+@given(data=st.data())
+def test_the_choice_is_that_of_comparing_all_with_all(data: st.DataObject) -> None:
+    few = st.integers(0, 4)
+    owed = data.draw(st.lists(st.lists(few, min_size=1, max_size=3), min_size=1, max_size=6))
+    prefills = [
+        replace(
+            wide(f"p{number}", *(16 * tokens for tokens in each)),
+            outstanding_requests=data.draw(few),
+        )
+        for number, each in enumerate(owed)
+    ]
+    decodes = [
+        replace(
+            decode(f"d{number // 2}", free=data.draw(st.integers(0, 10)), sequences=each),
+            dp_rank=number % 2,
+            capacity=replace(CAPACITY, expected_output_tokens=data.draw(few) * 4),
+        )
+        for number, each in enumerate(data.draw(st.lists(few, min_size=1, max_size=8)))
+    ]
+    names = [f"p{number}" for number in range(6)] + [f"d{number}" for number in range(4)]
+    cached = data.draw(st.dictionaries(st.sampled_from(names), st.integers(0, 40), max_size=4))
+    need = Need(prompt_tokens=data.draw(st.integers(1, 60)), max_new_tokens=20)
+    placement = LeastLoaded().choose(
+        prefills, decodes, need, lambda key, dp_rank=0: cached.get(key.name, 0)
+    )
+    expected = by_looking_at_all(prefills, decodes, need, cached)
+    if expected is None:
+        assert placement is None
+    else:
+        assert placement is not None
+        assert placement.decode is not None
+        prefill_name, first, *rest = expected
+        assert [placement.decode.name, placement.dp_rank] == rest
+        assert placement.prefill.name == prefill_name
+        assert placement.cp_first in (None, first)
+
+
+@given(
+    smaller=st.tuples(st.integers(1, 100), st.integers(1, 100)),
+    more=st.tuples(st.integers(0, 50), st.integers(0, 50)),
+    free=st.integers(0, 10),
+    expected=st.integers(0, 40),
+    sequences=st.integers(0, 4),
+)
+def test_what_does_not_fit_fits_no_better_with_more_tokens(
+    smaller: tuple[int, int],
+    more: tuple[int, int],
+    free: int,
+    expected: int,
+    sequences: int,
+) -> None:
+    need = Need(prompt_tokens=smaller[0], max_new_tokens=smaller[1])
+    larger = Need(prompt_tokens=smaller[0] + more[0], max_new_tokens=smaller[1] + more[1])
+    capacity = replace(CAPACITY, expected_output_tokens=expected)
+    view = replace(decode("d", free=free, sequences=sequences), capacity=capacity)
+    if need.decodes and chosen([prefill("p")], [view], need) is None:
+        assert chosen([prefill("p")], [view], larger) is None
+    if need.total_tokens <= view.surely_fits:
+        assert view.fits(need)

@@ -1,0 +1,1 @@
+"""Parts of `python -m bench.router`: mock instances, load, and the figures that come of them."""

@@ -1,0 +1,200 @@
+"""Owns what is known of instances and requests where one is placed: sizes, and what is free now.
+
+Values alone, as the ledger shows them and a policy weighs them; nothing here changes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+
+class InstanceKey(NamedTuple):
+    """One life of one instance: after a restart the name is the same and the epoch is higher."""
+
+    name: str
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What an instance said it can hold. A block is a grain of tokens on each of `cp` ranks.
+
+    Each of `dp` ranks has as many of the blocks, and a sequence is on one of them. Decode reserves
+    room for `expected_output_tokens` at first, and takes more when needed; 0: for all there may be.
+    """
+
+    blocks: int
+    block_size: int
+    max_sequences: int
+    max_sequence_tokens: int
+    cp: int = 1
+    dp: int = 1
+    expected_output_tokens: int = 0
+
+    @cached_property
+    def dp_blocks(self) -> int:
+        """Blocks of each dp rank."""
+        return self.blocks // self.dp
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def blocks_at_first(self, need: "Need") -> int:
+        """Returns what decode reserves for a request; what was generated before is prompt."""
+        new = need.max_new_tokens
+        if self.expected_output_tokens:
+            new = min(new, self.expected_output_tokens)
+        return self.blocks_for(need.prompt_tokens + new)
+
+    @cached_property
+    def largest_sequence(self) -> int:
+        """Tokens of the longest sequence that an otherwise empty instance can hold."""
+        return min(self.max_sequence_tokens, self.dp_blocks * self.block_size)
+
+    def shares(self, tokens: int, first: int) -> list[int]:
+        """Returns how many of a sequence's first tokens each cp rank has.
+
+        They are dealt grain by grain, from rank `first` on, in every second block backwards.
+        """
+        if self.cp == 1:
+            return [tokens]
+        grain = self.block_size // self.cp
+        blocks, rest = divmod(tokens, self.block_size)
+        shares = [blocks * grain] * self.cp
+        for turn in range(self.cp):
+            place = self.cp - 1 - turn if blocks % 2 else turn
+            shares[(first + place) % self.cp] += max(0, min(grain, rest - turn * grain))
+        return shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What one request asks of the pools, in tokens."""
+
+    prompt_tokens: int
+    max_new_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a decode instance takes part; the first token comes from prefill alone."""
+        return self.max_new_tokens > 1
+
+
+class CachedTokens(Protocol):
+    """How many tokens of a request's prompt an instance is thought to have in its prefix cache."""
+
+    def __call__(self, key: InstanceKey, dp_rank: int = 0) -> int:
+        """Return those of an instance, and of one of its dp ranks."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a request goes. `decode` is None where prefill alone answers it.
+
+    `cached_tokens` of its prompt are thought to be at prefill already, which does not owe them.
+    `cp_first` is the cp rank that is to have its first tokens, None where load is not to say, and
+    `dp_rank` decode's dp rank.
+    """
+
+    prefill: InstanceKey
+    decode: InstanceKey | None
+    cached_tokens: int = 0
+    cp_first: int | None = None
+    dp_rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeView:
+    """A dp rank of a decode instance as a policy sees it; `sequences` are all of the instance's."""
+
+    key: InstanceKey
+    capacity: Capacity
+    free_blocks: int
+    sequences: int
+    dp_rank: int = 0
+
+    @cached_property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that may begin here, as far as slots go; 0: none may."""
+        has_slot = self.sequences < self.capacity.max_sequences
+        return self.capacity.largest_sequence if has_slot else 0
+
+    @cached_property
+    def free_tokens(self) -> int:
+        """Room that nobody holds."""
+        return self.free_blocks * self.capacity.block_size
+
+    @cached_property
+    def surely_fits(self) -> int:
+        """Tokens up to which a sequence fits whatever part of it is reserved at first."""
+        return min(self.longest_sequence, self.free_tokens)
+
+    @cached_property
+    def load(self) -> tuple[int, int, InstanceKey, int]:
+        """Lower where there is more room, and among equals where steps are shorter."""
+        return (-self.free_tokens, self.sequences, self.key, self.dp_rank)
+
+    def fits(self, need: Need) -> bool:
+        return (
+            need.total_tokens <= self.longest_sequence
+            and self.capacity.blocks_at_first(need) <= self.free_blocks
+        )
+
+    def room(self, cached_tokens: int) -> int:
+        """Returns how many tokens are free, those of a prompt counted that need not be sent."""
+        return self.free_tokens + cached_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillView:
+    """A prefill instance as a policy sees it; `owed_tokens` are those of each of its cp ranks."""
+
+    key: InstanceKey
+    capacity: Capacity
+    owed_tokens: tuple[int, ...]
+    outstanding_requests: int
+    max_outstanding_requests: int
+
+    @cached_property
+    def is_full(self) -> bool:
+        """Whether it takes no more requests, of whatever size, before it is done with one."""
+        return self.outstanding_requests >= self.max_outstanding_requests
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that it may be given now; 0: none may."""
+        return 0 if self.is_full else self.capacity.largest_sequence
+
+    @cached_property
+    def load(self) -> tuple[int, int, InstanceKey]:
+        """Lower where less has to be computed first, and among equals where fewer wait."""
+        return (self.outstanding_tokens, self.outstanding_requests, self.key)
+
+    def fits(self, need: Need) -> bool:
+        return need.prompt_tokens <= self.longest_prompt
+
+    @cached_property
+    def outstanding_tokens(self) -> int:
+        """Prompt tokens that it has yet to compute."""
+        return sum(self.owed_tokens)
+
+    def tokens_until(self, prompt_tokens: int, cached_tokens: int, first: int) -> int:
+        """Returns how many tokens the busiest of the ranks that a prompt needs computes first.
+
+        The prompt's own are among them.
+        """
+        shares = owed(self.capacity, prompt_tokens, cached_tokens, first)
+        queued = zip(self.owed_tokens, shares, strict=True)
+        return max((before + own for before, own in queued if own), default=0)
+
+
+def owed(capacity: Capacity, prompt_tokens: int, cached_tokens: int, first: int) -> list[int]:
+    """Returns what each cp rank has to compute of a prompt."""
+    cached = capacity.shares(min(cached_tokens, prompt_tokens), first)
+    whole = capacity.shares(prompt_tokens, first)
+    return [all_of_it - known for all_of_it, known in zip(whole, cached, strict=True)]
