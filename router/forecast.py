@@ -93,6 +93,50 @@ class _PrefillRate:
         return 1 / seconds if seconds else None
 
 
+class _PrefillRates:
+    """Those of all prefill instances, and what some of them have together."""
+
+    def __init__(self) -> None:
+        self._rates: dict[InstanceKey, _PrefillRate] = {}
+        # The instances that were last asked about. There are hundreds, of which one changes.
+        self._keys: tuple[InstanceKey, ...] = ()
+        self._among: frozenset[InstanceKey] = frozenset()
+        self._sum = 0.0
+        self._unknown = 0
+
+    def begin(self, key: InstanceKey, now: float) -> None:
+        self._rates.setdefault(key, _PrefillRate()).begin(now)
+
+    def end(self, key: InstanceKey, tokens: int, now: float) -> None:
+        rate = self._rates.get(key)
+        if rate is None:
+            return
+        before = rate.tokens_per_s
+        rate.end(tokens, now)
+        if key in self._among:
+            self._count(before, -1)
+            self._count(rate.tokens_per_s, 1)
+
+    def keep(self, keys: set[InstanceKey]) -> None:
+        self._rates = {key: rate for key, rate in self._rates.items() if key in keys}
+        self._keys, self._among, self._sum, self._unknown = (), frozenset(), 0.0, 0
+
+    def of(self, keys: tuple[InstanceKey, ...]) -> float | None:
+        """Returns the tokens per second of these; None where one of them is not known."""
+        if keys is not self._keys:
+            self._keys, self._among, self._sum, self._unknown = keys, frozenset(keys), 0.0, 0
+            for key in keys:
+                rate = self._rates.get(key)
+                self._count(rate.tokens_per_s if rate is not None else None, 1)
+        return self._sum if keys and not self._unknown else None
+
+    def _count(self, tokens_per_s: float | None, sign: int) -> None:
+        if tokens_per_s is None:
+            self._unknown += sign
+        else:
+            self._sum += sign * tokens_per_s
+
+
 class Forecast:
     """Foretells how long a request waits before prefill begins with it."""
 
@@ -104,7 +148,7 @@ class Forecast:
         self._hold_s = _Mean()
         self._token_hold_s = _Mean()
         self._last_end = 0.0
-        self._prefills: dict[InstanceKey, _PrefillRate] = {}
+        self._prefills = _PrefillRates()
 
     @property
     def mean_hold_s(self) -> float | None:
@@ -144,16 +188,15 @@ class Forecast:
         self._last_end = now
 
     def prefill_began(self, key: InstanceKey, now: float) -> None:
-        self._prefills.setdefault(key, _PrefillRate()).begin(now)
+        self._prefills.begin(key, now)
 
     def prefill_ended(self, key: InstanceKey, tokens: int, now: float) -> None:
         """Note that an instance is done with a prompt of which it had so many tokens to compute."""
-        if key in self._prefills:
-            self._prefills[key].end(tokens, now)
+        self._prefills.end(key, tokens, now)
 
     def keep_prefills(self, keys: set[InstanceKey]) -> None:
         """Forget all other prefill instances."""
-        self._prefills = {key: rate for key, rate in self._prefills.items() if key in keys}
+        self._prefills.keep(keys)
 
     def wait_s(self, load: Load, now: float) -> float | None:
         """Returns the seconds until prefill begins with a request, None where nothing is known."""
@@ -182,14 +225,10 @@ class Forecast:
         return now - self._last_end > stale_s
 
     def _for_prefill(self, load: Load) -> float | None:
-        rates = [
-            rate.tokens_per_s if (rate := self._prefills.get(key)) is not None else None
-            for key in load.prefills
-        ]
-        known = [rate for rate in rates if rate is not None]
-        if not known or len(known) < len(rates):
+        tokens_per_s = self._prefills.of(load.prefills)
+        if tokens_per_s is None:
             return None
-        return (load.owed + load.before.prompt_tokens) / sum(known)
+        return (load.owed + load.before.prompt_tokens) / tokens_per_s
 
 
 @dataclass

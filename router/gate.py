@@ -130,17 +130,15 @@ class Gate:
             raise self._refusal("PREDICTED_WAIT", waiting.need, predicted_s)
 
     def _predict(self, waiting: Waiting, now: float) -> float | None:
-        decodes, prefills = self._ledger.decodes(), self._ledger.prefills()
-        instances = {view.key: view for view in decodes}.values()
-        capacity_sequences = sum(view.capacity.max_sequences for view in instances)
+        room = self._ledger.decode_room()
         load = Load(
             before=self.queue.before(waiting),
             own_tokens=waiting.room_tokens,
-            free_tokens=sum(max(0, v.free_blocks) * v.capacity.block_size for v in decodes),
-            capacity_tokens=sum(v.capacity.dp_blocks * v.capacity.block_size for v in decodes),
-            free_sequences=capacity_sequences - sum(view.sequences for view in instances),
-            capacity_sequences=capacity_sequences,
-            prefills=tuple(view.key for view in prefills),
+            free_tokens=room.free_tokens,
+            capacity_tokens=room.tokens,
+            free_sequences=room.free_sequences,
+            capacity_sequences=room.sequences,
+            prefills=self._ledger.prefill_keys(),
             owed=self._owed.before(waiting.priority, waiting.tenant, waiting.need.prompt_tokens),
         )
         return self._forecast.wait_s(load, now)

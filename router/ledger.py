@@ -6,6 +6,7 @@ has no clock, does no I/O and does not decide: `policy` picks a place, the ledge
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from router.kept_views import KeptViews
 from router.views import (
@@ -34,6 +35,26 @@ __all__ = [
 
 class LedgerError(Exception):
     """The ledger was asked for something its own account rules out."""
+
+
+class DecodeRoom(NamedTuple):
+    """What several dp ranks have together; a place for a sequence is the whole instance's."""
+
+    free_tokens: int
+    tokens: int
+    free_sequences: int
+    sequences: int
+
+
+def _room_of(view: DecodeView) -> DecodeRoom:
+    capacity = view.capacity
+    places = 0 if view.dp_rank else capacity.max_sequences
+    return DecodeRoom(
+        free_tokens=max(0, view.free_tokens),
+        tokens=capacity.dp_blocks * capacity.block_size,
+        free_sequences=places - (0 if view.dp_rank else view.sequences),
+        sequences=places,
+    )
 
 
 @dataclass
@@ -141,20 +162,24 @@ class Ledger:
         self._prefills: dict[InstanceKey, _PrefillAccount] = {}
         self._decode_of: dict[int, InstanceKey] = {}
         self._prefill_of: dict[int, InstanceKey] = {}
-        self._decode_views = KeptViews(self._views_of_decode)
+        self._decode_views = KeptViews(self._views_of_decode, _room_of, len(DecodeRoom._fields))
         self._prefill_views = KeptViews(self._views_of_prefill)
+        # What follows from which instances there are, until there are others.
+        self._largest_prompt: int | None = None
+        self._largest_request: int | None = None
+        self._prefill_keys: tuple[InstanceKey, ...] | None = None
 
     # ---- instances
 
     def add_decode(self, key: InstanceKey, capacity: Capacity) -> None:
         self._check_new(key)
         self._decodes[key] = _DecodeAccount(capacity)
-        self._decode_views.forget()
+        self._forget_views()
 
     def add_prefill(self, key: InstanceKey, capacity: Capacity) -> None:
         self._check_new(key)
         self._prefills[key] = _PrefillAccount(capacity)
-        self._prefill_views.forget()
+        self._forget_views()
 
     def _check_new(self, key: InstanceKey) -> None:
         if key in self._decodes or key in self._prefills:
@@ -188,6 +213,8 @@ class Ledger:
     def _forget_views(self) -> None:
         self._decode_views.forget()
         self._prefill_views.forget()
+        self._largest_prompt = self._largest_request = None
+        self._prefill_keys = None
 
     # ---- views
 
@@ -196,6 +223,16 @@ class Ledger:
 
     def prefills(self) -> list[PrefillView]:
         return self._prefill_views.of(self._prefills)
+
+    def decode_room(self) -> DecodeRoom:
+        """The room of all decode instances that may be given work."""
+        return DecodeRoom(*self._decode_views.totals(self._decodes))
+
+    def prefill_keys(self) -> tuple[InstanceKey, ...]:
+        """The prefill instances that may be given work; the same object until there are others."""
+        if self._prefill_keys is None:
+            self._prefill_keys = tuple(view.key for view in self.prefills())
+        return self._prefill_keys
 
     def _views_of_decode(self, key: InstanceKey) -> list[DecodeView]:
         account = self._decodes[key]
@@ -227,11 +264,15 @@ class Ledger:
 
     def largest_request_tokens(self) -> int:
         """The largest prompt + max_new_tokens that some decode instance could ever hold."""
-        return _largest(self._decodes)
+        if self._largest_request is None:
+            self._largest_request = _largest(self._decodes)
+        return self._largest_request
 
     def largest_prompt_tokens(self) -> int:
         """The longest prompt that some prefill instance could ever hold."""
-        return _largest(self._prefills)
+        if self._largest_prompt is None:
+            self._largest_prompt = _largest(self._prefills)
+        return self._largest_prompt
 
     def fits_ever(self, need: Need) -> bool:
         """Whether the instances of now could hold the request if they were empty."""

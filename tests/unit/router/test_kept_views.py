@@ -56,3 +56,17 @@ def test_views_of_a_change_that_was_not_told_are_not_true() -> None:
     assert not accounts.views.are_true(accounts)
     accounts.views.changed("a")
     assert accounts.views.are_true(accounts)
+
+
+def test_sums_follow_every_change() -> None:
+    accounts = Accounts(a=[1], b=[2, 3], c=[])
+    views = KeptViews(accounts.make, lambda view: (view, 1), sums=2)
+    assert views.totals(accounts) == (6, 3)
+    accounts["b"] = [7, 3]
+    views.changed("b")
+    views.changed("c")
+    assert views.totals(accounts) == (11, 3)
+    assert views.are_true(accounts)
+    accounts.clear()
+    views.forget()
+    assert views.totals(accounts) == (0, 0)
