@@ -37,8 +37,10 @@ format: $(STAMP) ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 soak: $(STAMP) ## Long fault tests: kill processes at random points, many times
-	$(BIN)/pytest tests/integration -m slow --timeout 600
+	$(BIN)/pytest tests/unit tests/integration -m slow --timeout 600
 	$(BIN)/pytest tests/soak -s --timeout 3600
+	TWINPOOL_FUZZ_REQUESTS=1000000 $(BIN)/pytest tests/unit/router/test_fuzz.py -s --timeout 3600
+	TWINPOOL_FUZZ_REQUESTS=50000 $(BIN)/pytest tests/integration/test_fuzz.py -s --timeout 3600
 
 bench: $(STAMP) ## What disaggregation adds to a request
 	$(BIN)/python -m bench.overhead

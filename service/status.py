@@ -154,6 +154,7 @@ async def abort_with(context: Any, error: ServiceError) -> None:
 class StatusInterceptor(grpc.aio.ServerInterceptor):
     """Lets servicers raise: turns `ServiceError` into its status and defects into INTERNAL.
 
+    Bytes that are no message are the caller's fault, which gRPC itself would call UNKNOWN.
     Cancellation and `context.abort` pass through. `service.lifecycle.Server` installs it.
     """
 
@@ -168,7 +169,43 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         kind = _handler_kind(handler)
         inner = getattr(handler, kind)
         guard = _guard_stream if isasyncgenfunction(inner) else _guard_call
-        return handler._replace(**{kind: guard(inner, handler_call_details.method)})
+        readable = _readable_stream if handler.request_streaming else _readable
+        guarded = guard(inner, handler_call_details.method, readable)
+        read = _reader(handler.request_deserializer)
+        return handler._replace(request_deserializer=read, **{kind: guarded})
+
+
+# Stands for bytes that are no message until the call can be ended with an error.
+_UNREADABLE = object()
+
+
+def _reader(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if deserialize is None:
+        return None
+
+    def read(content: bytes) -> Any:
+        try:
+            return deserialize(content)
+        except DecodeError:
+            return _UNREADABLE
+
+    return read
+
+
+def _readable(request: Any) -> Any:
+    if request is _UNREADABLE:
+        raise InvalidRequest(
+            "request",
+            "bytes that are no message of this method",
+            "send what this version's proto files say",
+            reason="UNREADABLE_MESSAGE",
+        )
+    return request
+
+
+async def _readable_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _readable(request)
 
 
 def _handler_kind(handler: Any) -> str:
@@ -177,10 +214,12 @@ def _handler_kind(handler: Any) -> str:
     return f"{sent}_{returned}"
 
 
-def _guard_call(inner: Callable[[Any, Any], Awaitable[Any]], method: str) -> Any:
+def _guard_call(
+    inner: Callable[[Any, Any], Awaitable[Any]], method: str, readable: Callable[[Any], Any]
+) -> Any:
     async def guarded(request: Any, context: Any) -> Any:
         try:
-            return await inner(request, context)
+            return await inner(readable(request), context)
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
         except Exception as exc:
@@ -189,10 +228,12 @@ def _guard_call(inner: Callable[[Any, Any], Awaitable[Any]], method: str) -> Any
     return guarded
 
 
-def _guard_stream(inner: Callable[[Any, Any], Any], method: str) -> Any:
+def _guard_stream(
+    inner: Callable[[Any, Any], Any], method: str, readable: Callable[[Any], Any]
+) -> Any:
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            async with aclosing(inner(request, context)) as messages:
+            async with aclosing(inner(readable(request), context)) as messages:
                 async for message in messages:
                     yield message
         except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):

@@ -263,3 +263,21 @@ def details(error: grpc.aio.AioRpcError, kind: type[Any]) -> Any:
             packed.Unpack(message)
             return message
     return None
+
+
+@pytest.mark.parametrize("method", ["Describe", "Generate"])
+async def test_bytes_that_are_no_message_are_the_callers_fault(method: str) -> None:
+    server = Server("test")
+    servicer = Inference(lambda: None)
+    server.add(inference.add_InferenceServicer_to_server, servicer, "twinpool.v1.Inference")
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        name = f"/twinpool.v1.Inference/{method}"
+        kind = channel.unary_stream if method == "Generate" else channel.unary_unary
+        call = kind(name, request_serializer=bytes, response_deserializer=bytes)(b"\x0a\xff")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await (call.read() if method == "Generate" else call)
+    await server.stop()
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, InvalidRequest)
+    assert error.reason == "UNREADABLE_MESSAGE"
