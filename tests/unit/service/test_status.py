@@ -273,8 +273,8 @@ async def test_bytes_that_are_no_message_are_the_callers_fault(method: str) -> N
     await server.start()
     async with grpc.aio.insecure_channel(server.address) as channel:
         name = f"/twinpool.v1.Inference/{method}"
-        kind = channel.unary_stream if method == "Generate" else channel.unary_unary
-        call = kind(name, request_serializer=bytes, response_deserializer=bytes)(b"\x0a\xff")
+        start: Any = channel.unary_stream if method == "Generate" else channel.unary_unary
+        call = start(name, request_serializer=bytes, response_deserializer=bytes)(b"\x0a\xff")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await (call.read() if method == "Generate" else call)
     await server.stop()
