@@ -80,6 +80,8 @@ def rich_status(
 
 def _code_of(error: ServiceError) -> grpc.StatusCode:
     if isinstance(error, WorkFailed):
+        if error.reason == DeadlineExceeded.__name__:
+            return grpc.StatusCode.DEADLINE_EXCEEDED
         return grpc.StatusCode.ABORTED if error.retryable else grpc.StatusCode.INTERNAL
     for kind, code in _CODES.items():
         if isinstance(error, kind):

@@ -46,6 +46,10 @@ ERRORS = [
     (Unavailable("draining", retry_after_s=2.0), grpc.StatusCode.UNAVAILABLE),
     (WorkFailed("gone", reason="PeerLost", retryable=True), grpc.StatusCode.ABORTED),
     (WorkFailed("bad", reason="LayoutMismatch", retryable=False), grpc.StatusCode.INTERNAL),
+    (
+        WorkFailed("late at prefill", reason="DeadlineExceeded", retryable=False),
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    ),
     (DeadlineExceeded(), grpc.StatusCode.DEADLINE_EXCEEDED),
     (NotFound("no model 'x'"), grpc.StatusCode.NOT_FOUND),
     (Incompatible("another model"), grpc.StatusCode.FAILED_PRECONDITION),
