@@ -22,6 +22,7 @@ from router.policy import LeastLoaded
 from router.pools import Pools
 from router.registration import MembershipService
 from service.channels import PUBLIC_MESSAGE_BYTES, dial
+from service.garbage import collect_rarely
 from service.lifecycle import Server
 from service.metrics import MetricsEndpoint, new_registry
 from service.security.settings import router_security
@@ -153,6 +154,7 @@ async def main(config: RouterConfig) -> None:
     endpoint = MetricsEndpoint(registry, port=config.metrics_port) if config.metrics_port else None
     try:
         await router.server.start()
+        collect_rarely()
         await router.server.serve_until_stopped(
             drain=router.drain, drain_timeout_s=config.drain_timeout_s
         )

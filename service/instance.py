@@ -4,7 +4,6 @@ Owns the way from a model folder to a runner and to the hello a router gets. Joi
 and transfer beyond shapes: that is for the roles.
 """
 
-import gc
 import logging
 import os
 import secrets
@@ -42,6 +41,7 @@ from kvtransfer import (
 from kvtransfer.hardware import SlowMemory, check_device_memory
 from service.calibration import Calibration
 from service.errors import StartError
+from service.garbage import collect_rarely
 from service.instance_config import InstanceConfig
 from service.lifecycle import Server, join_address
 from service.malloc import keep_freed_memory
@@ -377,7 +377,7 @@ async def serve_instance(
     background: Iterable[Coroutine[Any, Any, None]],
 ) -> None:
     """Serve until told to stop, metrics included; `background` goes on until the drain is over."""
-    gc.freeze()  # the model is here to stay: collections need not look at it again
+    collect_rarely()
     with ExitStack() as stack:
         if settings.metrics_port:
             stack.enter_context(MetricsEndpoint(registry, port=settings.metrics_port))

@@ -13,6 +13,7 @@ from bench.routers.load import Client, Streams, Tally, arrivals
 from bench.routers.resident import resident_bytes
 from bench.sides.answers import serve
 from bench.sides.process import used_cpu_s
+from service.garbage import collect_rarely
 
 
 class Load:
@@ -113,5 +114,6 @@ def _cpu_s(processes: list[int]) -> float:
 
 
 if __name__ == "__main__":
+    collect_rarely()  # or its own pauses would be the router's
     side = Load()
     serve({"open": side.open, "streams": side.streams, "offered": side.offered})
