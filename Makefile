@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
+# Which tests `make check` runs; none where `make test` follows, which runs them too.
+FAST_TESTS ?= tests/unit
+
 .PHONY: help demo test check proto format soak bench clean
 
 help: ## Show this list
@@ -27,7 +30,7 @@ check: $(STAMP) ## Format, lint, types, import floors, generated code, fast test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python proto/generate.py --check
-	$(BIN)/pytest tests/unit
+	$(if $(FAST_TESTS),$(BIN)/pytest $(FAST_TESTS))
 
 proto: $(STAMP) ## Generate the wire types from proto/
 	$(BIN)/python proto/generate.py
