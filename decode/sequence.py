@@ -35,6 +35,7 @@ class Reservation:
         cache_salt: Only requests with the same one share blocks.
         dp_rank: Which of the instance's dp ranks is to have it.
         came_us: When the request first came, by its router's clock.
+        trace_id: For the log.
     """
 
     request_id: int
@@ -48,6 +49,7 @@ class Reservation:
     dp_rank: int = 0
     output_ids: Sequence[int] = ()
     came_us: int = 0
+    trace_id: str = ""
 
     @property
     def own_prompt_tokens(self) -> int:

@@ -31,7 +31,9 @@ from kvtransfer import (
     TransferEvent,
 )
 from service.errors import Incompatible, InvalidRequest, NotFound, Refused, Unavailable, WorkFailed
+from service.logs import about_request
 from service.ranks.joined import End
+from service.trace import current_trace_id
 from service.wire import (
     finish_to_wire,
     kept_to_wire,
@@ -102,6 +104,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self, request: worker_pb2.ReserveRequest, context: Any
     ) -> worker_pb2.ReserveResponse:
         """Hold room for a request and open the door for its KV."""
+        log.debug("reserves", extra=about_request(request.request_id))
         if self.draining:
             raise Unavailable(f"decode instance {self._name} is draining", reason="DRAINING")
         if request.router_id not in self._routers:
@@ -188,7 +191,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                 log.warning(
                     "KV transfer failed: %s",
                     event.error,
-                    extra={"request_id": f"{record.request_id:016x}"},
+                    extra=about_request(record.request_id, record.reservation.trace_id),
                 )
                 self._loop.call_soon_threadsafe(self._tell, record, _lost(record, event))
         elif isinstance(event, Closed):
@@ -274,6 +277,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             cache_salt=request.cache_salt.encode(),
             dp_rank=request.dp_rank,
             came_us=request.came_us,
+            trace_id=current_trace_id(),
         )
         if reservation.dp_rank >= self._dp:
             raise InvalidRequest(

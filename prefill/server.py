@@ -16,7 +16,9 @@ from prefill.handoff import Transfers
 from prefill.metrics import Metrics
 from prefill.worker import FirstToken, Outcome, Request, RequestFailed, Transferred, Worker
 from service.errors import InvalidRequest, Refused, Unavailable, WorkFailed
+from service.logs import about_request
 from service.peers import Peers
+from service.trace import current_trace_id
 from service.wire import (
     finish_to_wire,
     logprobs_to_wire,
@@ -64,6 +66,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
         """Prefill one request: start and grants in, first token and the transfer's end out."""
         request = self._request(await anext(request_iterator, None))
         request_id = request.request_id
+        log.debug("begins", extra=about_request(request_id))
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         self._outcomes[request_id] = outcomes
         reader = asyncio.ensure_future(self._read_grants(request_id, request_iterator, outcomes))
@@ -148,6 +151,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer):
             tenant=start.tenant,
             transfer=start.transfer,
             cp_first=start.cp_first,
+            trace_id=current_trace_id(),
             output_tokens=start.output_tokens,
         )
 

@@ -24,6 +24,7 @@ from kvtransfer import Closed, Completed, Failed, Span, TransferEvent
 from prefill.compute import Compute, Piece
 from prefill.handoff import Transfers
 from prefill.scheduler import Prompt, Scheduler, Slice, Step
+from service.logs import about_request
 from service.prefix_keys import prefix_salt
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Request:
         transfer: Whether its KV goes to a decode instance.
         cp_first: The cp rank that has its first tokens.
         output_tokens: How many of the prompt's last tokens were generated before, elsewhere.
+        trace_id: For the log.
     """
 
     request_id: int
@@ -56,6 +58,7 @@ class Request:
     transfer: bool = True
     cp_first: int = 0
     output_tokens: int = 0
+    trace_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,7 +442,8 @@ class Worker:
             self._free(request_id)
 
     def _fail(self, request_id: int, reason: str, message: str, retryable: bool) -> None:
-        log.info("ended early: %s", message, extra={"request_id": f"{request_id:016x}"})
+        trace_id = self._jobs[request_id].request.trace_id
+        log.info("ended early: %s", message, extra=about_request(request_id, trace_id))
         self._emit(request_id, RequestFailed(reason=reason, message=message, retryable=retryable))
         self._drop(request_id)
 
@@ -457,7 +461,9 @@ class Worker:
         job = self._jobs[request_id]
         if isinstance(event, Failed):
             log.warning(
-                "KV transfer failed: %s", event.error, extra={"request_id": f"{request_id:016x}"}
+                "KV transfer failed: %s",
+                event.error,
+                extra=about_request(request_id, job.request.trace_id),
             )
         if job.wanted and job.computed_s is None and isinstance(event, Completed):
             job.early = self._outcome(job, event)

@@ -94,6 +94,7 @@ class Attempt:
         self._resuming: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
         self._first: Tokens | None = None
+        self._first_at = 0.0
         self._is_granted = False
         self._is_activated = False
         self._has_output = False
@@ -175,7 +176,8 @@ class Attempt:
         An abort that overtakes a reservation would leave it behind for ever.
         """
         backoff_s = _FIRST_RESERVE_BACKOFF_S
-        patience_ends = self._clock() + RESERVE_PATIENCE_S
+        began_at = self._clock()
+        patience_ends = began_at + RESERVE_PATIENCE_S
         while not self._closing.is_set():
             try:
                 grant = await decode.reserve(
@@ -192,6 +194,7 @@ class Attempt:
                     return
             else:
                 self._is_granted = True
+                self._stats.reserve_s = self._clock() - began_at
                 self._inbox.put_nowait((None, Granted(grant)))
                 return
             try:
@@ -228,6 +231,8 @@ class Attempt:
             case Regranted(grant):
                 self._take_regranted(grant)
             case Output(tokens):
+                if not self._has_output:
+                    self._stats.second_token_s = self._clock() - self._first_at
                 self._has_output = True
                 self._give_up_at = None
                 self._tokens += len(tokens.token_ids)
@@ -258,13 +263,16 @@ class Attempt:
         assert self._leg is not None
         self._admission.end_prefill(self._leg.leg_id)
         self._stats.queue_s += event.queue_s
-        if not self._request.output_tokens:
+        self._stats.prefill_queue_s = event.queue_s
+        # Of the prompt's own computation, or of the first one here where another router's was lost.
+        if not (self._request.output_tokens and self._stats.prefill_s):
             self._stats.prefill_s = event.prefill_s
             self._stats.cached_tokens = event.cached_tokens
         if self._first is not None:
             # The client has the first instance's; decode goes on from that one.
             return None
         self._first = event.tokens
+        self._first_at = self._clock()
         if event.tokens.finish is None:
             self._activate()
         if self._is_transferred:

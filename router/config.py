@@ -124,6 +124,10 @@ class RouterConfig(BaseModel):
     )
     log_level: LogLevel = Field(default="info", description="What to log.")
     log_json: bool = Field(default=False, description="Log JSON lines.")
+    access_log: str = Field(
+        default="",
+        description="File that gets a JSON line for each request at its end, or - for stdout.",
+    )
 
     @model_validator(mode="after")
     def _has_whole_tls(self) -> Self:

@@ -26,6 +26,7 @@ from router.workers import (
     worker_error,
 )
 from service.errors import Unavailable, WorkFailed
+from service.trace import trace_metadata
 
 RESERVE_TIMEOUT_S = 5.0
 _FIRST_BACKOFF_S = 0.1
@@ -117,7 +118,7 @@ class DecodeLink:
         )
         try:
             response = await self._stub.Reserve(
-                message, timeout=min(RESERVE_TIMEOUT_S, remaining_s)
+                message, timeout=min(RESERVE_TIMEOUT_S, remaining_s), metadata=trace_metadata()
             )
         except grpc.aio.AioRpcError as exc:
             raise worker_error(self.instance, exc) from exc
@@ -140,7 +141,7 @@ class DecodeLink:
         )
         try:
             response = await self._stub.Regrant(
-                message, timeout=min(RESERVE_TIMEOUT_S, remaining_s)
+                message, timeout=min(RESERVE_TIMEOUT_S, remaining_s), metadata=trace_metadata()
             )
         except grpc.aio.AioRpcError as exc:
             raise worker_error(self.instance, exc) from exc

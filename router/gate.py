@@ -99,8 +99,10 @@ class Gate:
         waiting.came_at = now
         waiting.room_tokens = self._room_tokens(waiting.need)
         waiting.hold_s = self._hold_s(waiting)
-        if not (waiting.resumes or waiting.again):
+        is_new = not (waiting.resumes or waiting.again)
+        if is_new or waiting.is_new_here:
             self._check_caps(waiting)
+        if is_new:
             self._check_wait(waiting, now)
         try:
             gives_way = self.queue.push(waiting)

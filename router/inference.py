@@ -4,13 +4,17 @@ Puts the parts in their order: the model, the prompt's tokens, the checks, then 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
 from twinpool.v1 import inference_pb2, inference_pb2_grpc
 
+from router.access_log import AccessLog
+from router.account import Account
 from router.callers import Callers, caps_of, owned_by
 from router.inflight import Inflight, Job
 from router.ledger import Ledger
@@ -18,16 +22,25 @@ from router.membership import Model
 from router.metrics import Metrics
 from router.outbox import Outbox
 from router.pools import Pools
+from router.proof import Proofs
 from router.request import (
     MessagesPrompt,
     Prompt,
-    Stats,
+    Resumed,
     TextPrompt,
     TokensPrompt,
     ValidRequest,
 )
-from router.validate import Caps, ModelLimits, check, check_model_name, check_prompt
-from router.wire import input_from_wire, prompt_from_wire, response_to_wire
+from router.validate import (
+    Caps,
+    ModelLimits,
+    check,
+    check_model_name,
+    check_prompt,
+    check_resume,
+    with_terms,
+)
+from router.wire import input_from_wire, prompt_from_wire, response_to_wire, terms_to_wire
 from service.errors import (
     InvalidRequest,
     NotFound,
@@ -36,6 +49,7 @@ from service.errors import (
     Unavailable,
 )
 from service.security.access import current_caller
+from service.trace import begin_trace
 from text import PromptError, Tokenizer
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -59,6 +73,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         caps: Caps,
         default_timeout_s: float,
         clock: Callable[[], float],
+        access_log: AccessLog | None = None,
+        proofs: Proofs | None = None,
     ) -> None:
         self._version = version
         self._pools = pools
@@ -68,6 +84,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._caps = caps
         self._default_timeout_s = default_timeout_s
         self._clock = clock
+        self._access_log = access_log
+        self._proofs = proofs or Proofs(None)
         self._callers = Callers()
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._is_draining = False
@@ -89,92 +107,113 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> None:
         """Generates an answer."""
-        outcome = "failed"
+        begin_trace()
+        account = self._account("Generate")
         self.open_requests += 1
         self._idle.clear()
         try:
             with self._callers.admitted(current_caller()):
-                await self._generate(request, context)
-            outcome = "finished"
+                await self._generate(request, context, account)
+            account.outcome = "finished"
         except ServiceError as exc:
-            outcome = _outcome_of(exc)
+            account.outcome, account.reason = _outcome_of(exc), exc.reason
             raise
         except (asyncio.CancelledError, grpc.aio.UsageError):
-            outcome = "aborted"
+            account.outcome = "aborted"
             raise
         finally:
-            self._metrics.ended(outcome)
+            account.end()
             self.open_requests -= 1
             if self.open_requests == 0:
                 self._idle.set()
 
-    async def _generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
-        began_at = self._clock()
-        deadline = began_at + self._allowed_s(context)
+    async def _generate(
+        self, request: inference_pb2.GenerateRequest, context: Any, account: Account
+    ) -> None:
+        deadline = account.began_at + self._allowed_s(context)
         model, tokenizer = await self._served_model()
+        checked, resumed = await self._check(request, model, tokenizer)
         job = Job(
             request_id=self._inflight.new_request_id(),
-            request=await self._check(request, model, tokenizer),
+            request=self._inflight.with_seed(checked),
             model=model,
             tokenizer=tokenizer,
             deadline=deadline,
+            resumed=resumed,
         )
-        outbox, stats = Outbox(), Stats()
-        life = asyncio.create_task(self._inflight.serve(job, stats, outbox.put))
+        account.admit(job)
+        outbox = Outbox()
+        life = asyncio.create_task(self._inflight.serve(job, account.stats, outbox.put))
         life.add_done_callback(lambda _: outbox.close())
         try:
-            await self._relay(job, stats, outbox, context, began_at)
+            await self._relay(job, account, outbox, context)
             await life
         finally:
             life.cancel()
             await asyncio.gather(life, return_exceptions=True)
 
-    async def _relay(
-        self, job: Job, stats: Stats, outbox: Outbox, context: Any, began_at: float
-    ) -> None:
+    async def _relay(self, job: Job, account: Account, outbox: Outbox, context: Any) -> None:
         """Writes the answer's parts as they come, until there are no more."""
         prompt_tokens = len(job.request.prompt_token_ids)
-        first_at: float | None = None
+        fingerprint = job.model.fingerprint
+        proof = self._proofs.give(job.shown_id, job.request, fingerprint)
+        terms: inference_pb2.Terms | None = terms_to_wire(job.request, fingerprint, proof)
         while (part := await outbox.next()) is not None:
-            if first_at is None:
-                first_at = self._clock()
-                self._metrics.first_token(first_at - began_at)
-            await context.write(response_to_wire(job.shown_id, part, prompt_tokens, stats))
-            if part.finish is not None:
-                self._metrics.finished(
-                    ttft_s=first_at - began_at,
-                    e2e_s=self._clock() - began_at,
-                    handoff_s=stats.handoff_s,
-                    prompt=prompt_tokens,
-                    completion=part.completion_tokens,
-                )
+            account.give(part)
+            message = response_to_wire(job.shown_id, part, prompt_tokens, account.stats)
+            if terms is not None:
+                message.terms.CopyFrom(terms)
+                terms = None
+            await context.write(message)
+
+    def _account(self, method: str) -> Account:
+        return Account(method, metrics=self._metrics, log=self._access_log, clock=self._clock)
+
+    @contextmanager
+    def _asked(self, method: str) -> Iterator[None]:
+        """Writes the access log's line of a question."""
+        begin_trace()
+        account = self._account(method)
+        try:
+            yield
+            account.outcome = "finished"
+        except ServiceError as exc:
+            account.outcome, account.reason = _outcome_of(exc), exc.reason
+            raise
+        except asyncio.CancelledError:
+            account.outcome = "aborted"
+            raise
+        finally:
+            account.write(self._clock())
 
     async def Describe(
         self, request: inference_pb2.DescribeRequest, context: Any
     ) -> inference_pb2.DescribeResponse:
         """Says which model is served and what a request may ask for."""
-        model, tokenizer = await self._served_model()
-        check_model_name(request.model, self._limits(model, tokenizer))
-        return inference_pb2.DescribeResponse(
-            model=model.name,
-            architecture=model.architecture,
-            max_model_len=self._pools.members.max_model_len,
-            vocab_size=model.vocab_size,
-            has_chat_template=tokenizer.has_chat_template,
-            max_request_tokens=self._ledger.largest_request_tokens(),
-            version=self._version,
-        )
+        with self._asked("Describe"):
+            model, tokenizer = await self._served_model()
+            check_model_name(request.model, self._limits(model, tokenizer))
+            return inference_pb2.DescribeResponse(
+                model=model.name,
+                architecture=model.architecture,
+                max_model_len=self._pools.members.max_model_len,
+                vocab_size=model.vocab_size,
+                has_chat_template=tokenizer.has_chat_template,
+                max_request_tokens=self._ledger.largest_request_tokens(),
+                version=self._version,
+            )
 
     async def CountTokens(
         self, request: inference_pb2.CountTokensRequest, context: Any
     ) -> inference_pb2.CountTokensResponse:
         """Counts the tokens a prompt has after template and tokenizer."""
-        model, tokenizer = await self._served_model()
-        limits = self._limits(model, tokenizer)
-        check_model_name(request.model, limits)
-        prompt = check_prompt(prompt_from_wire(request.prompt), limits, self._caps)
-        tokens = await self._tokenize(prompt, tokenizer)
-        return inference_pb2.CountTokensResponse(tokens=len(tokens))
+        with self._asked("CountTokens"):
+            model, tokenizer = await self._served_model()
+            limits = self._limits(model, tokenizer)
+            check_model_name(request.model, limits)
+            prompt = check_prompt(prompt_from_wire(request.prompt), limits, self._caps)
+            tokens = await self._tokenize(prompt, tokenizer)
+            return inference_pb2.CountTokensResponse(tokens=len(tokens))
 
     # ---- shared by the calls
 
@@ -239,16 +278,26 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def _check(
         self, request: inference_pb2.GenerateRequest, model: Model, tokenizer: Tokenizer
-    ) -> ValidRequest:
+    ) -> tuple[ValidRequest, Resumed | None]:
         """Checks a request and tokenizes it. Raises InvalidRequest, or Refused if it never fits."""
         given = input_from_wire(request)
+        if given.resume is not None:
+            given = with_terms(given, given.resume)
         caller = current_caller()
         limits = self._limits(model, tokenizer)
         check_model_name(given.model, limits)
         prompt = check_prompt(given.prompt, limits, self._caps)
         token_ids = await self._tokenize(prompt, tokenizer)
         caps = caps_of(caller, self._caps)
-        return owned_by(caller, check(given, token_ids, limits, caps))
+        checked = owned_by(caller, check(given, token_ids, limits, caps))
+        if given.resume is None:
+            return checked, None
+        resume, fingerprint = given.resume, model.fingerprint
+        resumed = check_resume(resume, checked, limits, fingerprint)
+        goes_ahead = self._proofs.holds(
+            resume.proof, resumed.request_id, checked, fingerprint, guarded=caller is not None
+        )
+        return checked, replace(resumed, goes_ahead=goes_ahead)
 
     def _allowed_s(self, context: Any) -> float:
         remaining_s: float | None = context.time_remaining()

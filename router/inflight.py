@@ -21,11 +21,13 @@ from router.metrics import Metrics
 from router.pools import Pools, model_changed
 from router.progress import TRY_BITS, Progress
 from router.queue import Waiting
-from router.request import AnswerPart, Stats, Tokens, ValidRequest
+from router.request import AnswerPart, Resumed, Stats, Tokens, ValidRequest
 from router.tasks import Tasks
 from router.tries import Try
 from service.errors import (
     DeadlineExceeded,
+    Incompatible,
+    InvalidRequest,
     Refused,
     ServiceError,
     Unavailable,
@@ -45,6 +47,8 @@ _MOST_CARRIES = 3
 # since from there on the router knows.
 _DRAINS = ("DRAINING", "DRAINED")
 _RETRY_BACKOFF_S = 0.05
+# How many tokens of an answer that another router began are gone over at once.
+_REPLAY_TOKENS = 256
 # An instance's clock for the same deadline runs out at about the same moment.
 _DEADLINE_MARGIN_S = 0.05
 
@@ -61,11 +65,16 @@ class Job:
     model: Model
     tokenizer: Tokenizer
     deadline: float
+    resumed: Resumed | None = None
 
     @property
     def shown_id(self) -> str:
-        """The id as clients and logs see it."""
-        return f"{self.request_id:016x}"
+        """The id as clients and logs see it.
+
+        An answer that another router began keeps the one it had. In the pools it has a new one,
+        since what that router did there may not have ended yet.
+        """
+        return self.resumed.request_id if self.resumed is not None else f"{self.request_id:016x}"
 
 
 class Inflight:
@@ -114,12 +123,14 @@ class Inflight:
     async def _serve(self, job: Job, stats: Stats, emit: Emit) -> None:
         run = Progress(
             job.request_id,
-            dataclasses.replace(self._with_seed(job.request), came_us=self._wall_ns() // 1000),
+            dataclasses.replace(job.request, came_us=self._wall_ns() // 1000),
             job.tokenizer,
             stats,
             max_retries=self._max_retries,
             clock=self._clock,
         )
+        if job.resumed is not None:
+            await self._replay(job, job.resumed, run)
         following: Try | None = self._attempt(job, run, await self._admit(job, run))
         while following is not None:
             attempt, failed = following, False
@@ -134,6 +145,38 @@ class Inflight:
             if failed:
                 await asyncio.sleep(_RETRY_BACKOFF_S * run.fruitless)
                 following = self._attempt(job, run, await self._admit(job, run))
+
+    async def _replay(self, job: Job, resumed: Resumed, run: Progress) -> None:
+        """Brings an answer to where its client has it, text and all; Incompatible where it cannot.
+
+        Other requests have their turns meanwhile.
+        """
+        chars, token_ids = 0, resumed.output_token_ids
+        for start in range(0, len(token_ids), _REPLAY_TOKENS):
+            part = run.replay(token_ids[start : start + _REPLAY_TOKENS])
+            chars += len(part.text)
+            if part.finish is not None:
+                raise InvalidRequest(
+                    "resume.output_token_ids",
+                    "an answer that has ended",
+                    "a stop string is in it: nothing is to be gone on with",
+                )
+            await asyncio.sleep(0)
+        if chars != resumed.text_chars:
+            raise Incompatible(
+                f"the answer cannot go on here: its {len(token_ids)} tokens are {chars} characters"
+                f" of text here, and were {resumed.text_chars}",
+                reason="RESUME_MISMATCH",
+            )
+        run.resume()
+        run.goes_ahead = resumed.goes_ahead
+        self._metrics.taken_over()
+        _log.info(
+            "goes on after %d tokens of another router, in the pools as %016x",
+            len(token_ids),
+            job.request_id,
+            extra={"request_id": job.shown_id},
+        )
 
     # ---- beginning a try
 
@@ -165,7 +208,9 @@ class Inflight:
                 raise _for_client(run.error, has_begun=True) from exc
             raise
         waited_s = self._clock() - asked_at
+        run.goes_ahead = True
         run.stats.queue_s += waited_s
+        run.stats.admit_s += waited_s
         self._metrics.waited(waited_s, run.request.priority)
         return placement
 
@@ -178,9 +223,10 @@ class Inflight:
             start_by=start_by,
             cached_tokens=self._pools.prefixes.lookup(run.request),
             avoid=run.avoid,
-            resumes=run.has_begun or _is_preempted(run.error),
+            resumes=(run.has_begun and run.goes_ahead) or _is_preempted(run.error),
             patient=run.has_begun or _is_preempted(run.error),
             again=run.error is not None,
+            is_new_here=run.error is None,
         )
 
     def _attempt(self, job: Job, run: Progress, placement: Placement) -> Try:
@@ -324,8 +370,8 @@ class Inflight:
     def _is_over(self, deadline: float) -> bool:
         return self._clock() >= deadline - _DEADLINE_MARGIN_S
 
-    def _with_seed(self, request: ValidRequest) -> ValidRequest:
-        """Draws a seed where chance plays a part, so that a second try says the same."""
+    def with_seed(self, request: ValidRequest) -> ValidRequest:
+        """Draws a seed where chance plays a part, so that any other try says the same."""
         sampling = request.sampling
         if sampling.seed is not None or sampling.temperature == 0.0:
             return request

@@ -1,10 +1,12 @@
 """Owns the router's metrics; knows the registry and nothing of what is measured."""
 
 from collections import Counter as Tally
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from service.histogram import LoopHistogram
 from service.metrics import (
     HANDOFF_BUCKETS_S,
     QUEUE_BUCKETS_S,
@@ -13,6 +15,10 @@ from service.metrics import (
     TTFT_BUCKETS_S,
 )
 
+# Tokens of a prompt or an answer.
+_TOKEN_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+# How requests end that began, in vLLM's words.
+FINISHED_REASONS = ("stop", "length", "abort", "error")
 # How a request can end.
 OUTCOMES = ("finished", "refused", "invalid", "aborted", "failed")
 # Why an answer that had begun goes on at other instances, and how: its KV is computed anew, or
@@ -32,6 +38,18 @@ _ERROR_BUCKETS_S = (
     60.0,
 )
 # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hops:
+    """Where one request spent its time, in seconds; None where it did not come by."""
+
+    queue: float
+    reserve: float | None
+    prefill_queue: float
+    prefill: float
+    handoff: float | None
+    decode_first_step: float | None
 
 
 class Metrics:
@@ -56,6 +74,11 @@ class Metrics:
         )
         for outcome in RESUMES:
             self._resumes.labels(outcome)
+        self._taken_over = Counter(
+            "twinpool_router_taken_over_requests",
+            "Answers that another router began and that went on here.",
+            registry=registry,
+        )
         self._moves = Counter(
             "twinpool_router_moved_requests",
             "Moves of answers that had begun to other instances.",
@@ -118,19 +141,19 @@ class Metrics:
             registry=registry,
         )
         self._ttft_s = Histogram(
-            "twinpool_router_ttft_seconds",
+            "twinpool_time_to_first_token_seconds",
             "Arrival to first token.",
             buckets=TTFT_BUCKETS_S,
             registry=registry,
         )
         self._tpot_s = Histogram(
-            "twinpool_router_tpot_seconds",
-            "Time per token after the first.",
+            "twinpool_time_per_output_token_seconds",
+            "Mean time per token after the first, of each finished request.",
             buckets=TPOT_BUCKETS_S,
             registry=registry,
         )
         self._e2e_s = Histogram(
-            "twinpool_router_request_seconds",
+            "twinpool_e2e_request_latency_seconds",
             "Arrival to last token.",
             buckets=REQUEST_BUCKETS_S,
             registry=registry,
@@ -139,6 +162,45 @@ class Metrics:
             "twinpool_router_handoff_seconds",
             "End of prefill's compute to decode's acknowledgement of the KV.",
             buckets=HANDOFF_BUCKETS_S,
+            registry=registry,
+        )
+        self._gap_s = LoopHistogram(
+            "twinpool_inter_token_latency_seconds",
+            "Time between two tokens of a request, as they went to its client.",
+            buckets=TPOT_BUCKETS_S,
+            registry=registry,
+        )
+        self._hop_s = Histogram(
+            "twinpool_hop_seconds",
+            "Where finished requests that neither moved nor began anew spent their time.",
+            ["hop"],
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self._hops = {hop.name: self._hop_s.labels(hop.name) for hop in fields(Hops)}
+        self._prompt_tokens = Histogram(
+            "twinpool_request_prompt_tokens",
+            "Prompt tokens of finished requests.",
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._generation_tokens = Histogram(
+            "twinpool_request_generation_tokens",
+            "Generated tokens of finished requests.",
+            buckets=_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._success = Counter(
+            "twinpool_request_success",
+            "Requests that began and ended, by how they ended.",
+            ["finished_reason"],
+            registry=registry,
+        )
+        for reason in FINISHED_REASONS:
+            self._success.labels(reason)
+        self._lost_lines = Counter(
+            "twinpool_router_access_log_lost_lines",
+            "Lines of the access log that could not be written.",
             registry=registry,
         )
         self._tokens = Counter(
@@ -151,13 +213,28 @@ class Metrics:
         )
         self._registry = registry
 
-    def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
+    def watch(
+        self, name: str, what: str, read: Callable[[], float], *, prefix: str = "twinpool_router"
+    ) -> None:
         """Shows a level that is read when it is asked for."""
-        Gauge(f"twinpool_router_{name}", what, registry=self._registry).set_function(read)
+        Gauge(f"{prefix}_{name}", what, registry=self._registry).set_function(read)
 
-    def ended(self, outcome: str) -> None:
+    def watch_states(self, name: str, what: str, states: Mapping[str, Callable[[], float]]) -> None:
+        """Shows levels that are read when they are asked for, one for each state."""
+        gauge = Gauge(f"twinpool_router_{name}", what, ["state"], registry=self._registry)
+        for state, read in states.items():
+            gauge.labels(state).set_function(read)
+
+    def ended(self, outcome: str, finished_reason: str | None = None) -> None:
+        """Counts a request's end; `finished_reason` where it is one of vLLM's."""
         self.outcomes[outcome] += 1
         self._requests.labels(outcome).inc()
+        if finished_reason is not None:
+            self._success.labels(finished_reason).inc()
+
+    def lost_line(self) -> None:
+        """Counts a line of the access log that was not written."""
+        self._lost_lines.inc()
 
     def retried(self) -> None:
         self.retries += 1
@@ -165,6 +242,10 @@ class Metrics:
 
     def resumed(self, outcome: str) -> None:
         self._resumes.labels(outcome).inc()
+
+    def taken_over(self) -> None:
+        """Counts an answer that another router began and that goes on here."""
+        self._taken_over.inc()
 
     def moved(self, reason: str, way: str = "prefill") -> None:
         self._moves.labels(reason, way).inc()
@@ -195,13 +276,27 @@ class Metrics:
     def first_token(self, ttft_s: float) -> None:
         self._ttft_s.observe(ttft_s)
 
-    def finished(
-        self, *, ttft_s: float, e2e_s: float, handoff_s: float, prompt: int, completion: int
-    ) -> None:
-        """Takes a finished request's times, in seconds, and its token counts."""
-        self._e2e_s.observe(e2e_s)
-        if completion > 1:
-            self._tpot_s.observe((e2e_s - ttft_s) / (completion - 1))
-            self._handoff_s.observe(handoff_s)
+    def gaps(self, seconds: float, times: int) -> None:
+        """Takes the time between tokens of one request, which so many of them had."""
+        self._gap_s.observe(seconds, times)
+
+    def tokens(self, prompt: int, completion: int) -> None:
+        """Takes a finished request's token counts."""
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("completion").inc(completion)
+        self._prompt_tokens.observe(prompt)
+        self._generation_tokens.observe(completion)
+
+    def finished(self, *, e2e_s: float, tpot_s: float | None, handoff_s: float | None) -> None:
+        """Takes a finished request's times, in seconds; None where decode had no part in it."""
+        self._e2e_s.observe(e2e_s)
+        if tpot_s is not None:
+            self._tpot_s.observe(tpot_s)
+        if handoff_s is not None:
+            self._handoff_s.observe(handoff_s)
+
+    def hops(self, hops: Hops) -> None:
+        """Takes where a request spent its time."""
+        for name, shown in self._hops.items():
+            if (seconds := getattr(hops, name)) is not None:
+                shown.observe(seconds)

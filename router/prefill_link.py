@@ -25,6 +25,7 @@ from router.workers import (
     worker_error,
 )
 from service.errors import ServiceError, Unavailable
+from service.trace import trace_metadata
 
 # The request's own deadline is kept by the router; the call's is for an instance that hangs.
 _DEADLINE_SLACK_S = 1.0
@@ -75,7 +76,7 @@ class PrefillLink:
             output_tokens=request.output_tokens,
         )
         timeout_s = remaining_s + _DEADLINE_SLACK_S
-        stream: _Stream = self._stub.Run(timeout=timeout_s)
+        stream: _Stream = self._stub.Run(timeout=timeout_s, metadata=trace_metadata())
         call = PrefillCall(self.instance, stream, start, inbox)
         self._calls.add(call)
         call.task.add_done_callback(lambda _: self._calls.discard(call))

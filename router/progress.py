@@ -3,7 +3,7 @@
 Knows no pool and no instance but those to be avoided; decides nothing about when a try is over.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from router.answer import Answer
 from router.ledger import InstanceKey
@@ -38,6 +38,8 @@ class Progress:
         # What came to an end before, and is gone on from.
         self.error: ServiceError | None = None
         self.avoid: frozenset[InstanceKey] = frozenset()
+        # Whether it goes ahead of what is new, once the client has tokens.
+        self.goes_ahead = True
         self._original = request
         self._answer = Answer(tokenizer, request.prompt_token_ids, request.stop)
         self._given: list[int] = []
@@ -90,6 +92,18 @@ class Progress:
         self._given_at = now
         self._given.extend(tokens.token_ids)
         return self._answer.push(tokens), pause_s
+
+    def replay(self, token_ids: Sequence[int]) -> AnswerPart:
+        """Takes tokens that the client has from another router; returns what it got for them.
+
+        To be followed by `resume`, once all are in.
+        """
+        self._given.extend(token_ids)
+        return self._answer.push(Tokens(token_ids=tuple(token_ids)))
+
+    def resume(self) -> None:
+        """Turns to what follows the tokens that were replayed."""
+        self.request = self.continuation
 
     def next_id(self) -> int | None:
         """Returns the id for another instance, counted as a retry; None after the last."""

@@ -89,6 +89,9 @@ class Waiting:
     patient: bool = False
     # Was let in before: what is asked of new requests only was asked of it then.
     again: bool = False
+    # Has not been let in by this router before, even where it `resumes` what another one began: its
+    # tenant's caps hold for it.
+    is_new_here: bool = False
     # By the gate: the room that it will be booked at decode, in tokens; for how many seconds it is
     # likely to hold it; when it came, and how many seconds it was thought that it would wait.
     room_tokens: int = field(default=0, init=False)

@@ -1,8 +1,10 @@
 """Owns the types a request and its answer have inside the router; no wire message, no behaviour."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from hashlib import blake2b
 from itertools import chain
 from typing import NamedTuple
 
@@ -56,6 +58,20 @@ class StopInput:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResumeInput:
+    """Where an answer stood when its router was lost, as its client says; unchecked."""
+
+    request_id: str
+    output_token_ids: tuple[int, ...] = ()
+    text_chars: int = 0
+    seed: int | None = None
+    max_new_tokens: int = 0
+    model_fingerprint: str = ""
+    prompt_digest: bytes = b""
+    proof: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateInput:
     """One Generate call as it came, unchecked."""
 
@@ -66,6 +82,7 @@ class GenerateInput:
     priority: int = 0
     cache_salt: str = ""
     tenant: str = ""
+    resume: ResumeInput | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +136,10 @@ class ValidRequest:
             max_new_tokens=self.stop.max_new_tokens - self.output_tokens,
         )
 
+    def prompt_digest(self) -> bytes:
+        """Returns what tells this prompt's tokens from any other's."""
+        return blake2b(array("I", self.prompt_token_ids).tobytes(), digest_size=8).digest()
+
     def after(self, token_ids: Sequence[int]) -> "ValidRequest":
         """Returns what goes on with this request after `token_ids` were generated for it."""
         return replace(
@@ -126,6 +147,20 @@ class ValidRequest:
             prompt_token_ids=(*self.prompt_token_ids, *token_ids),
             output_tokens=self.output_tokens + len(token_ids),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """The beginning of an answer, of another router, that its client has; checked.
+
+    `request_id` is the one its client and that router's log know it by. It `goes_ahead` of what is
+    new, as answers that have begun do, where it is certain that it has.
+    """
+
+    request_id: str
+    output_token_ids: tuple[int, ...]
+    text_chars: int
+    goes_ahead: bool = False
 
 
 class Finish(Enum):
@@ -172,6 +207,12 @@ class Stats:
     decode_cached_tokens: int = 0
     moves: int = 0
     pause_s: float = 0.0
+    # For this router's operators only: of `queue_s` its own part and that of the last prefill, the
+    # last reservation, and how long after the first token the second one came.
+    admit_s: float = 0.0
+    prefill_queue_s: float = 0.0
+    reserve_s: float = 0.0
+    second_token_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from twinpool.v1 import worker_pb2
 from twinpool.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 from twinpool.v1.worker_pb2_grpc import add_MembershipServicer_to_server
 
+from router.access_log import AccessLog
 from router.admission import Admission
 from router.config import RouterConfig
 from router.gate import Gate
@@ -20,6 +21,7 @@ from router.ledger import Ledger
 from router.metrics import Metrics
 from router.policy import LeastLoaded
 from router.pools import Pools
+from router.proof import Proofs
 from router.registration import MembershipService
 from service.channels import PUBLIC_MESSAGE_BYTES, dial
 from service.garbage import collect_rarely
@@ -66,6 +68,11 @@ class Router:
             # Ids must not be guessed by one client of another.
             rng=random.SystemRandom(),
         )
+        self._access_log = (
+            AccessLog(config.access_log, on_lost=self.metrics.lost_line)
+            if config.access_log
+            else None
+        )
         self._inference = InferenceService(
             version=_version(),
             pools=self.pools,
@@ -75,6 +82,8 @@ class Router:
             caps=config.caps,
             default_timeout_s=config.default_timeout_s,
             clock=clock,
+            access_log=self._access_log,
+            proofs=Proofs(security.shows),
         )
         self._membership = MembershipService(
             router_id=router_id,
@@ -112,6 +121,8 @@ class Router:
         await self.pools.close()
         self.admission.close()
         self._inference.close()
+        if self._access_log is not None:
+            self._access_log.close()
 
     def _request_counts(self) -> worker_pb2.RequestCounts:
         outcomes = self.metrics.outcomes
@@ -130,6 +141,26 @@ class Router:
         ledger, admission, inference = self.ledger, self.admission, self._inference
         self.metrics.watch("queue_depth", "Requests that wait for room.", lambda: admission.queued)
         self.metrics.watch("open_requests", "Requests open.", lambda: inference.open_requests)
+        self.metrics.watch(
+            "num_requests_running",
+            "Requests that have room in the pools.",
+            lambda: inference.open_requests - admission.queued,
+            prefix="twinpool",
+        )
+        self.metrics.watch(
+            "num_requests_waiting",
+            "Requests that wait for room.",
+            lambda: admission.queued,
+            prefix="twinpool",
+        )
+        self.metrics.watch_states(
+            "ledger_blocks",
+            "KV blocks of the decode pool by what the ledger knows of them.",
+            {
+                "free": lambda: sum(d.free_blocks for d in ledger.decodes()),
+                "held": lambda: sum(d.capacity.dp_blocks - d.free_blocks for d in ledger.decodes()),
+            },
+        )
         self.metrics.watch(
             "ledger_free_blocks",
             "KV blocks of the decode pool that no request holds.",

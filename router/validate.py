@@ -5,13 +5,16 @@ what they return is all that the rest of the router sees.
 """
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from router.ledger import Need
 from router.request import (
     GenerateInput,
     MessagesPrompt,
     Prompt,
+    Resumed,
+    ResumeInput,
     Sampling,
     SamplingInput,
     Stop,
@@ -20,11 +23,12 @@ from router.request import (
     TokensPrompt,
     ValidRequest,
 )
-from service.errors import InvalidRequest, Refused
+from service.errors import Incompatible, InvalidRequest, Refused
 
 MAX_ROLE_CHARS = 64
 MAX_SALT_CHARS = 128
 MAX_TENANT_CHARS = 128
+REQUEST_ID = re.compile(r"[0-9a-f]{16}")
 # Far beyond any use, near enough to keep logits finite in float32.
 MAX_REPETITION_PENALTY = 100.0
 MIN_REPETITION_PENALTY = 0.01
@@ -154,6 +158,51 @@ def check(
     )
     _check_fits_ever(valid.need, limits)
     return valid
+
+
+def with_terms(request: GenerateInput, resume: ResumeInput) -> GenerateInput:
+    """Returns a request that goes on here with what its first router settled for it."""
+    sampling, stop = request.sampling, request.stop
+    if sampling.seed is None:
+        sampling = replace(sampling, seed=resume.seed)
+    if stop.max_new_tokens is None:
+        stop = replace(stop, max_new_tokens=resume.max_new_tokens)
+    return replace(request, sampling=sampling, stop=stop)
+
+
+def check_resume(
+    given: ResumeInput, request: ValidRequest, limits: ModelLimits, fingerprint: str
+) -> Resumed:
+    """Checks what a client says of an answer that it has the beginning of.
+
+    `fingerprint` is that of the model that would go on with it. Raises InvalidRequest, or
+    Incompatible where what is served here would go on otherwise.
+    """
+    if not REQUEST_ID.fullmatch(given.request_id):
+        raise InvalidRequest("resume.request_id", repr(given.request_id), "it has 16 hex digits")
+    tokens, most = given.output_token_ids, request.stop.max_new_tokens
+    if not 0 < len(tokens) < most:
+        raise InvalidRequest(
+            "resume.output_token_ids",
+            f"{len(tokens)} ids",
+            f"1 to {most - 1} can be gone on from, with max_new_tokens {most}",
+        )
+    _check_vocabulary("resume.output_token_ids", tokens, limits)
+    samples = request.sampling.temperature > 0.0
+    if samples and request.sampling.seed is None:
+        raise InvalidRequest("resume.terms.seed", "nothing", "a drawn answer needs its seed")
+    for what, is_same in (
+        ("another model gave its beginning", given.model_fingerprint == fingerprint),
+        ("its prompt has other tokens here", given.prompt_digest == request.prompt_digest()),
+    ):
+        if not is_same:
+            raise Incompatible(
+                f"the answer cannot go on here: {what}; ask for it anew",
+                reason="RESUME_MISMATCH",
+            )
+    return Resumed(
+        request_id=given.request_id, output_token_ids=tokens, text_chars=given.text_chars
+    )
 
 
 def _check_length(prompt_tokens: int, limits: ModelLimits, caps: Caps) -> None:

@@ -14,6 +14,7 @@ from router.request import (
     MessagesPrompt,
     PositionLogprobs,
     Prompt,
+    ResumeInput,
     Sampling,
     SamplingInput,
     Stats,
@@ -23,6 +24,7 @@ from router.request import (
     TokenLogprob,
     Tokens,
     TokensPrompt,
+    ValidRequest,
 )
 
 _FINISH_FROM_WIRE = {
@@ -64,6 +66,34 @@ def input_from_wire(message: inference_pb2.GenerateRequest) -> GenerateInput:
         priority=message.priority,
         cache_salt=message.cache_salt,
         tenant=message.tenant,
+        resume=_resume_from_wire(message.resume) if message.HasField("resume") else None,
+    )
+
+
+def _resume_from_wire(message: inference_pb2.Resumption) -> ResumeInput:
+    terms = message.terms
+    return ResumeInput(
+        request_id=message.request_id,
+        output_token_ids=tuple(message.output_token_ids),
+        text_chars=message.text_chars,
+        seed=terms.seed if terms.HasField("seed") else None,
+        max_new_tokens=terms.max_new_tokens,
+        model_fingerprint=terms.model_fingerprint,
+        prompt_digest=terms.prompt_digest,
+        proof=terms.proof,
+    )
+
+
+def terms_to_wire(
+    request: ValidRequest, model_fingerprint: str, proof: bytes
+) -> inference_pb2.Terms:
+    """Returns what another router needs to go on with this request's answer."""
+    return inference_pb2.Terms(
+        seed=request.sampling.seed,
+        max_new_tokens=request.stop.max_new_tokens,
+        model_fingerprint=model_fingerprint,
+        prompt_digest=request.prompt_digest(),
+        proof=proof,
     )
 
 

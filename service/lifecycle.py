@@ -26,6 +26,7 @@ from service.security.access import AccessInterceptor
 from service.security.settings import PLAIN, Security
 from service.security.tls import Tls
 from service.status import StatusInterceptor, leaves
+from service.trace import TraceInterceptor
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Server:
         self._health = health.aio.HealthServicer()
         self._stop_wanted = asyncio.Event()
         self._grpc = grpc.aio.server(
-            interceptors=[StatusInterceptor(), *guards],
+            interceptors=[TraceInterceptor(), StatusInterceptor(), *guards],
             options=server_options(max_message_bytes),
             compression=grpc.Compression.NoCompression,
         )

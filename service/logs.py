@@ -11,9 +11,11 @@ import time
 from collections.abc import MutableMapping
 from typing import Any, Literal
 
+from service.trace import current_trace
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-_EXTRA_FIELDS = ("rank", "request_id")
+_EXTRA_FIELDS = ("rank", "request_id", "trace_id")
 
 
 def configure_logging(
@@ -28,6 +30,15 @@ def configure_logging(
     root.setLevel(level.upper())
     for noisy in ("grpc", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def about_request(request_id: int, trace_id: str = "") -> dict[str, str]:
+    """Returns the `extra` of a line about a request.
+
+    A call's own task need not say its trace; other threads do not know it.
+    """
+    extra = {"request_id": f"{request_id:016x}"}
+    return extra | {"trace_id": trace_id} if trace_id else extra
 
 
 def request_log(logger: logging.Logger, request_id: str) -> "logging.LoggerAdapter[logging.Logger]":
@@ -82,4 +93,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def _extras(record: logging.LogRecord) -> list[tuple[str, Any]]:
-    return [(name, getattr(record, name)) for name in _EXTRA_FIELDS if hasattr(record, name)]
+    found = {name: getattr(record, name) for name in _EXTRA_FIELDS if hasattr(record, name)}
+    trace = current_trace()
+    if trace is not None:
+        found.setdefault("trace_id", trace.trace_id)
+    return list(found.items())

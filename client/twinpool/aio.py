@@ -1,21 +1,22 @@
 """The asyncio client. Owns its channel and its streams; belongs to one event loop."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeAlias, TypeVar, Unpack
 
 import grpc
 from google.protobuf.message import Message as WireMessage
 from twinpool import wire
-from twinpool.channel import QUESTION_TIMEOUT_S, checked_address, transport
+from twinpool.channel import QUESTION_TIMEOUT_S, checked_addresses, transport
 from twinpool.credentials import Bearer, FilePath, TlsChoice, tls_of
-from twinpool.errors import Unavailable, from_rpc_error
+from twinpool.errors import TwinpoolError, Unavailable, from_rpc_error, is_lost
+from twinpool.failover import Answer, Routers, Tries
 from twinpool.types import Chunk, Completion, Description, GenerateOptions, Prompt, Status
 from twinpool.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 _Question = TypeVar("_Question", bound=WireMessage)
-_Answer = TypeVar("_Answer", bound=WireMessage)
+_Reply = TypeVar("_Reply", bound=WireMessage)
 _Call: TypeAlias = (
     "grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]"
 )
@@ -29,17 +30,21 @@ class AsyncStream:
     where the request fails.
     """
 
-    def __init__(self, call: _Call, address: str) -> None:
-        self._call = call
-        self._address = address
+    def __init__(self, answer: Answer, start: Callable[[Answer], _Call]) -> None:
+        self._answer = answer
+        self._start = start
+        self._call = start(answer)
         self._closed = False
-        self._finished = False
-        self._request_id: str | None = None
 
     @property
     def request_id(self) -> str | None:
         """The request's name in the servers' logs; None before the first chunk."""
-        return self._request_id
+        return self._answer.request_id
+
+    @property
+    def seed(self) -> int | None:
+        """What the answer is drawn with, also where none was given; None before the first chunk."""
+        return self._answer.seed
 
     def close(self) -> None:
         """Abort the request if it has not ended."""
@@ -73,35 +78,53 @@ class AsyncStream:
 
     async def _next(self) -> Chunk | None:
         """Return the next chunk, None after the last and after `close`."""
-        if self._closed:
-            return None
+        while not self._closed:
+            try:
+                message = await self._call.read()
+            except grpc.RpcError as exc:
+                if not self._closed:  # by another task
+                    await self._go_on(exc)
+                continue
+            except asyncio.CancelledError as exc:
+                if _task_is_cancelled():
+                    self.close()
+                    raise
+                if not self._closed:  # by another task
+                    await self._go_on(exc)
+                continue
+            if isinstance(message, inference_pb2.GenerateResponse):
+                return self._answer.heard(message)
+            self.close()  # at grpc.aio.EOF
+            wire.check_finished(self._answer.finished, self.request_id)
+        return None
+
+    async def _go_on(self, cause: grpc.RpcError | asyncio.CancelledError) -> None:
+        """Ask another router for the rest; raises what the caller gets where none may have it."""
+        if self._answer.finished:  # all is here but the goodbye
+            self.close()
+            return
         try:
-            message = await self._call.read()
-        except grpc.RpcError as exc:
+            if isinstance(cause, grpc.RpcError):
+                wait_s = self._answer.failed(cause)
+            else:
+                wait_s = self._answer.lost(_cancelled(self._answer.tries.address, self.request_id))
+            await asyncio.sleep(wait_s)
+            if not self._closed:
+                self._call = self._start(self._answer)
+        except TwinpoolError as error:
             self.close()
-            raise from_rpc_error(exc, address=self._address, request_id=self._request_id) from exc
-        except asyncio.CancelledError as exc:
-            closed, self._closed = self._closed, True
-            self._call.cancel()
-            if _task_is_cancelled():
-                raise
-            if closed:  # by another task
-                return None
-            raise _cancelled(self._address, self._request_id) from exc
-        if not isinstance(message, inference_pb2.GenerateResponse):  # grpc.aio.EOF
+            raise error from (error.__cause__ or cause)
+        except BaseException:  # its task is cancelled
             self.close()
-            wire.check_finished(self._finished, self._request_id)
-            return None
-        chunk = wire.chunk(message)
-        self._request_id = chunk.request_id
-        self._finished = chunk.finish_reason is not None
-        return chunk
+            raise
 
 
 class AsyncClient:
     """A connection to a Twinpool router at "host:port"; made in the event loop that uses it.
 
-    Connects with the first call. `token`, or the one in `token_file`, goes with every call as
+    Connects with the first call. Of several addresses ("a:9000,b:9000" or a sequence) the first is
+    used until it is lost, then the next; answers that had begun go on there, with no token lost or
+    given twice. `token`, or the one in `token_file`, goes with every call as
     `authorization: Bearer`; it can be read on the way unless the connection is TLS.
     `tls` is True, a CA's PEM file, or a `Tls`; `credentials` takes gRPC's own instead. Raises
     ValueError for files that cannot be used.
@@ -109,7 +132,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         *,
         token: str | None = None,
         token_file: FilePath | None = None,
@@ -117,16 +140,18 @@ class AsyncClient:
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         asyncio.get_running_loop()  # raises RuntimeError where there is none
-        self._address = checked_address(address)
+        self._routers = Routers(checked_addresses(address))
         self._bearer = Bearer(token, token_file)
         self._closed = False
         credentials, options = transport(tls_of(tls), credentials)
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, options=options)
-        else:
-            self._channel = grpc.aio.secure_channel(address, credentials, options=options)
-        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
-        self._membership = worker_pb2_grpc.MembershipStub(self._channel)
+        self._channels = [
+            grpc.aio.insecure_channel(one, options=options)
+            if credentials is None
+            else grpc.aio.secure_channel(one, credentials, options=options)
+            for one in self._routers.addresses
+        ]
+        self._inference = [inference_pb2_grpc.InferenceStub(c) for c in self._channels]
+        self._membership = [worker_pb2_grpc.MembershipStub(c) for c in self._channels]
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """Start generating and return the answer's stream; `GenerateOptions` has the options.
@@ -135,11 +160,19 @@ class AsyncClient:
         """
         self._check_open()
         request = wire.generate_request(prompt, options)
-        timeout_s = options.get("timeout_s")
-        call = self._inference.Generate(
-            request, timeout=timeout_s, metadata=self._bearer.metadata()
+        tries = Tries(self._routers, options.get("timeout_s"))
+        answer = Answer(request, tries, wire.trace_metadata(options))
+        return AsyncStream(answer, self._start)
+
+    def _start(self, answer: Answer) -> _Call:
+        """Ask the router whose turn it is for an answer, or for the rest of it."""
+        if self._closed:
+            raise _cancelled(answer.tries.address, answer.request_id)
+        return self._inference[answer.tries.index].Generate(
+            answer.next_request(),
+            timeout=answer.tries.remaining_s(),
+            metadata=(*self._bearer.metadata(), *answer.trace),
         )
-        return AsyncStream(call, self._address)
 
     async def complete(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """Generate and return the whole answer; raises as `generate` and its stream do."""
@@ -151,24 +184,30 @@ class AsyncClient:
     ) -> Description:
         """Return which model is served and what a request may ask for."""
         request = inference_pb2.DescribeRequest(model=model)
-        return wire.description(await self._ask(self._inference.Describe, request, timeout_s))
+        return wire.description(
+            await self._ask(lambda n: self._inference[n].Describe, request, timeout_s)
+        )
 
     async def count_tokens(
         self, prompt: Prompt, *, model: str = "", timeout_s: float | None = QUESTION_TIMEOUT_S
     ) -> int:
         """Return how many tokens a prompt has after template and tokenizer."""
         request = inference_pb2.CountTokensRequest(prompt=wire.wire_prompt(prompt), model=model)
-        return (await self._ask(self._inference.CountTokens, request, timeout_s)).tokens
+        answer = await self._ask(lambda n: self._inference[n].CountTokens, request, timeout_s)
+        return answer.tokens
 
     async def status(self, *, timeout_s: float | None = QUESTION_TIMEOUT_S) -> Status:
         """Return the router's view of its pools."""
         request = worker_pb2.GetStatusRequest()
-        return wire.status(await self._ask(self._membership.GetStatus, request, timeout_s))
+        return wire.status(
+            await self._ask(lambda n: self._membership[n].GetStatus, request, timeout_s)
+        )
 
     async def close(self) -> None:
         """Close the connection; requests that are still running are aborted."""
         self._closed = True
-        await self._channel.close(None)
+        for channel in self._channels:
+            await channel.close(None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -183,19 +222,31 @@ class AsyncClient:
 
     async def _ask(
         self,
-        call: Callable[..., "grpc.aio.UnaryUnaryCall[_Question, _Answer]"],
+        call_of: Callable[[int], Callable[..., "grpc.aio.UnaryUnaryCall[_Question, _Reply]"]],
         request: _Question,
         timeout_s: float | None,
-    ) -> _Answer:
+    ) -> _Reply:
+        """Ask routers in turn until one answers; `call_of` is the question to one of them."""
         self._check_open()
-        try:
-            return await call(request, timeout=timeout_s, metadata=self._bearer.metadata())
-        except grpc.RpcError as exc:
-            raise from_rpc_error(exc, address=self._address) from exc
-        except asyncio.CancelledError as exc:
-            if _task_is_cancelled():
-                raise
-            raise _cancelled(self._address, None) from exc
+        tries = Tries(self._routers, timeout_s)
+        while True:
+            call = call_of(tries.index)
+            try:
+                return await call(
+                    request, timeout=tries.remaining_s(), metadata=self._bearer.metadata()
+                )
+            except grpc.RpcError as exc:
+                meant = from_rpc_error(exc, address=tries.address)
+                try:
+                    wait_s = tries.failed(meant, lost=is_lost(exc))
+                except TwinpoolError as error:
+                    raise error from exc
+            except asyncio.CancelledError as exc:
+                if _task_is_cancelled():
+                    raise
+                raise _cancelled(tries.address, None) from exc
+            await asyncio.sleep(wait_s)
+            self._check_open()
 
     def _check_open(self) -> None:
         if self._closed:

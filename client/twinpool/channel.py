@@ -38,8 +38,18 @@ def transport(
     return tls.credentials(), [*OPTIONS, *tls.options()]
 
 
-def checked_address(address: object) -> str:
-    """Return "host:port"; raises TypeError for anything but text."""
-    if not isinstance(address, str):
-        raise TypeError(f'address has type {type(address).__name__}; give "host:port"')
-    return address
+def checked_addresses(address: object) -> tuple[str, ...]:
+    """Return each "host:port" of a text with commas between them, or of a sequence of such.
+
+    Raises TypeError for another type, ValueError where there is none or one comes twice.
+    """
+    given = [address] if isinstance(address, str) else address
+    if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
+        raise TypeError(
+            f'address has type {type(address).__name__}; give "host:port", more of them with commas'
+            " between, or a sequence"
+        )
+    found = [part.strip() for one in given for part in one.split(",") if part.strip()]
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f'address {address!r}: give one "host:port" or more, each once')
+    return tuple(found)

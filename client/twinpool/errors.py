@@ -148,6 +148,16 @@ def from_rpc_error(
             return ServerError(said, reason=reason, request_id=request_id)
 
 
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+# What gRPC itself makes of a connection that broke in an unusual way.
+_BROKEN = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
+
+
+def is_lost(error: grpc.RpcError) -> bool:
+    """Tell whether another router may do what this one did not: it is gone, or has no workers."""
+    return error.code() in _LOST or (error.code() in _BROKEN and not _rich_status(error).ours)
+
+
 def _rich_status(error: grpc.RpcError) -> RichStatus:
     trailing: Any = error.trailing_metadata()  # the stubs get its type wrong
     for key, value in trailing or ():

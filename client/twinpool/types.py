@@ -59,6 +59,10 @@ class GenerateOptions(TypedDict, total=False):
     """Whose request it is: those of equal priority are computed fairly among tenants."""
     model: str | None
     """Name of the model; needed only where the server serves more than one."""
+    traceparent: str | None
+    """W3C trace context of the caller: the servers' logs show its trace id, and pass it on."""
+    tracestate: str | None
+    """What goes with `traceparent`, as it is."""
     timeout_s: float | None
     """Seconds from now to the end of the answer; none by default."""
 

@@ -34,7 +34,10 @@ from twinpool.v1 import common_pb2, inference_pb2, worker_pb2
 _SAMPLING = common_pb2.SamplingParams.DESCRIPTOR.fields_by_name
 _STOP = common_pb2.StopParams.DESCRIPTOR.fields_by_name
 _REQUEST = {"model", "priority", "cache_salt", "tenant"}
-OPTIONS = {*_SAMPLING, *_STOP, *_REQUEST, "timeout_s"}
+# Not in the request, but beside it.
+_TRACE = ("traceparent", "tracestate")
+_BESIDE = (*_TRACE, "timeout_s")
+OPTIONS = {*_SAMPLING, *_STOP, *_REQUEST, *_BESIDE}
 
 _FINISH_REASONS: dict[int, FinishReason | None] = {
     common_pb2.FINISH_REASON_UNSPECIFIED: None,
@@ -53,13 +56,13 @@ _Flat = TypeVar("_Flat")
 
 
 def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
-    """Return the request without its time-out.
+    """Return the request without its time-out and trace.
 
     Raises TypeError for a wrong Python type, InvalidRequest for a number the wire cannot hold.
     """
     request = inference_pb2.GenerateRequest(prompt=wire_prompt(prompt))
     for name, value in options.items():
-        if name == "timeout_s" or value is None:
+        if name in _BESIDE or value is None:
             continue
         if name in _SAMPLING:
             _set(request.sampling, name, value, at=f"sampling.{name}")
@@ -71,6 +74,27 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
         else:
             raise TypeError(f"there is no option {name!r}; there are {', '.join(sorted(OPTIONS))}")
     return request
+
+
+def trace_metadata(options: GenerateOptions) -> tuple[tuple[str, str], ...]:
+    """Return the caller's trace as metadata of its calls.
+
+    Raises TypeError for anything but text, InvalidRequest for text that no header can hold.
+    """
+    given = [(name, options.get(name)) for name in _TRACE]
+    found = []
+    for name, value in given:
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise TypeError(f"{name} cannot take a value of type {type(value).__name__}")
+        if not all(" " <= char <= "~" for char in value):
+            raise InvalidRequest(
+                f"{name} has characters that no header holds",
+                violations=((name, "give printable ASCII"),),
+            )
+        found.append((name, value))
+    return tuple(found)
 
 
 def _set(message: Any, name: str, value: object, *, at: str) -> None:

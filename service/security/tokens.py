@@ -161,6 +161,21 @@ class WorkerToken:
         same = [hmac.compare_digest(hash_of(ours), found) for ours in self._tokens.get()]
         return any(same)
 
+    def sign(self, content: bytes) -> bytes:
+        """Returns what only who knows the token can say of some content."""
+        return _signature(self.shown(), content)
+
+    def has_signed(self, content: bytes, signature: bytes) -> bool:
+        """Whether one of these has signed the content; takes as long for any signature."""
+        same = [
+            hmac.compare_digest(_signature(ours, content), signature) for ours in self._tokens.get()
+        ]
+        return any(same)
+
+
+def _signature(token: str, content: bytes) -> bytes:
+    return hmac.digest(token.encode(), content, "sha256")
+
 
 def read_token_lines(path: Path, flag: str) -> tuple[str, ...]:
     """Returns a file's tokens, at least one; `StartError` names the flag, never the content."""

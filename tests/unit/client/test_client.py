@@ -197,6 +197,12 @@ def test_token_goes_with_every_call(router: FakeRouter) -> None:
         assert "authorization" not in router.metadata
 
 
+def test_trace_goes_with_a_request(client: Client, router: FakeRouter) -> None:
+    client.complete("Hi", traceparent="00-ab-cd-01", tracestate="a=1")
+    assert router.metadata["traceparent"] == "00-ab-cd-01"
+    assert router.metadata["tracestate"] == "a=1"
+
+
 def test_credentials_make_the_connection_secure() -> None:
     router = FakeRouter()
     with running_server(router, grpc.local_server_credentials()):

@@ -11,7 +11,7 @@ import twinpool
 from twinpool import GenerateOptions, InvalidRequest, Message, Prompt
 from twinpool.v1.common_pb2 import PositionLogprobs, TokenLogprob
 from twinpool.v1.inference_pb2 import GenerateRequest, GenerateResponse
-from twinpool.wire import OPTIONS, chunk, generate_request, wire_prompt
+from twinpool.wire import OPTIONS, chunk, generate_request, trace_metadata, wire_prompt
 
 
 def test_text_messages_and_ids_each_have_their_place() -> None:
@@ -84,7 +84,8 @@ def test_every_option_reaches_its_field() -> None:
     sent |= {"priority": request.priority, "model": request.model, "timeout_s": 1.0}
     sent |= {"stop": list(sent["stop"]), "stop_token_ids": tuple(sent["stop_token_ids"])}
     assert sent == options
-    assert set(options) == OPTIONS == set(get_type_hints(GenerateOptions))
+    beside = {"traceparent", "tracestate"}
+    assert set(options) | beside == OPTIONS == set(get_type_hints(GenerateOptions))
 
 
 def test_what_is_left_out_is_left_to_the_server() -> None:
@@ -178,3 +179,21 @@ def test_import_loads_no_message_of_others() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_trace_goes_beside_the_request() -> None:
+    options: GenerateOptions = {"traceparent": "00-ab-cd-01", "tracestate": None}
+    assert trace_metadata(options) == (("traceparent", "00-ab-cd-01"),)
+    assert generate_request("Hi", options) == generate_request("Hi", {})
+
+
+@pytest.mark.parametrize("bad", ["00-\n", "\u00e9"])
+def test_trace_that_no_header_can_hold_is_invalid(bad: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        trace_metadata({"traceparent": bad})
+    assert caught.value.field == "traceparent"
+
+
+def test_trace_that_is_no_text_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="traceparent"):
+        trace_metadata({"traceparent": 5})  # type: ignore[typeddict-item]

@@ -121,6 +121,8 @@ class FakeInstance:
         self.assets_asked = 0
         self.draining = False
         self.aborted: list[int] = []
+        # Hears what came beside a request.
+        self.on_metadata: Callable[[Any], object] = lambda _: None
         self.address = ""
         self._server = grpc.aio.server(interceptors=[StatusInterceptor()])
         self._registration: asyncio.Task[None] | None = None
@@ -226,6 +228,7 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         self, request: worker_pb2.ReserveRequest, context: Any
     ) -> worker_pb2.ReserveResponse:
         self.reserves[request.request_id] = request
+        self.on_metadata(context.invocation_metadata())
         if request.router_id not in self._streams:
             raise Incompatible("no Run stream", reason="NO_RUN_STREAM")
         await self.reserve_gate.wait()
@@ -435,6 +438,7 @@ class FakePrefill(FakeInstance, worker_pb2_grpc.PrefillServicer):
     ) -> AsyncIterator[worker_pb2.PrefillRunResponse]:
         start = (await anext(request_iterator)).start
         self.starts.append(start)
+        self.on_metadata(context.invocation_metadata())
         self.open.add(start.request_id)
         try:
             await self.compute_gate.wait()
