@@ -316,6 +316,25 @@ class Admission:
             records = list(self._by_request.values())
         return [r.request_id for r in records if r.reservation.router_id == router_id]
 
+    def of_router_process(self, router_id: str) -> set[int]:
+        """The requests of all streams of a router, each of which has an id that begins with its."""
+        return {
+            record.request_id
+            for record in self.all()
+            if record.reservation.router_id.startswith(f"{router_id}.")
+        }
+
+    def held_by(self, request_ids: Iterable[int]) -> dict[int, list[int]]:
+        """What those of these requests that are here hold, each as in `totals`."""
+        with self._lock:
+            records = [self._by_request[i] for i in request_ids if i in self._by_request]
+            return {record.request_id: self._amounts(record) for record in records}
+
+    @property
+    def totals(self) -> list[int]:
+        """The blocks of each dp rank, and the places for sequences."""
+        return [*(p.pool.counts().total for p in self._prefixes), self._max_sequences]
+
     def all(self) -> list[SequenceRecord]:
         """The sequences that are here, reserved or running."""
         with self._lock:
@@ -353,6 +372,11 @@ class Admission:
             assert len(set(written)) == len(written), "two transfers write to one block"
             read = [i for r in self._lent.values() for i in r.blocks]
             assert counts.quarantined <= len(written) + len(read), (counts, written, read)
+
+    def _amounts(self, record: SequenceRecord) -> list[int]:
+        amounts = [0] * len(self._prefixes)
+        amounts[record.dp_rank] = len(record.blocks)
+        return [*amounts, 1]
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)

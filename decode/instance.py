@@ -16,6 +16,7 @@ from decode.admission import Admission
 from decode.balancer import Balancer
 from decode.compute import Steps
 from decode.config import DecodeConfig
+from decode.credit_desk import CreditDesk
 from decode.expert_metrics import ExpertMetrics
 from decode.leader import GroupReceiver, OtherRanks
 from decode.metrics import Metrics
@@ -55,7 +56,7 @@ from service.ranks.group import led, log_name
 from service.ranks.joined import End
 from service.ranks.leader import Followers
 from service.ranks.wire import collectives_from_wire, sum_of_ranks
-from service.registration import Registration
+from service.routers import Routers
 from service.security.settings import Security, instance_security
 from service.wire import counts_to_wire
 
@@ -104,7 +105,7 @@ class Instance:
         self._step_metrics = StepMetrics(
             registry, ranks=self._rank_steps, most_rows=settings.max_batch * settings.dp
         )
-        self._admission = Admission(
+        self.admission = Admission(
             prefixes=self._prefixes(settings, model),
             block_size=settings.block_size,
             max_sequences=settings.max_sequences,
@@ -115,7 +116,7 @@ class Instance:
         )
         self._worker = Worker(
             compute=self._steps,
-            admission=self._admission,
+            admission=self.admission,
             scheduler=Scheduler(max_batch=settings.max_batch, dp=settings.dp, depth=settings.pp),
             emit=self._emit,
             hand_back=lambda record: self.service.hand_back(record),
@@ -129,7 +130,7 @@ class Instance:
             max_sequence_tokens=model.max_sequence_tokens,
             dp=settings.dp,
             drain_timeout_s=settings.drain_timeout_s,
-            admission=self._admission,
+            admission=self.admission,
             worker=self._worker,
             compute=self._steps,
             receiver=receiver,
@@ -274,7 +275,7 @@ class Instance:
     def heartbeat(self) -> worker_pb2.Heartbeat:
         """What routers are told again and again."""
         return worker_pb2.Heartbeat(
-            blocks=counts_to_wire(self._admission.counts()),
+            blocks=counts_to_wire(self.admission.counts()),
             running=self._worker.running,
             waiting=self._worker.waiting,
             draining=self.service.draining,
@@ -335,8 +336,8 @@ async def _serve(
             data_addresses += await followers.wait_ready(
                 model.num_blocks, model.description.fingerprint
             )
-        registration = Registration(
-            router_address=settings.router,
+        routers = Routers(
+            routers=settings.router,
             hello=make_hello(
                 settings,
                 model,
@@ -348,12 +349,14 @@ async def _serve(
                 data_token=instance.identity.token,
                 prefix_seed=instance.prefix_seed,
                 expected_output_tokens=settings.kv_overcommit or 0,
+                credits=True,
             ),
             heartbeat=instance.heartbeat,
             assets=lambda: model.assets.files,
             on_peers=instance.sender.update_peers,
             on_drain=lambda _: server.request_stop(),
             prefixes=instance.journal,
+            credits=CreditDesk(instance.admission),
             security=security,
         )
         await serve_instance(
@@ -361,7 +364,7 @@ async def _serve(
             server,
             registry,
             drain=instance.service.drain,
-            background=[registration.run(), instance.service.sweep()],
+            background=[routers.run(), instance.service.sweep()],
         )
     finally:
         instance.close()

@@ -37,6 +37,11 @@ class Metrics:
             registry=registry,
         )
 
+        self._refused = Counter(
+            "twinpool_decode_refused_reservations",
+            "Reservations that found no room: a router thought that it had some.",
+            registry=registry,
+        )
         self._preempted = Counter(
             "twinpool_decode_preempted_sequences",
             "Sequences handed back because earlier ones needed their blocks.",
@@ -76,6 +81,10 @@ class Metrics:
         """Take note of a reservation and of how many of its prompt's tokens are here already."""
         self._cached_tokens.inc(tokens)
         self._cached_bytes.inc(tokens * self._token_bytes)
+
+    def refused(self) -> None:
+        """A reservation found no room."""
+        self._refused.inc()
 
     def preempted(self) -> None:
         """Take note of a sequence that is handed back for want of blocks."""

@@ -303,6 +303,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         try:
             return self._admission.reserve(reservation)
         except NoRoom as error:
+            self._metrics.refused()
             raise Refused(
                 error.reason, needed=error.needed, free=error.free, retry_after_s=_RETRY_AFTER_S
             ) from error

@@ -44,7 +44,7 @@ from service.prefix_keys import PrefixKeys
 from service.ranks.group import led, log_name
 from service.ranks.leader import Followers
 from service.ranks.wire import links_from_wire, sum_of_ranks
-from service.registration import Registration
+from service.routers import Routers
 from service.security.settings import Security, instance_security
 from service.wire import counts_to_wire, pairs_to_wire
 
@@ -223,8 +223,8 @@ async def _serve(
     try:
         if followers is not None:
             await followers.wait_ready(model.num_blocks, model.description.fingerprint)
-        registration = Registration(
-            router_address=settings.router,
+        routers = Routers(
+            routers=settings.router,
             hello=make_hello(
                 settings,
                 model,
@@ -246,7 +246,7 @@ async def _serve(
             server,
             registry,
             drain=instance.service.drain,
-            background=[registration.run()],
+            background=[routers.run()],
         )
     finally:
         instance.close()

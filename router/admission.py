@@ -5,6 +5,7 @@ Decisions are the gate's; here they are acted on, one `_pump` after every change
 
 import asyncio
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 from router.gate import Decision, Gate
 from router.ledger import Need, Placement
@@ -22,10 +23,16 @@ class Admission:
         self._clock = clock
         self._futures: dict[Waiting, asyncio.Future[Placement]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        # Called after whatever changes what is held or waited for, before it is decided upon.
+        self.on_change: Callable[[], None] = lambda: None
 
     @property
     def queued(self) -> int:
         return len(self._gate.queue)
+
+    def waiting_for_decode(self, most: int) -> list[Need]:
+        """Returns the needs of the first so many that wait, in order, and take part at decode."""
+        return [waiting.need for waiting in islice(self._gate.queue, most) if waiting.need.decodes]
 
     async def admit(self, waiting: Waiting) -> Placement:
         """Waits for room and books it in the ledger under `waiting.request_id`.
@@ -87,6 +94,11 @@ class Admission:
         self._gate.instances_changed(self._clock())
         self._pump()
 
+    def room_came_back(self) -> None:
+        """To be called where the ledger's instances have more room, given back by others."""
+        self._gate.room_came_back()
+        self._pump()
+
     def fail_all(self, error: Callable[[], ServiceError]) -> None:
         """Ends the wait of every queued request."""
         self._act_on(self._gate.end_all(error))
@@ -100,6 +112,7 @@ class Admission:
 
     def _pump(self) -> None:
         """Acts on what has changed; costs next to nothing while nobody waits."""
+        self.on_change()
         if not self.queued:
             return
         now = self._clock()

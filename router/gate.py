@@ -180,6 +180,10 @@ class Gate:
         self._newcomers = []
         return decisions
 
+    def room_came_back(self) -> None:
+        """To be called where there may be more room though nothing was given back here."""
+        self._room_came_back()
+
     def _room_came_back(self) -> None:
         self._misfits = Misfits()
         self._newcomers = None

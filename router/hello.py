@@ -1,4 +1,4 @@
-"""Owns the reading of what an instance sends over its Register stream: hello, heartbeat
+"""Owns the reading of what an instance sends over its Register stream: hello, heartbeat, credit
 and news of the prefix cache.
 
 Turns wire messages into `membership`'s types and refuses what does not make sense by itself.
@@ -7,7 +7,7 @@ Turns wire messages into `membership`'s types and refuses what does not make sen
 from twinpool.v1 import common_pb2, kv_pb2, worker_pb2
 
 from router.ledger import Capacity, InstanceKey
-from router.membership import Blocks, Heartbeat, Instance, Layout, Model, Pair, Role
+from router.membership import Blocks, Credit, Heartbeat, Instance, Layout, Model, Pair, Role
 from router.prefix_index import PrefixEvents
 from service.errors import InvalidRequest
 
@@ -44,6 +44,7 @@ def instance_from_wire(hello: worker_pb2.InstanceHello) -> Instance:
         data_token=hello.data_token,
         version=hello.version,
         prefix_seed=_prefix_seed(hello.prefix_seed),
+        credits=hello.credits and role is Role.DECODE,
     )
 
 
@@ -70,6 +71,36 @@ def prefix_events_from_wire(message: worker_pb2.PrefixEvents) -> PrefixEvents:
         reset=message.reset,
         stored=message.stored,
         removed=message.removed,
+    )
+
+
+def credit_from_wire(message: worker_pb2.Credit, capacity: Capacity) -> Credit:
+    """Raises InvalidRequest where the instance gives what it does not have."""
+    _require(
+        len(message.blocks) == capacity.dp,
+        "credit.blocks",
+        f"those of {len(message.blocks)} dp ranks",
+        f"the instance has {capacity.dp}",
+    )
+    most = max(message.blocks)
+    _require(
+        most <= capacity.dp_blocks,
+        "credit.blocks",
+        most,
+        f"a dp rank has {capacity.dp_blocks}",
+    )
+    _require(
+        message.sequences <= capacity.max_sequences,
+        "credit.sequences",
+        message.sequences,
+        f"the instance has {capacity.max_sequences}",
+    )
+    return Credit(
+        serial=message.serial,
+        blocks=tuple(message.blocks),
+        sequences=message.sequences,
+        shared=message.shared,
+        scarce=message.scarce,
     )
 
 

@@ -1,10 +1,11 @@
 """Owns the router's account of what each instance has promised to whom.
 
-Decode instances promise blocks and batch slots, prefill instances owe prompt tokens. The ledger
-has no clock, does no I/O and does not decide: `policy` picks a place, the ledger holds it.
+Decode instances promise blocks and batch slots, prefill instances owe prompt tokens. Where several
+routers share a decode instance, this one's part of it is its credit. The ledger has no clock, does
+no I/O and does not decide: `policy` picks a place, the ledger holds it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -81,15 +82,19 @@ class _Account:
 
 @dataclass
 class _DecodeAccount(_Account):
-    """Amounts are blocks, of one dp rank each."""
+    """Amounts are blocks, of one dp rank each; `credit` is how many of each may be promised."""
 
     dp_rank_of: dict[int, int] = field(default_factory=dict)
     of_ranks: list[int] = field(default_factory=list)
     # Those that have taken more than was booked for them at first.
     outgrown: set[int] = field(default_factory=set)
     growing: list[int] = field(default_factory=list)  # how many of them each dp rank has
+    credit: Sequence[int] = ()
+    slots: int = 0
 
     def __post_init__(self) -> None:
+        self.credit = [self.capacity.dp_blocks] * self.capacity.dp
+        self.slots = self.capacity.max_sequences
         self.of_ranks = [0] * self.capacity.dp
         self.growing = [0] * self.capacity.dp
 
@@ -99,7 +104,7 @@ class _DecodeAccount(_Account):
         One is left to each that grows: it will take it soon, and then it would be the new one that
         has to give its own back, with all that it was prefilled for.
         """
-        return self.capacity.dp_blocks - self.of_ranks[dp_rank] - self.growing[dp_rank]
+        return self.credit[dp_rank] - self.of_ranks[dp_rank] - self.growing[dp_rank]
 
     def grow(self, request_id: int, blocks: int) -> bool:
         """Returns whether that is more than was booked."""
@@ -210,6 +215,30 @@ class Ledger:
                 accounts[key].suspended = suspended
         self._forget_views()
 
+    def set_credit(self, key: InstanceKey, blocks: Sequence[int], sequences: int) -> bool:
+        """From here on no more is promised of each dp rank, and no more sequences; what is, stays.
+
+        Returns whether more may be promised than before. Does nothing where the instance is not in
+        the ledger. Without it all of the capacity may be.
+        """
+        account = self._decodes.get(key)
+        if account is None:
+            return False
+        if len(blocks) != account.capacity.dp:
+            raise LedgerError(f"{key.name}: a credit for {len(blocks)} dp ranks, which it has not")
+        before = (*account.credit, account.slots)
+        account.credit, account.slots = blocks, sequences
+        self._decode_views.changed(key)
+        return any(map(int.__gt__, (*blocks, sequences), before))
+
+    def held(self, key: InstanceKey) -> tuple[list[int], int]:
+        """Blocks promised of each dp rank, those counted that are sure to be; and sequences."""
+        account = self._decodes.get(key)
+        if account is None:
+            return [], 0
+        growing = zip(account.of_ranks, account.growing, strict=True)
+        return [blocks + more for blocks, more in growing], len(account.entries)
+
     def _forget_views(self) -> None:
         self._decode_views.forget()
         self._prefill_views.forget()
@@ -243,6 +272,7 @@ class Ledger:
                 free_blocks=account.free(dp_rank),
                 sequences=len(account.entries),
                 dp_rank=dp_rank,
+                slots=account.slots,
             )
             for dp_rank in range(account.capacity.dp)
             if account.takes_new
@@ -308,7 +338,7 @@ class Ledger:
         blocks = account.capacity.blocks_at_first(need)
         if (
             need.total_tokens > account.capacity.largest_sequence
-            or len(account.entries) >= account.capacity.max_sequences
+            or len(account.entries) >= account.slots
             or blocks > account.free(dp_rank)
         ):
             return False

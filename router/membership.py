@@ -59,6 +59,8 @@ class Instance:
     version: str
     # What the keys of its prefix cache are made from; empty where it does not tell of them.
     prefix_seed: bytes = field(default=b"", repr=False)
+    # Whether it divides what it has among routers.
+    credits: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +97,30 @@ class Heartbeat:
     pairs: tuple[Pair, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Credit:
+    """How much of a decode instance this router may promise: blocks of each dp rank, and sequences.
+
+    Where it is `shared`, what waits for room is to be told; where it is `scarce`, all that comes
+    back as well.
+    """
+
+    serial: int = 0
+    blocks: tuple[int, ...] = ()
+    sequences: int = 0
+    shared: bool = False
+    scarce: bool = False
+
+
 @dataclass(eq=False)
 class Member:
-    """One instance in the table."""
+    """One instance in the table. `credit` is None where all of it is this router's."""
 
     instance: Instance
     seen_at: float
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     draining: bool = False
+    credit: Credit | None = None
 
 
 class Members:

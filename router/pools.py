@@ -13,7 +13,7 @@ from router.admission import Admission
 from router.assets import TokenizerStore
 from router.decode_link import DecodeLink
 from router.ledger import InstanceKey, Ledger
-from router.membership import Instance, Member, Members, Model, Role
+from router.membership import Credit, Instance, Member, Members, Model, Role
 from router.prefill_link import PrefillLink
 from router.prefix_index import PrefixEvents, PrefixIndex
 from router.tasks import Tasks
@@ -114,6 +114,9 @@ class Pools:
         """
         before = self.members.model
         member, replaced = self.members.join(instance, self._clock())
+        if instance.credits:
+            # Nothing is to be promised before the instance has said how much.
+            member.credit = Credit(blocks=(0,) * instance.capacity.dp)
         if replaced is not None:
             self._disconnect(replaced.instance, "replaced by a newer start")
         self._fail_queue_of_other_model(before)
@@ -152,6 +155,15 @@ class Pools:
         key = member.instance.key
         if self.members.get(key.name) is member and not self.prefixes.take(key, events):
             _log.warning("news of the prefix cache of %s are missing: it is not used", key.name)
+
+    def take_credit(self, member: Member, credit: Credit) -> None:
+        """Takes in how much of an instance this router may promise from now on."""
+        member.credit = credit
+        key = member.instance.key
+        if self.members.get(key.name) is not member:
+            return  # it was replaced
+        if self._ledger.set_credit(key, credit.blocks, credit.sequences):
+            self._admission.room_came_back()
 
     def named(self, name: str) -> Member:
         """Raises NotFound."""
@@ -192,6 +204,9 @@ class Pools:
             self._ledger.add_prefill(instance.key, instance.capacity)
         else:
             self._ledger.add_decode(instance.key, instance.capacity)
+            if member.credit is not None:
+                credit = member.credit
+                self._ledger.set_credit(instance.key, credit.blocks, credit.sequences)
         if member.draining:
             self._ledger.set_draining(instance.key)
         self._admission.instances_changed()

@@ -11,7 +11,13 @@ from typing import Any
 from twinpool.v1 import common_pb2, kv_pb2, worker_pb2, worker_pb2_grpc
 
 from router.assets import AssetsReceiver
-from router.hello import heartbeat_from_wire, instance_from_wire, prefix_events_from_wire
+from router.credit_uses import CreditUses
+from router.hello import (
+    credit_from_wire,
+    heartbeat_from_wire,
+    instance_from_wire,
+    prefix_events_from_wire,
+)
 from router.ledger import Ledger
 from router.membership import Instance, Member, Model, Pair, Role
 from router.pools import Pools
@@ -28,16 +34,21 @@ class _Session:
     def __init__(self) -> None:
         self.wake = asyncio.Event()
         self.peers_changed = False
+        self.use_is_due = False
         self.drain_reason = ""
         self.is_over = False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def has_news(self) -> bool:
-        return self.peers_changed or bool(self.drain_reason) or self.is_over
+        return self.peers_changed or self.use_is_due or bool(self.drain_reason) or self.is_over
 
     def tell_peers(self) -> None:
         self.peers_changed = True
+        self.wake.set()
+
+    def tell_use(self) -> None:
+        self.use_is_due = True
         self.wake.set()
 
     def tell_drain(self, reason: str) -> None:
@@ -63,6 +74,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         version: str,
         pools: Pools,
         ledger: Ledger,
+        uses: CreditUses,
         heartbeat_interval_s: float,
         heartbeats_missed: int,
         clock: Callable[[], float],
@@ -72,6 +84,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         self._version = version
         self._pools = pools
         self._ledger = ledger
+        self._uses = uses
         self._interval_s = heartbeat_interval_s
         self._heartbeats_missed = heartbeats_missed
         self._clock = clock
@@ -108,6 +121,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             raise
         finally:
             del self._sessions[member]
+            self._uses.leave(member)
             self._pools.leave(member, why)
 
     async def _read_hello(self, requests: AsyncIterator[worker_pb2.RegisterRequest]) -> Instance:
@@ -156,6 +170,11 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             match request.WhichOneof("kind"):
                 case "heartbeat":
                     self._take_heartbeat(member, request.heartbeat)
+                case "credit":
+                    credit = credit_from_wire(request.credit, member.instance.capacity)
+                    self._pools.take_credit(member, credit)
+                    self._uses.watch(member, session.tell_use)
+                    session.tell_use()
                 case "prefixes":
                     self._pools.take_prefixes(member, prefix_events_from_wire(request.prefixes))
                 case "assets":
@@ -195,6 +214,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             heartbeat_interval_ms=round(self._interval_s * 1000),
             send_assets=self._pools.tokenizers.get(digest) is None,
             prefix_events=True,
+            credits=True,
         )
         await context.write(worker_pb2.RegisterResponse(accepted=accepted))
         session.peers_changed = True
@@ -202,6 +222,10 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             if session.peers_changed:
                 session.peers_changed = False
                 await context.write(worker_pb2.RegisterResponse(peers=self._peers()))
+            if session.use_is_due:
+                session.use_is_due = False
+                use = self._uses.tell(member)
+                await context.write(worker_pb2.RegisterResponse(credit_use=use))
             if session.drain_reason:
                 command = worker_pb2.DrainCommand(reason=session.drain_reason)
                 session.drain_reason = ""
@@ -255,7 +279,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         )
 
     def _status(self, member: Member) -> worker_pb2.InstanceStatus:
-        instance = member.instance
+        instance, credit = member.instance, member.credit
         return worker_pb2.InstanceStatus(
             name=instance.key.name,
             epoch=instance.key.epoch,
@@ -278,6 +302,10 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             pairs=[_pair_to_wire(pair) for pair in member.heartbeat.pairs],
             known_prefix_blocks=self._pools.prefixes.known_blocks(instance.key),
             connecting=not self._pools.is_up(instance.key),
+            credit_blocks=sum(credit.blocks) if credit is not None else instance.capacity.blocks,
+            credit_sequences=(
+                credit.sequences if credit is not None else instance.capacity.max_sequences
+            ),
         )
 
 

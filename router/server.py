@@ -14,6 +14,7 @@ from twinpool.v1.worker_pb2_grpc import add_MembershipServicer_to_server
 from router.access_log import AccessLog
 from router.admission import Admission
 from router.config import RouterConfig
+from router.credit_uses import CreditUses
 from router.gate import Gate
 from router.inference import InferenceService
 from router.inflight import Inflight
@@ -85,11 +86,13 @@ class Router:
             access_log=self._access_log,
             proofs=Proofs(security.shows),
         )
+        self._uses = CreditUses(ledger=self.ledger, admission=self.admission)
         self._membership = MembershipService(
             router_id=router_id,
             version=_version(),
             pools=self.pools,
             ledger=self.ledger,
+            uses=self._uses,
             heartbeat_interval_s=config.heartbeat_interval_s,
             heartbeats_missed=config.heartbeats_missed,
             clock=clock,
@@ -119,6 +122,7 @@ class Router:
         self._membership.end_all()
         await self.inflight.settle()
         await self.pools.close()
+        self._uses.close()
         self.admission.close()
         self._inference.close()
         if self._access_log is not None:

@@ -117,11 +117,14 @@ class DecodeView:
     free_blocks: int
     sequences: int
     dp_rank: int = 0
+    # Of the instance's, those that this router may fill; None: all.
+    slots: int | None = None
 
     @cached_property
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence that may begin here, as far as slots go; 0: none may."""
-        has_slot = self.sequences < self.capacity.max_sequences
+        slots = self.capacity.max_sequences if self.slots is None else self.slots
+        has_slot = self.sequences < slots
         return self.capacity.largest_sequence if has_slot else 0
 
     @cached_property

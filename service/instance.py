@@ -244,6 +244,7 @@ def make_hello(
     data_token: bytes = b"",
     prefix_seed: bytes = b"",
     expected_output_tokens: int = 0,
+    credits: bool = False,
 ) -> worker_pb2.InstanceHello:
     """What the instance tells routers; `data_addresses` is where its ranks take KV, if they do."""
     return worker_pb2.InstanceHello(
@@ -265,6 +266,7 @@ def make_hello(
         version=server_version(),
         prefix_seed=prefix_seed,
         ep=model.part.layout.ep,
+        credits=credits,
     )
 
 

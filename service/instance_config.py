@@ -21,6 +21,8 @@ from service.security.settings import (
 )
 from service.threads import default_threads
 
+# Before the name in a router that stands for all addresses of the name.
+DNS_PREFIX = "dns:"
 _WILDCARDS = ("0.0.0.0", "::")  # what is listened on, never where somebody is reached
 
 
@@ -35,7 +37,12 @@ class InstanceConfig(BaseModel):
     served_model_name: str = Field(
         default="", description="Name clients may ask for; the folder's name unless given."
     )
-    router: str = Field(default="127.0.0.1:9000", description="host:port of the router to join.")
+    router: tuple[str, ...] = Field(
+        default=("127.0.0.1:9000",),
+        min_length=1,
+        description="host:port of a router to join, or dns:NAME:PORT for all addresses of a name;"
+        " repeat it or separate them by commas for several.",
+    )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(
         default=0, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
@@ -87,6 +94,25 @@ class InstanceConfig(BaseModel):
     )
     log_level: LogLevel = Field(default="info", description="What to log.")
     log_json: bool = Field(default=False, description="Log JSON lines.")
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _split_routers(cls, routers: object) -> object:
+        texts = [routers] if isinstance(routers, str) else routers
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+            return routers
+        return tuple(router.strip() for text in texts for router in text.split(","))
+
+    @field_validator("router")
+    @classmethod
+    def _are_addresses(cls, routers: tuple[str, ...]) -> tuple[str, ...]:
+        for router in routers:
+            name, _, port = router.removeprefix(DNS_PREFIX).rpartition(":")
+            if not name or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise ValueError("must be host:port, or dns:NAME:PORT")
+        if len(set(routers)) < len(routers):
+            raise ValueError("must name each router once")
+        return routers
 
     @field_validator("data_host", "advertise_host")
     @classmethod

@@ -10,12 +10,15 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from typing import Any, Protocol, cast
 
 import grpc
 from twinpool.v1.worker_pb2 import (
     Accepted,
     AssetsChunk,
+    Credit,
+    CreditUse,
     Heartbeat,
     InstanceHello,
     Peer,
@@ -45,7 +48,11 @@ ASSETS_CHUNK_BYTES = MIB
 # Between two messages on the prefix cache: soon enough for the next prompt of a conversation.
 PREFIX_INTERVAL_S = 0.2
 _FIRST_DELAY_S = 0.1
-_LONGEST_DELAY_S = 2.0
+# A router that has started again serves when the instances are back.
+_LONGEST_DELAY_S = 0.5
+# So many intervals of heartbeats without an answer to a credit: the router is lost, and others need
+# what it may promise.
+_ANSWERS_MISSED = 5
 _FINAL = (Incompatible, InvalidRequest)
 # Final for a newcomer, whose token is wrong. One that was let in before may only have another token
 # than the router for as long as tokens are being changed.
@@ -70,12 +77,37 @@ class PrefixSource(Protocol):
         ...
 
 
+class CreditLine(Protocol):
+    """One router's credit while one stream to it lives."""
+
+    def credit(self) -> Credit:
+        """Return what the router is to be told now."""
+        ...
+
+    def take(self, use: CreditUse) -> None:
+        """Take in the answer. Raises ValueError where it does not fit what was told."""
+        ...
+
+    def close(self) -> None:
+        """The stream is over: the credit comes back."""
+        ...
+
+
+class CreditSource(Protocol):
+    """Who divides what the instance has among routers."""
+
+    def begin(self, router_id: str, wake: Callable[[], None]) -> CreditLine:
+        """Take a router in; `wake` is to be called whenever there is a credit to send."""
+        ...
+
+
 class Registration:
     """Keeps one instance registered with one router.
 
     Callbacks run on the event loop and must not block. `assets` gives the text assets by file
     name, asked for only when the router lacks them; `prefixes` is asked for changes again and
-    again, only where the router takes them. `on_peers` gets the whole list each time.
+    again, only where the router takes them. `on_peers` gets the whole list each time. `credits`
+    says what the router may promise; one that stops answering is taken for lost.
     After a reconnect everything is said again, so callbacks must take repeats.
     """
 
@@ -89,6 +121,7 @@ class Registration:
         on_peers: Callable[[list[Peer]], None] | None = None,
         on_drain: Callable[[str], None] | None = None,
         prefixes: PrefixSource | None = None,
+        credits: CreditSource | None = None,
         accept_timeout_s: float = 10.0,
         security: Security = PLAIN,
     ) -> None:
@@ -99,11 +132,13 @@ class Registration:
         self._on_peers = on_peers
         self._on_drain = on_drain
         self._prefixes = prefixes
+        self._credits = credits
         self._accept_timeout_s = accept_timeout_s
         self._security = security
         self._was_accepted = False
         self._accepted = asyncio.Event()
         self._closed = asyncio.Event()
+        self._wake = asyncio.Event()
         self._problem = ""
 
     @property
@@ -168,9 +203,18 @@ class Registration:
         self._was_accepted = True
         self._problem = ""
         _log.info("registered with router %s", self.router_address)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._send(call, accepted))
-            await self._receive(call)
+        with self._credit_line(accepted) as line:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._send(call, accepted, line))
+                await self._receive(call, accepted, line)
+
+    @contextmanager
+    def _credit_line(self, accepted: Accepted) -> Iterator[CreditLine | None]:
+        if self._credits is None or not accepted.credits:
+            yield None
+            return
+        with closing(self._credits.begin(accepted.router_id, self._wake.set)) as line:
+            yield line
 
     async def _read_accepted(self, call: _Call) -> Accepted:
         while True:
@@ -179,9 +223,28 @@ class Registration:
                 return response.accepted
             self._dispatch(response)
 
-    async def _receive(self, call: _Call) -> None:
+    async def _receive(self, call: _Call, accepted: Accepted, line: CreditLine | None) -> None:
+        if line is None:
+            while True:
+                self._dispatch(await _read(call))
+        interval_s = _interval_s(accepted)
+        missed = 0
         while True:
-            self._dispatch(await _read(call))
+            reading = asyncio.ensure_future(_read(call))
+            try:
+                # Silence counts while this loop is awake: what came meanwhile waits here.
+                while not (await asyncio.wait({reading}, timeout=interval_s))[0]:
+                    missed += 1
+                    if missed == _ANSWERS_MISSED:
+                        raise _Lost(f"has not answered for {missed * interval_s:g} s")
+                response = reading.result()
+            finally:
+                reading.cancel()
+            missed = 0
+            if response.WhichOneof("kind") == "credit_use":
+                _take_use(line, response.credit_use)
+            else:
+                self._dispatch(response)
 
     def _dispatch(self, response: RegisterResponse) -> None:
         match response.WhichOneof("kind"):
@@ -192,8 +255,8 @@ class Registration:
             case _:
                 pass
 
-    async def _send(self, call: _Call, accepted: Accepted) -> None:
-        interval_s = max(accepted.heartbeat_interval_ms, 10) / 1000
+    async def _send(self, call: _Call, accepted: Accepted, line: CreditLine | None) -> None:
+        interval_s = _interval_s(accepted)
         prefixes = self._prefixes if accepted.prefix_events else None
         if prefixes is not None:
             prefixes.restart()
@@ -206,6 +269,11 @@ class Registration:
             if now >= due:
                 await _write(call, RegisterRequest(heartbeat=self._heartbeat()))
                 due = now + interval_s
+                self._wake.set()  # a credit goes with each, for the router to answer
+            if self._wake.is_set():
+                self._wake.clear()
+                if line is not None:
+                    await _write(call, RegisterRequest(credit=line.credit()))
             if now >= prefixes_due:
                 events = prefixes.next_events() if prefixes is not None else None
                 if events is not None:
@@ -215,7 +283,9 @@ class Registration:
             if chunk is not None:
                 await _write(call, RegisterRequest(assets=chunk))
             else:
-                await asyncio.sleep(min(due, prefixes_due) - time.monotonic())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(due, prefixes_due) - time.monotonic()):
+                        await self._wake.wait()
 
     def _lost(self, problem: str) -> None:
         if problem != self._problem:
@@ -244,6 +314,17 @@ def _problem_of(exc: Exception, router_address: str, final: tuple[type[ServiceEr
                 return "is some other gRPC server, not a Twinpool router"
             return f"has an error ({error.message})"
     raise exc
+
+
+def _interval_s(accepted: Accepted) -> float:
+    return max(accepted.heartbeat_interval_ms, 10) / 1000
+
+
+def _take_use(line: CreditLine, use: CreditUse) -> None:
+    try:
+        line.take(use)
+    except ValueError as exc:
+        raise _Lost(f"answers a credit that it was not given ({exc})") from exc
 
 
 async def _read(call: _Call) -> RegisterResponse:

@@ -30,6 +30,7 @@ class RegisterRequest(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     ASSETS_FIELD_NUMBER: _builtins.int
     PREFIXES_FIELD_NUMBER: _builtins.int
+    CREDIT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___InstanceHello: ...
     @_builtins.property
@@ -38,6 +39,8 @@ class RegisterRequest(_message.Message):
     def assets(self) -> Global___AssetsChunk: ...
     @_builtins.property
     def prefixes(self) -> Global___PrefixEvents: ...
+    @_builtins.property
+    def credit(self) -> Global___Credit: ...
     def __init__(
         self,
         *,
@@ -45,12 +48,13 @@ class RegisterRequest(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         assets: Global___AssetsChunk | None = ...,
         prefixes: Global___PrefixEvents | None = ...,
+        credit: Global___Credit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assets", b"assets", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "prefixes", b"prefixes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assets", b"assets", "credit", b"credit", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "prefixes", b"prefixes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assets", b"assets", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "prefixes", b"prefixes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assets", b"assets", "credit", b"credit", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "prefixes", b"prefixes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "heartbeat", "assets", "prefixes"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "heartbeat", "assets", "prefixes", "credit"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -63,24 +67,28 @@ class RegisterResponse(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    CREDIT_USE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___Accepted: ...
     @_builtins.property
     def peers(self) -> Global___Peers: ...
     @_builtins.property
     def drain(self) -> Global___DrainCommand: ...
+    @_builtins.property
+    def credit_use(self) -> Global___CreditUse: ...
     def __init__(
         self,
         *,
         accepted: Global___Accepted | None = ...,
         peers: Global___Peers | None = ...,
         drain: Global___DrainCommand | None = ...,
+        credit_use: Global___CreditUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "drain", b"drain", "kind", b"kind", "peers", b"peers"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "credit_use", b"credit_use", "drain", b"drain", "kind", b"kind", "peers", b"peers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "drain", b"drain", "kind", b"kind", "peers", b"peers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "credit_use", b"credit_use", "drain", b"drain", "kind", b"kind", "peers", b"peers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["accepted", "peers", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["accepted", "peers", "drain", "credit_use"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -101,6 +109,7 @@ class InstanceHello(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     PREFIX_SEED_FIELD_NUMBER: _builtins.int
     EP_FIELD_NUMBER: _builtins.int
+    CREDITS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique in the cluster; the same after a restart."""
     epoch: _builtins.int
@@ -117,6 +126,10 @@ class InstanceHello(_message.Message):
     """
     ep: _builtins.int
     """Parts that its experts are split into, for people to read; 0 is 1."""
+    credits: _builtins.bool
+    """Routers share what it has: each reserves no more than its Credit says, nothing before the first.
+    Where this is not set, all of the capacity is the router's.
+    """
     @_builtins.property
     def model(self) -> Global___ModelDescription: ...
     @_builtins.property
@@ -137,10 +150,11 @@ class InstanceHello(_message.Message):
         version: _builtins.str = ...,
         prefix_seed: _builtins.bytes = ...,
         ep: _builtins.int = ...,
+        credits: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "layout", b"layout", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "data_token", b"data_token", "ep", b"ep", "epoch", b"epoch", "layout", b"layout", "model", b"model", "name", b"name", "prefix_seed", b"prefix_seed", "role", b"role", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "credits", b"credits", "data_token", b"data_token", "ep", b"ep", "epoch", b"epoch", "layout", b"layout", "model", b"model", "name", b"name", "prefix_seed", b"prefix_seed", "role", b"role", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -410,6 +424,95 @@ class PrefixEvents(_message.Message):
 Global___PrefixEvents: _TypeAlias = PrefixEvents  # noqa: Y015
 
 @_typing.final
+class Credit(_message.Message):
+    """What this router may reserve at a decode instance without asking. All routers' credits together
+    never exceed what there is. Sent on change, and with each heartbeat; each is answered by a
+    CreditUse.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERIAL_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
+    SCARCE_FIELD_NUMBER: _builtins.int
+    serial: _builtins.int
+    """Rises by one with each change."""
+    sequences: _builtins.int
+    """Places for sequences, reserved ones among them."""
+    shared: _builtins.bool
+    """Other routers have credits here too: what waits for room is to be told."""
+    scarce: _builtins.bool
+    """Another router waits for room: what comes back is to be told at once."""
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks of each dp rank, those among them that the router has reserved already."""
+
+    def __init__(
+        self,
+        *,
+        serial: _builtins.int = ...,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
+        sequences: _builtins.int = ...,
+        shared: _builtins.bool = ...,
+        scarce: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "scarce", b"scarce", "sequences", b"sequences", "serial", b"serial", "shared", b"shared"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Credit: _TypeAlias = Credit  # noqa: Y015
+
+@_typing.final
+class CreditUse(_message.Message):
+    """What a router makes of its credit. Where a credit has become smaller than what is held, the router
+    reserves nothing until enough has come back.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERIAL_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    LARGEST_FIELD_NUMBER: _builtins.int
+    SEQUENCES_HELD_FIELD_NUMBER: _builtins.int
+    SEQUENCES_WANTED_FIELD_NUMBER: _builtins.int
+    serial: _builtins.int
+    """Of the last credit that counts here: the router goes by no earlier one any more."""
+    sequences_held: _builtins.int
+    sequences_wanted: _builtins.int
+    @_builtins.property
+    def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks of each dp rank that are reserved, and those and what waits for room together."""
+
+    @_builtins.property
+    def wanted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def largest(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks of a request that waits to find them here, of one dp rank, all at once; 0: none does."""
+
+    def __init__(
+        self,
+        *,
+        serial: _builtins.int = ...,
+        held: _abc.Iterable[_builtins.int] | None = ...,
+        wanted: _abc.Iterable[_builtins.int] | None = ...,
+        largest: _abc.Iterable[_builtins.int] | None = ...,
+        sequences_held: _builtins.int = ...,
+        sequences_wanted: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "largest", b"largest", "sequences_held", b"sequences_held", "sequences_wanted", b"sequences_wanted", "serial", b"serial", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreditUse: _TypeAlias = CreditUse  # noqa: Y015
+
+@_typing.final
 class Accepted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -417,12 +520,15 @@ class Accepted(_message.Message):
     HEARTBEAT_INTERVAL_MS_FIELD_NUMBER: _builtins.int
     SEND_ASSETS_FIELD_NUMBER: _builtins.int
     PREFIX_EVENTS_FIELD_NUMBER: _builtins.int
+    CREDITS_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
     heartbeat_interval_ms: _builtins.int
     send_assets: _builtins.bool
     """The router lacks the model's text assets and wants them now."""
     prefix_events: _builtins.bool
     """The router takes PrefixEvents."""
+    credits: _builtins.bool
+    """The router keeps to Credits."""
     def __init__(
         self,
         *,
@@ -430,10 +536,11 @@ class Accepted(_message.Message):
         heartbeat_interval_ms: _builtins.int = ...,
         send_assets: _builtins.bool = ...,
         prefix_events: _builtins.bool = ...,
+        credits: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval_ms", b"heartbeat_interval_ms", "prefix_events", b"prefix_events", "router_id", b"router_id", "send_assets", b"send_assets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credits", b"credits", "heartbeat_interval_ms", b"heartbeat_interval_ms", "prefix_events", b"prefix_events", "router_id", b"router_id", "send_assets", b"send_assets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -616,6 +723,8 @@ class InstanceStatus(_message.Message):
     PAIRS_FIELD_NUMBER: _builtins.int
     KNOWN_PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
     CONNECTING_FIELD_NUMBER: _builtins.int
+    CREDIT_BLOCKS_FIELD_NUMBER: _builtins.int
+    CREDIT_SEQUENCES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     epoch: _builtins.int
     role: _common_pb2.Role.ValueType
@@ -632,6 +741,11 @@ class InstanceStatus(_message.Message):
     """Blocks of its prefix cache that the router knows of and routes by."""
     connecting: _builtins.bool
     """The router has no connection to it yet, or none any more, and gives it nothing."""
+    credit_blocks: _builtins.int
+    """What this router may reserve here of what all routers share, on all dp ranks together; where
+    the instance gives no credits, that is all.
+    """
+    credit_sequences: _builtins.int
     @_builtins.property
     def capacity(self) -> Global___Capacity: ...
     @_builtins.property
@@ -656,10 +770,12 @@ class InstanceStatus(_message.Message):
         pairs: _abc.Iterable[Global___KvPair] | None = ...,
         known_prefix_blocks: _builtins.int = ...,
         connecting: _builtins.bool = ...,
+        credit_blocks: _builtins.int = ...,
+        credit_sequences: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "capacity", b"capacity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "connecting", b"connecting", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "known_prefix_blocks", b"known_prefix_blocks", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "pairs", b"pairs", "role", b"role", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "connecting", b"connecting", "credit_blocks", b"credit_blocks", "credit_sequences", b"credit_sequences", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "known_prefix_blocks", b"known_prefix_blocks", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "pairs", b"pairs", "role", b"role", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

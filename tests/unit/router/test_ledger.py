@@ -146,6 +146,24 @@ def test_request_is_booked_once_and_instance_added_once() -> None:
         book.add_decode(DECODE, capacity())
 
 
+def test_credit_bounds_what_is_promised_but_not_what_fits_ever() -> None:
+    book = ledger(blocks=8)
+    book.set_credit(DECODE, [3], 4)
+    assert book.decodes()[0].free_blocks == 3
+    assert not book.try_reserve(1, need(32, 32), PLACE)
+    assert book.fits_ever(need(64, 64))
+    assert book.try_reserve(1, need(16, 16), PLACE)
+    assert not book.try_reserve(2, need(16, 16), PLACE)
+    book.check_integrity()
+    book.set_credit(DECODE, [8], 1)
+    assert not book.try_reserve(2, need(16, 16), PLACE)
+    assert not book.decodes()[0].fits(need(16, 16))
+    assert book.held(DECODE) == ([2], 1)
+    book.set_credit(InstanceKey("other", 1), [8], 1)
+    with pytest.raises(LedgerError, match="dp ranks"):
+        book.set_credit(DECODE, [4, 4], 1)
+
+
 class LedgerAndQueue(RuleBasedStateMachine):
     """Requests come, wait, run, end and are aborted while instances come and go."""
 
@@ -159,6 +177,7 @@ class LedgerAndQueue(RuleBasedStateMachine):
         self.next_id = 0
         self.waiting: dict[int, Waiting] = {}
         self.running: dict[int, Placement] = {}
+        self.credits: dict[InstanceKey, int] = {}
 
     @rule(
         decode=st.booleans(),
@@ -173,6 +192,15 @@ class LedgerAndQueue(RuleBasedStateMachine):
         made = capacity(blocks, sequences=sequences)
         add(key, made if decode else replace(made, cp=cp))
         self.instances.add(key)
+
+    @rule(data=st.data())
+    def credit_changes(self, data: st.DataObject) -> None:
+        if decodes := self.ledger.decodes():
+            view = data.draw(st.sampled_from(decodes))
+            blocks = data.draw(st.integers(0, view.capacity.blocks))
+            places = data.draw(st.integers(0, view.capacity.max_sequences))
+            self.ledger.set_credit(view.key, [blocks], places)
+            self.credits[view.key] = blocks
 
     @rule(data=st.data())
     def instance_goes(self, data: st.DataObject) -> None:
@@ -265,7 +293,7 @@ class LedgerAndQueue(RuleBasedStateMachine):
                 self.ledger.release(request_id)
             assert self.ledger.is_idle()
             for view in self.ledger.decodes():
-                assert view.free_blocks == view.capacity.blocks
+                assert view.free_blocks == self.credits.get(view.key, view.capacity.blocks)
 
 
 TestLedgerAndQueue: Any = LedgerAndQueue.TestCase

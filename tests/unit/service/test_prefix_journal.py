@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from engine.blocks import BlockPool
 from engine.prefix_cache import PrefixCache
 from router.prefix_index import PrefixIndex
-from service.prefix_journal import PrefixJournal
+from service.prefix_journal import PrefixJournal, PrefixReader
 from service.prefix_keys import PrefixKeys, short_key
 from tests.unit.router.test_prefix_index import KEY, holder, received
 
@@ -23,10 +23,10 @@ def keys(*numbers: int) -> list[bytes]:
     return [key(number) for number in numbers]
 
 
-def heard(journal: PrefixJournal) -> list[tuple[int, bool, list[int], list[int]]]:
+def heard(reader: PrefixReader) -> list[tuple[int, bool, list[int], list[int]]]:
     """All that there is to tell now."""
     messages = []
-    while (events := journal.next_events()) is not None:
+    while (events := reader.next_events()) is not None:
         told = (events.sequence, events.reset, list(events.stored), list(events.removed))
         messages.append(told)
     return messages
@@ -34,33 +34,37 @@ def heard(journal: PrefixJournal) -> list[tuple[int, bool, list[int], list[int]]
 
 def test_nothing_is_told_before_somebody_listens() -> None:
     journal = PrefixJournal()
+    reader = journal.reader()
     journal.stored(keys(1, 2))
-    assert heard(journal) == []
+    assert heard(reader) == []
 
 
 def test_first_message_resets_even_where_nothing_is_cached() -> None:
     journal = PrefixJournal()
-    journal.restart()
-    assert heard(journal) == [(1, True, [], [])]
+    reader = journal.reader()
+    reader.restart()
+    assert heard(reader) == [(1, True, [], [])]
 
 
 def test_only_the_last_change_of_a_key_is_told() -> None:
     journal = PrefixJournal()
-    journal.restart()
-    heard(journal)
+    reader = journal.reader()
+    reader.restart()
+    heard(reader)
     journal.stored(keys(1, 2))
     journal.removed(keys(2))
     journal.removed(keys(3))
     journal.stored(keys(3))
-    assert heard(journal) == [(2, False, [1, 3], [2])]
-    assert heard(journal) == []
+    assert heard(reader) == [(2, False, [1, 3], [2])]
+    assert heard(reader) == []
 
 
 def test_large_set_is_told_in_bounded_messages_oldest_first() -> None:
     journal = PrefixJournal(MAX_KEYS)
+    reader = journal.reader()
     journal.stored(keys(*range(7)))
-    journal.restart()
-    assert heard(journal) == [
+    reader.restart()
+    assert heard(reader) == [
         (1, True, [0, 1, 2], []),
         (2, False, [3, 4, 5], []),
         (3, False, [6], []),
@@ -69,23 +73,25 @@ def test_large_set_is_told_in_bounded_messages_oldest_first() -> None:
 
 def test_new_listener_hears_everything_again() -> None:
     journal = PrefixJournal(MAX_KEYS)
+    reader = journal.reader()
     journal.stored(keys(1, 2))
-    journal.restart()
-    heard(journal)
+    reader.restart()
+    heard(reader)
     journal.stored(keys(3))
     journal.removed(keys(1))
-    journal.restart()
-    assert heard(journal) == [(1, True, [2, 3], [])]
+    reader.restart()
+    assert heard(reader) == [(1, True, [2, 3], [])]
 
 
 def test_changes_that_nobody_takes_end_in_one_reset() -> None:
     journal = PrefixJournal(MAX_KEYS)
-    journal.restart()
-    heard(journal)
+    reader = journal.reader()
+    reader.restart()
+    heard(reader)
     for number in range(1000):
         journal.stored(keys(number + 1))
         journal.removed(keys(number))
-    messages = heard(journal)
+    messages = heard(reader)
     assert len(messages) <= 2
     assert messages[0][1]
     assert {key for _, _, stored, _ in messages for key in stored} == {1000}
@@ -96,7 +102,8 @@ def test_changes_that_nobody_takes_end_in_one_reset() -> None:
 def test_index_that_follows_ends_with_the_keys_of_the_cache(data: st.DataObject) -> None:
     """Prompts come and push others out; messages are taken, and streams broken, at any moment."""
     journal, index, present = PrefixJournal(MAX_KEYS), PrefixIndex(), set[int]()
-    journal.restart()
+    reader = journal.reader()
+    reader.restart()
     index.join(holder())
 
     def insert(new: Sequence[bytes]) -> None:
@@ -116,11 +123,11 @@ def test_index_that_follows_ends_with_the_keys_of_the_cache(data: st.DataObject)
     for done in data.draw(st.lists(action, max_size=30)):
         match done:
             case "take":
-                events = journal.next_events()
+                events = reader.next_events()
                 assert events is None or len(events.stored) + len(events.removed) <= MAX_KEYS
                 assert events is None or index.take(KEY, received(events))
             case "reconnect":
-                journal.restart()
+                reader.restart()
                 index.leave(KEY)
                 index.join(holder())
             case prompt:
@@ -128,6 +135,21 @@ def test_index_that_follows_ends_with_the_keys_of_the_cache(data: st.DataObject)
                 acquired = cache.acquire(prompt, b"", -(-len(prompt) // 2))
                 cache.insert(prompt, b"", acquired.blocks)
                 pool.release(acquired.blocks)
-    while (events := journal.next_events()) is not None:
+    while (events := reader.next_events()) is not None:
         assert index.take(KEY, received(events))
     assert index.keys(KEY) == present
+
+
+def test_each_reader_hears_everything_at_its_own_pace() -> None:
+    journal = PrefixJournal()
+    early, late = journal.reader(), journal.reader()
+    early.restart()
+    heard(early)
+    journal.stored(keys(1))
+    assert heard(early) == [(2, False, [1], [])]
+    late.restart()
+    assert heard(late) == [(1, True, [1], [])]
+    early.close()
+    journal.stored(keys(2))
+    assert heard(late) == [(2, False, [2], [])]
+    assert heard(early) == []

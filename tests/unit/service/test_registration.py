@@ -8,6 +8,8 @@ import pytest
 from twinpool.v1 import worker_pb2_grpc
 from twinpool.v1.worker_pb2 import (
     Accepted,
+    Credit,
+    CreditUse,
     DrainCommand,
     DrainRequest,
     DrainResponse,
@@ -77,6 +79,8 @@ def accepting(
     *extra: RegisterResponse,
     send_assets: bool = False,
     prefix_events: bool = False,
+    credits: bool = False,
+    answer: Callable[[Credit], RegisterResponse | None] = lambda _: None,
     drop_after: int = 0,
 ) -> Script:
     async def script(
@@ -88,6 +92,7 @@ def accepting(
             heartbeat_interval_ms=20,
             send_assets=send_assets,
             prefix_events=prefix_events,
+            credits=credits,
         )
         yield RegisterResponse(accepted=accepted)
         for response in extra:
@@ -95,6 +100,10 @@ def accepting(
         count = 0
         async for request in requests:
             await router.record(request)
+            if request.WhichOneof("kind") == "credit":
+                answered = answer(request.credit)
+                if answered is not None:
+                    yield answered
             count += 1
             if count == drop_after:
                 return
@@ -365,3 +374,82 @@ async def test_defect_in_a_callback_is_raised() -> None:
         with pytest.raises((RuntimeError, ExceptionGroup)):
             async with asyncio.timeout(10):
                 await registration(server.address, on_peers=broken).run()
+
+
+class Credits:
+    """Grants one block more each time that it is woken, and keeps what was answered."""
+
+    def __init__(self) -> None:
+        self.routers: list[str] = []
+        self.serial = 0
+        self.answered: list[int] = []
+        self.closed = 0
+        self.wake: Callable[[], None] = lambda: None
+
+    def begin(self, router_id: str, wake: Callable[[], None]) -> "Credits":
+        self.routers.append(router_id)
+        self.wake = wake
+        return self
+
+    def credit(self) -> Credit:
+        return Credit(serial=self.serial, blocks=[self.serial])
+
+    def take(self, use: CreditUse) -> None:
+        if use.serial > self.serial:
+            raise ValueError("no such serial")
+        self.answered.append(use.serial)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def used(credit: Credit, *, ahead: int = 0) -> RegisterResponse:
+    return RegisterResponse(credit_use=CreditUse(serial=credit.serial + ahead))
+
+
+def credits_of(router: Router, stream: int) -> list[int]:
+    if stream >= len(router.streams):
+        return []
+    found = router.streams[stream]
+    return [r.credit.serial for r in found if r.WhichOneof("kind") == "credit"]
+
+
+async def test_credit_goes_out_on_change_and_with_heartbeats_and_answers_come_back() -> None:
+    router, credits = Router(accepting(credits=True, answer=used)), Credits()
+    async with serving(router) as server:
+        async with running(registration(server.address, credits=credits)):
+            await router.until(lambda: len(credits_of(router, 0)) >= 2)
+            credits.serial = 5
+            credits.wake()
+            await router.until(lambda: credits_of(router, 0)[-1] == 5)
+            async with asyncio.timeout(10):
+                while 5 not in credits.answered:
+                    await asyncio.sleep(0.01)
+        assert credits.routers == ["r"]
+        assert credits.closed == 1
+
+
+async def test_router_that_knows_no_credits_gets_none() -> None:
+    router, credits = Router(accepting()), Credits()
+    async with serving(router) as server, running(registration(server.address, credits=credits)):
+        await router.until(lambda: len(router.kinds(0)) >= 4)
+    assert "credit" not in router.kinds(0)
+    assert credits.routers == []
+
+
+async def test_router_that_stops_answering_is_lost_and_its_credit_comes_back() -> None:
+    router, credits = Router(accepting(credits=True)), Credits()
+    async with serving(router) as server, running(registration(server.address, credits=credits)):
+        await router.until(lambda: len(router.streams) == 2)
+        assert credits.closed >= 1
+
+
+async def test_router_with_a_wrong_answer_is_lost() -> None:
+    def wrong(credit: Credit) -> RegisterResponse:
+        return used(credit, ahead=1)
+
+    router, credits = Router(accepting(credits=True, answer=wrong)), Credits()
+    async with serving(router) as server, running(registration(server.address, credits=credits)):
+        await router.until(lambda: len(router.streams) == 2)
+        assert credits.closed >= 1
+    assert credits.answered == []
