@@ -58,7 +58,8 @@ from service.ranks.leader import Followers
 from service.ranks.wire import collectives_from_wire, sum_of_ranks
 from service.routers import Routers
 from service.security.settings import Security, instance_security
-from service.wire import counts_to_wire
+from service.step_fit import StepFit
+from service.wire import counts_to_wire, speed_to_wire
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,8 @@ class Instance:
             others=others,
             order=self._balancer.order if self._balancer is not None else lambda: NOTHING,
         )
+        self._step_fit = StepFit()
+        self._block_tokens = model.block_tokens
         self._step_metrics = StepMetrics(
             registry, ranks=self._rank_steps, most_rows=settings.max_batch * settings.dp
         )
@@ -254,6 +257,13 @@ class Instance:
 
     def _emit(self, step: Step) -> None:
         self._step_metrics.observe(step)
+        # Blocks that are held stand for their tokens: a router knows no more of its requests.
+        held = self.admission.counts()
+        self._step_fit.observe(
+            sum(map(len, step.tokens.values())),
+            (held.used + held.reserved) * self._block_tokens,
+            step.seconds + step.gap_s,
+        )
         self.service.emit(step)
 
     def _rank_steps(self) -> dict[int, RankSteps]:
@@ -279,6 +289,7 @@ class Instance:
             running=self._worker.running,
             waiting=self._worker.waiting,
             draining=self.service.draining,
+            speed=speed_to_wire(self._step_fit.speed),
         )
 
 

@@ -24,7 +24,7 @@ from prefill.metrics import LinkMetrics, Metrics
 from prefill.rank import Rank, load
 from prefill.scheduler import Scheduler
 from prefill.server import PrefillService
-from prefill.worker import Worker
+from prefill.worker import StepReport, Worker
 from service.instance import (
     Incarnation,
     Model,
@@ -46,7 +46,8 @@ from service.ranks.leader import Followers
 from service.ranks.wire import links_from_wire, sum_of_ranks
 from service.routers import Routers
 from service.security.settings import Security, instance_security
-from service.wire import counts_to_wire, pairs_to_wire
+from service.step_fit import StepFit
+from service.wire import counts_to_wire, pairs_to_wire, speed_to_wire
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ class Instance:
             if self.journal is not None
             else None
         )
-        metrics = Metrics(registry)
+        self._metrics = metrics = Metrics(registry)
+        self._step_fit = StepFit(has_base=False)
         self._worker = Worker(
             compute=self._steps,
             block_tokens=tokens,
@@ -98,7 +100,7 @@ class Instance:
             ),
             transfers=transfers,
             emit=lambda request_id, outcome: self.service.emit(request_id, outcome),
-            on_step=metrics.observe_step,
+            on_step=self._on_step,
             on_fatal=die,
         )
         self.service = PrefillService(
@@ -164,6 +166,10 @@ class Instance:
         others = {rank: links_from_wire(beat) for rank, beat in self._beats().items()}
         return {0: self._rank.links, **others}
 
+    def _on_step(self, step: StepReport) -> None:
+        self._metrics.observe_step(step)
+        self._step_fit.observe(step.prompts, step.tokens, step.compute_s)
+
     def heartbeat(self) -> worker_pb2.Heartbeat:
         """What routers are told again and again."""
         load = self._worker.load()
@@ -175,6 +181,7 @@ class Instance:
             waiting=load.waiting,
             draining=self.service.draining,
             pairs=pairs,
+            speed=speed_to_wire(self._step_fit.speed),
         )
 
 

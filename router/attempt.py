@@ -8,6 +8,7 @@ it holds, exactly once, in background work that a cancelled request does not tak
 import asyncio
 import logging
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 
 from router.admission import Admission
 from router.decode_link import DecodeLink
@@ -28,27 +29,23 @@ from router.events import (
     TransferLost,
     Transferred,
 )
+from router.hedge import Hedge
+from router.hedging import Hedging
 from router.ledger import InstanceKey, Need, Placement
 from router.metrics import Metrics
 from router.pools import Pools
 from router.prefill_leg import PrefillLeg, confirm_abort
 from router.queue import Waiting
 from router.request import Stats, Tokens, ValidRequest
+from router.reserving import PREEMPTED, refusal, reserve
 from router.tasks import Tasks
 from router.workers import cp_first
-from service.errors import Refused, ServiceError, Unavailable, WorkFailed
+from service.errors import ServiceError, Unavailable
 
 # Where nobody takes over, decode may have had the whole of a lost transfer all the same.
 HANDOFF_GRACE_S = 1.0
 # The end of the transfer is told on another stream than the tokens it made possible.
 STATS_GRACE_S = 0.2
-# What a decode instance that promised more than it has says of a request whose room earlier ones
-# need. Nothing is wrong with it; the request goes on when there is room.
-PREEMPTED = "PREEMPTED"
-# How long decode may lack room that the ledger says it has, as after an abort.
-RESERVE_PATIENCE_S = 10.0
-_FIRST_RESERVE_BACKOFF_S = 0.02
-_LAST_RESERVE_BACKOFF_S = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +71,8 @@ class Attempt:
         deadline: float,
         clock: Callable[[], float],
         next_id: Callable[[], int | None],
+        hedge_id: Callable[[], int | None],
+        hedging: Hedging,
     ) -> None:
         self._id = request_id
         self._request = request
@@ -86,9 +85,14 @@ class Attempt:
         self._deadline = deadline
         self._clock = clock
         self._next_id = next_id
+        self._hedge_id = hedge_id
+        self._hedging = hedging
         # What happens, and the leg it comes from or is meant for; None: it concerns the whole try.
         self._inbox: asyncio.Queue[tuple[PrefillLeg | None, Event]] = asyncio.Queue()
         self._leg: PrefillLeg | None = None
+        # Its leg gets no grant before its token has come first: decode takes from one alone.
+        self._hedge = Hedge(hedging, metrics, self._open_hedge)
+        self._began_at = 0.0
         self._decode: DecodeLink | None = None
         self._reserving: asyncio.Task[None] | None = None
         self._resuming: asyncio.Task[None] | None = None
@@ -96,6 +100,7 @@ class Attempt:
         self._first: Tokens | None = None
         self._first_at = 0.0
         self._is_granted = False
+        self._is_hedged = False  # what is resumed was not lost: another was faster
         self._is_activated = False
         self._has_output = False
         self._tokens = len(request.prompt_token_ids) + 1  # with the first one, of prefill
@@ -132,6 +137,8 @@ class Attempt:
                 continue
             if tokens.finish is not None:
                 self._is_finished = True
+                if self._has_output and self._decode is not None:
+                    self._pools.succeeded(self._decode.instance.key)
                 await self._await_transferred()
             return tokens
 
@@ -152,13 +159,15 @@ class Attempt:
             self._decode.attach(self._id, lambda event: self._inbox.put_nowait((None, event)))
         self.suspect = None
         self._leg = self._open_leg(self._id, self._placement)
+        self._stats.prefill_instance = prefill_key.name
+        self._began_at = self._clock()
+        self._hedge.wait(self._uncached)
         if self._decode is not None:
             self._reserving = asyncio.create_task(self._reserve(self._decode, self._leg))
 
     def _open_leg(self, leg_id: int, placement: Placement) -> PrefillLeg:
         """Raises Unavailable where the instance has gone."""
         link = self._pools.prefill(placement.prefill)
-        self._stats.prefill_instance = placement.prefill.name
         first = placement.cp_first
         return PrefillLeg(
             leg_id,
@@ -171,37 +180,28 @@ class Attempt:
         )
 
     async def _reserve(self, decode: DecodeLink, leg: PrefillLeg) -> None:
-        """Posts the outcome of the reservation. Never cancelled while a call is under way.
-
-        An abort that overtakes a reservation would leave it behind for ever.
-        """
-        backoff_s = _FIRST_RESERVE_BACKOFF_S
+        """Posts the outcome of the reservation. Never cancelled while a call is under way."""
         began_at = self._clock()
-        patience_ends = began_at + RESERVE_PATIENCE_S
-        while not self._closing.is_set():
-            try:
-                grant = await decode.reserve(
+        try:
+            grant = await reserve(
+                lambda: decode.reserve(
                     self._id,
                     self._request,
                     leg.instance,
                     leg.cp_first,
                     self._remaining_s(),
                     self._placement.dp_rank,
-                )
-            except ServiceError as exc:
-                if not _is_passing(exc) or self._clock() >= patience_ends:
-                    self._inbox.put_nowait((None, DecodeFailed(_refused(decode, exc))))
-                    return
-            else:
-                self._is_granted = True
-                self._stats.reserve_s = self._clock() - began_at
-                self._inbox.put_nowait((None, Granted(grant)))
-                return
-            try:
-                async with asyncio.timeout(backoff_s):
-                    await self._closing.wait()
-            except TimeoutError:
-                backoff_s = min(2 * backoff_s, _LAST_RESERVE_BACKOFF_S)
+                ),
+                self._closing,
+                self._clock,
+            )
+        except ServiceError as exc:
+            self._inbox.put_nowait((None, DecodeFailed(refusal(decode.instance, exc))))
+            return
+        if grant is not None:
+            self._is_granted = True
+            self._stats.reserve_s = self._clock() - began_at
+            self._inbox.put_nowait((None, Granted(grant)))
 
     # ---- what happens
 
@@ -217,6 +217,11 @@ class Attempt:
 
     def _take(self, leg: PrefillLeg | None, event: Event) -> Tokens | None:
         """Takes note of an event; returns the tokens it brings, if any. Raises ServiceError."""
+        if leg is not None and leg is self._hedge.leg:
+            if not isinstance(event, FirstToken):
+                self._lose_hedge()
+                return None
+            self._win_hedge()
         if leg is not None and leg is not self._leg:
             return None  # of an instance that has been replaced
         match event:
@@ -261,7 +266,11 @@ class Attempt:
 
     def _take_first_token(self, event: FirstToken) -> Tokens | None:
         assert self._leg is not None
+        self._lose_hedge()
+        if self._leg.leg_id == self._id:
+            self._hedging.first_came(self._uncached, self._clock() - self._began_at)
         self._admission.end_prefill(self._leg.leg_id)
+        self._pools.succeeded(self._leg.key)
         self._stats.queue_s += event.queue_s
         self._stats.prefill_queue_s = event.queue_s
         # Of the prompt's own computation, or of the first one here where another router's was lost.
@@ -342,12 +351,24 @@ class Attempt:
         leg = self._leg
         assert leg is not None
         self.suspect = leg.key
-        # Without reservation and first token there is nothing that another try would lose.
-        if not error.retryable or not (self._is_granted or self._first is not None):
+        # Without any of these there is nothing that another try would lose.
+        has_part = self._is_granted or self._first is not None or self._hedge.leg is not None
+        if not error.retryable or not has_part:
             raise error
         self._pools.suspect(leg.key)
-        self._drop_leg(is_finished=False)
+        self._pools.failed(leg.key)
         self._lost.add(leg.key)
+        self._replace_leg(error)
+
+    def _replace_leg(self, error: ServiceError) -> None:
+        """Goes on with the second instance that was asked, or with another one."""
+        self._drop_leg(is_finished=False)
+        self._leg = self._hedge.win()
+        self._is_hedged = self._leg is not None
+        if self._leg is not None:
+            self._stats.prefill_instance = self._leg.key.name
+            if self._decode is None:
+                return
         self._transfer_id = None
         self._gives_up_with = error
         if self._resuming is not None:
@@ -359,7 +380,8 @@ class Attempt:
         assert self._decode is not None
         assert self._reserving is not None
         try:
-            self._leg = leg = await self._another_leg()
+            self._leg = leg = self._leg or await self._another_leg()
+            self._stats.prefill_instance = leg.key.name
             await asyncio.wait({self._reserving})
             if self._is_granted:  # else its failure ends the try
                 grant = await self._decode.regrant(
@@ -373,40 +395,47 @@ class Attempt:
         leg_id = self._next_id()
         if leg_id is None:
             raise Unavailable("no more tries", reason="RETRIES_EXHAUSTED")
-        waiting = Waiting(
-            request_id=leg_id,
-            need=Need(prompt_tokens=len(self._request.prompt_token_ids), max_new_tokens=1),
-            priority=self._request.priority,
-            tenant=self._request.tenant,
-            start_by=self._deadline,
-            cached_tokens=self._pools.prefixes.lookup(self._request),
-            avoid=frozenset(self._lost),
-            resumes=True,
-        )
         try:
-            placement = await self._admission.admit(waiting)
+            placement = await self._admission.admit(self._for_prefill(leg_id, self._lost))
             self._metrics.placed(placement.cached_tokens)
             return self._open_leg(leg_id, placement)
         except BaseException:
             self._admission.release(leg_id)
             raise
 
+    def _for_prefill(self, leg_id: int, avoid: AbstractSet[InstanceKey]) -> Waiting:
+        """Returns what waits for the room of a prefill instance alone."""
+        return Waiting(
+            request_id=leg_id,
+            need=Need(prompt_tokens=len(self._request.prompt_token_ids), max_new_tokens=1),
+            priority=self._request.priority,
+            tenant=self._request.tenant,
+            start_by=self._deadline,
+            cached_tokens=self._pools.prefixes.lookup(self._request),
+            avoid=frozenset(avoid),
+            resumes=True,
+        )
+
     def _take_regranted(self, grant: Grant | None) -> None:
         if grant is None:
             # The last piece had arrived before the instance was lost.
-            self._metrics.resumed("not needed")
+            self._note_resumed("not needed")
             self._is_transferred = True
             if self._first is not None:
                 self._drop_leg(is_finished=False)
             return
-        self._metrics.resumed("resumed")
+        self._note_resumed("resumed")
         assert self._leg is not None
         self._send_grant(self._leg, grant)
+
+    def _note_resumed(self, outcome: str) -> None:
+        if not self._is_hedged:
+            self._metrics.resumed(outcome)
 
     def _take_resume_failed(self, error: ServiceError) -> None:
         if self._has_output:
             return
-        self._metrics.resumed("failed")
+        self._note_resumed("failed")
         _log.info(
             "no prefill instance takes over: %s",
             error.message,
@@ -414,11 +443,50 @@ class Attempt:
         )
         self._give_up_at = self._clock() + HANDOFF_GRACE_S
 
+    # ---- a second prefill instance is asked beside the first
+
+    @property
+    def _uncached(self) -> int:
+        return len(self._request.prompt_token_ids) - self._placement.cached_tokens
+
+    def _open_hedge(self) -> PrefillLeg | None:
+        leg = self._leg
+        leg_id = self._hedge_id() if leg is not None else None
+        if leg is None or leg_id is None:
+            return None
+        placement = self._admission.place(self._for_prefill(leg_id, {leg.key}))
+        if placement is None:
+            return None
+        try:
+            if placement.prefill != leg.key:
+                hedge = self._open_leg(leg_id, placement)
+                self._metrics.placed(placement.cached_tokens)
+                return hedge
+        except ServiceError:
+            pass  # it has gone this moment
+        self._admission.release(leg_id)
+        return None
+
+    def _win_hedge(self) -> None:
+        """Turns to the second instance: it alone is to send from here on."""
+        if self._leg is not None:
+            self._pools.suspect(self._leg.key)  # until it has answered: it may be stuck
+        self._replace_leg(Unavailable("prefill is late", reason="INSTANCE_LOST"))
+
+    def _lose_hedge(self) -> None:
+        leg = self._hedge.lose()
+        if leg is not None:
+            self._close_leg(leg, is_finished=False)
+
     def _drop_leg(self, *, is_finished: bool) -> None:
         leg, self._leg = self._leg, None
         if leg is not None:
-            self._admission.end_prefill(leg.leg_id)
-            leg.close(self._tasks, is_finished=is_finished)
+            self._close_leg(leg, is_finished=is_finished)
+
+    def _close_leg(self, leg: PrefillLeg, *, is_finished: bool) -> None:
+        self._admission.end_prefill(leg.leg_id)
+        self._pools.ended(leg.key)
+        leg.close(self._tasks, is_finished=is_finished)
 
     # ---- leaving decode
 
@@ -453,8 +521,10 @@ class Attempt:
         self._closing.set()
         if self._resuming is not None:
             self._resuming.cancel()
+        self._lose_hedge()
         if self._decode is not None:
             self._decode.detach(self._id)
+            self._pools.ended(self._decode.instance.key)
         self._admission.end_prefill(self._id)
         self._drop_leg(is_finished=self._is_finished)
         if self._decode is None or (self._is_finished and self._has_output):
@@ -471,18 +541,3 @@ class Attempt:
             await confirm_abort(decode.abort, self._id, "decode")
         finally:
             self._admission.release(self._id)
-
-
-def _is_passing(error: ServiceError) -> bool:
-    """Whether decode only lacks for a moment what the ledger says it has."""
-    return (isinstance(error, Refused) and error.retryable) or error.reason == "NO_RUN_STREAM"
-
-
-def _refused(decode: DecodeLink, error: ServiceError) -> ServiceError:
-    """Returns what it means for the try that its reservation was refused for good."""
-    if isinstance(error, Refused) and error.retryable:
-        if decode.instance.capacity.expected_output_tokens:
-            # Others have outgrown what was booked for them: as if it had been handed back.
-            return WorkFailed(error.message, reason=PREEMPTED, retryable=True)
-        return Unavailable(f"decode had no room after all: {error.message}", reason=error.reason)
-    return error

@@ -5,6 +5,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from router.fairness import Tenants
+from router.policies import PolicyName
 from router.validate import Caps
 from service.logs import LogLevel
 from service.security.settings import (
@@ -43,6 +44,22 @@ class RouterConfig(BaseModel):
         default=64,
         ge=1,
         description="Times later requests may overtake one that does not fit yet.",
+    )
+    policy: PolicyName = Field(
+        default="least-loaded", description="How instances are chosen for a request."
+    )
+    hedge_prefill: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Ask a second prefill instance once a first token takes so many times as long"
+        " as usual; 0 is off.",
+    )
+    breaker_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Part of an instance's last requests whose failure suspends it; 0 is off.",
     )
     refuse_early: bool = Field(
         default=True,

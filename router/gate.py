@@ -170,11 +170,11 @@ class Gate:
         decisions += self._placeless(now)
         # One that has gone may have held others back.
         if not decisions and self._newcomers is not None:
-            room = self._room()
+            room = self._room(now)
             if not any(w.is_queued and room.place(w) is not None for w in self._newcomers):
                 self._newcomers.clear()
                 return []
-        while (found := self.queue.next_admissible(self._room())) is not None:
+        while (found := self.queue.next_admissible(self._room(now))) is not None:
             self._book(*found, now)
             decisions.append(found)
         self._newcomers = []
@@ -188,8 +188,8 @@ class Gate:
         self._misfits = Misfits()
         self._newcomers = None
 
-    def _room(self) -> Room:
-        return Room(self._ledger, self._policy, self._misfits)
+    def _room(self, now: float) -> Room:
+        return Room(self._ledger, self._policy, self._misfits, now)
 
     def next_moment(self, now: float) -> float | None:
         """When `decide` has to be asked even if nothing changes; None while nobody waits."""
@@ -212,11 +212,11 @@ class Gate:
     def has_room(self, need: Need) -> bool:
         """Whether a request could be placed this moment."""
         waiting = Waiting(request_id=0, need=need, priority=0, start_by=0.0)
-        return self._room().place(waiting) is not None
+        return self._room(0.0).place(waiting) is not None
 
     def place(self, waiting: Waiting, now: float) -> Placement | None:
         """Books room that is there this moment, past the queue; None where there is none."""
-        placement = self._room().place(waiting)
+        placement = self._room(now).place(waiting)
         if placement is not None:
             self._book(waiting, placement, now)
         return placement

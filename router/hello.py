@@ -4,15 +4,19 @@ and news of the prefix cache.
 Turns wire messages into `membership`'s types and refuses what does not make sense by itself.
 """
 
+import math
+
 from twinpool.v1 import common_pb2, kv_pb2, worker_pb2
 
 from router.ledger import Capacity, InstanceKey
 from router.membership import Blocks, Credit, Heartbeat, Instance, Layout, Model, Pair, Role
 from router.prefix_index import PrefixEvents
 from service.errors import InvalidRequest
+from service.step_fit import StepSpeed
 
 _ROLES = {common_pb2.ROLE_PREFILL: Role.PREFILL, common_pb2.ROLE_DECODE: Role.DECODE}
-_DTYPES = ("bfloat16", "float16", "float32")
+_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_DTYPES = tuple(_ELEMENT_BYTES)
 _MAX_NAME_CHARS = 128
 _MAX_SHARDS = 4096
 _MAX_SEED_BYTES = 256
@@ -62,7 +66,16 @@ def heartbeat_from_wire(message: worker_pb2.Heartbeat) -> Heartbeat:
         running=message.running,
         waiting=message.waiting,
         pairs=tuple(_pair(pair) for pair in message.pairs[:_MOST_PAIRS]),
+        speed=_speed(message.speed) if message.HasField("speed") else None,
     )
+
+
+def _speed(message: worker_pb2.StepSpeed) -> StepSpeed | None:
+    """Returns None for what no instance can measure: placement would never recover from it."""
+    parts = (message.base_s, message.sequence_s, message.token_s)
+    if not all(math.isfinite(part) and part >= 0 for part in parts) or not any(parts):
+        return None
+    return StepSpeed(base_s=message.base_s, sequence_s=message.sequence_s, token_s=message.token_s)
 
 
 def prefix_events_from_wire(message: worker_pb2.PrefixEvents) -> PrefixEvents:
@@ -183,6 +196,21 @@ def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity
         cp=_cp(layout),
         dp=dp,
         expected_output_tokens=message.expected_output_tokens,
+        token_bytes=_token_bytes(layout),
+    )
+
+
+def _token_bytes(layout: kv_pb2.KvLayout) -> int:
+    """Returns the bytes of a token that is far from the end; states are of sequences."""
+    shapes = [group.shape for group in (layout, *layout.more_groups)]
+    return sum(
+        shape.layers
+        * (shape.planes or 2)
+        * shape.kv_heads
+        * shape.head_size
+        * _ELEMENT_BYTES.get(shape.dtype, 0)
+        for shape in shapes
+        if not shape.state and not shape.window
     )
 
 

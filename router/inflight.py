@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 
 from router.admission import Admission
-from router.attempt import PREEMPTED, Attempt
+from router.attempt import Attempt
 from router.carried import Carried
 from router.departure import Departure
+from router.hedging import Hedging
 from router.ledger import InstanceKey, Need, Placement
 from router.membership import Model
 from router.metrics import Metrics
@@ -22,6 +23,7 @@ from router.pools import Pools, model_changed
 from router.progress import TRY_BITS, Progress
 from router.queue import Waiting
 from router.request import AnswerPart, Resumed, Stats, Tokens, ValidRequest
+from router.reserving import PREEMPTED
 from router.tasks import Tasks
 from router.tries import Try
 from service.errors import (
@@ -46,6 +48,8 @@ _MOST_CARRIES = 3
 # What a draining instance says when it refuses a request, and when it hands one back: once each,
 # since from there on the router knows.
 _DRAINS = ("DRAINING", "DRAINED")
+# What is said where others have the room: the instance does its work.
+_NO_FAULTS = ("SEQUENCES_FULL", "KV_BLOCKS_FULL", "PREFILL_QUEUE_FULL", "NO_RUN_STREAM")
 _RETRY_BACKOFF_S = 0.05
 # How many tokens of an answer that another router began are gone over at once.
 _REPLAY_TOKENS = 256
@@ -91,7 +95,9 @@ class Inflight:
         clock: Callable[[], float],
         rng: random.Random,
         wall_ns: Callable[[], int] = time.time_ns,
+        hedging: Hedging | None = None,
     ) -> None:
+        self._hedging = hedging or Hedging()
         self._pools = pools
         self._admission = admission
         self._metrics = metrics
@@ -243,6 +249,8 @@ class Inflight:
             deadline=job.deadline,
             clock=self._clock,
             next_id=run.next_id,
+            hedge_id=run.hedge_id,
+            hedging=self._hedging,
         )
 
     # ---- a try
@@ -337,6 +345,8 @@ class Inflight:
         self._pools.suspect(key)
         if error.reason in _DRAINS:
             self._pools.note_drain(key)
+        elif error.reason not in _NO_FAULTS:
+            self._pools.failed(key)
 
     # ---- the end of a try
 

@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 from router.kept_views import KeptViews
 from router.views import (
+    UNKNOWN_PACE,
     CachedTokens,
     Capacity,
     DecodeView,
     InstanceKey,
     Need,
+    Pace,
     Placement,
     PrefillView,
     owed,
@@ -65,6 +67,9 @@ class _Account:
     capacity: Capacity
     draining: bool = False
     suspended: bool = False
+    # The next one is let in, and nobody after it.
+    takes_one: bool = False
+    pace: Pace = UNKNOWN_PACE
     total: int = 0
     entries: dict[int, int] = field(default_factory=dict)
 
@@ -75,6 +80,8 @@ class _Account:
     def enter(self, request_id: int, amount: int) -> None:
         self.entries[request_id] = amount
         self.total += amount
+        self.suspended = self.suspended or self.takes_one
+        self.takes_one = False
 
     def strike(self, request_id: int) -> None:
         self.total -= self.entries.pop(request_id)
@@ -208,11 +215,15 @@ class Ledger:
                 accounts[key].draining = True
         self._forget_views()
 
-    def set_suspended(self, key: InstanceKey, suspended: bool) -> None:
-        """While suspended, the instance keeps what it has and gets nothing new."""
+    def set_suspended(self, key: InstanceKey, suspended: bool, *, after_one: bool = False) -> None:
+        """While suspended, the instance keeps what it has and gets nothing new.
+
+        With `after_one` it is suspended once it has got one more request.
+        """
         for accounts in (self._decodes, self._prefills):
             if key in accounts:
                 accounts[key].suspended = suspended
+                accounts[key].takes_one = after_one
         self._forget_views()
 
     def set_credit(self, key: InstanceKey, blocks: Sequence[int], sequences: int) -> bool:
@@ -238,6 +249,15 @@ class Ledger:
             return [], 0
         growing = zip(account.of_ranks, account.growing, strict=True)
         return [blocks + more for blocks, more in growing], len(account.entries)
+
+    def set_pace(self, key: InstanceKey, pace: Pace) -> None:
+        """Takes note of an instance's speed; unknown keys are no error."""
+        if key in self._decodes:
+            self._decodes[key].pace = pace
+            self._decode_views.changed(key)
+        elif key in self._prefills:
+            self._prefills[key].pace = pace
+            self._prefill_views.changed(key)
 
     def _forget_views(self) -> None:
         self._decode_views.forget()
@@ -273,6 +293,7 @@ class Ledger:
                 sequences=len(account.entries),
                 dp_rank=dp_rank,
                 slots=account.slots,
+                pace=account.pace,
             )
             for dp_rank in range(account.capacity.dp)
             if account.takes_new
@@ -286,6 +307,7 @@ class Ledger:
             owed_tokens=tuple(account.of_ranks),
             outstanding_requests=len(account.entries),
             max_outstanding_requests=self._max_prefill_requests,
+            pace=account.pace,
         )
         return [view] if account.takes_new else []
 
@@ -328,7 +350,7 @@ class Ledger:
         cached, first = placement.cached_tokens, placement.cp_first or 0
         prefill.owe(request_id, owed(prefill.capacity, need.prompt_tokens, cached, first))
         self._prefill_of[request_id] = placement.prefill
-        self._prefill_views.changed(placement.prefill)
+        self._note_changed(self._prefill_views, placement.prefill, prefill)
         return True
 
     def _reserve_blocks(self, request_id: int, need: Need, key: InstanceKey, dp_rank: int) -> bool:
@@ -344,8 +366,19 @@ class Ledger:
             return False
         account.take(request_id, blocks, dp_rank)
         self._decode_of[request_id] = key
-        self._decode_views.changed(key)
+        self._note_changed(self._decode_views, key, account)
         return True
+
+    def _note_changed(
+        self,
+        views: KeptViews[InstanceKey, DecodeView] | KeptViews[InstanceKey, PrefillView],
+        key: InstanceKey,
+        account: _Account,
+    ) -> None:
+        if account.takes_new:
+            views.changed(key)
+        else:  # that was the one that it took
+            views.forget()
 
     def grow(self, request_id: int, tokens: int) -> None:
         """Books what decode has taken for a sequence that has come to so many tokens.

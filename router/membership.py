@@ -6,8 +6,9 @@ No stream and no clock of its own; `registration` feeds it from the wire and act
 from dataclasses import dataclass, field
 from enum import Enum
 
-from router.ledger import Capacity, InstanceKey
+from router.views import Capacity, InstanceKey, Link, Pace
 from service.errors import Incompatible
+from service.step_fit import StepSpeed
 
 # Names whose last epoch is remembered after they left, so that an old process cannot come back.
 _REMEMBERED_NAMES = 1024
@@ -95,6 +96,19 @@ class Heartbeat:
     running: int = 0
     waiting: int = 0
     pairs: tuple[Pair, ...] = ()
+    speed: StepSpeed | None = None
+
+    @property
+    def pace(self) -> Pace:
+        """What placement goes by: the slowest pair with a decode instance counts for each rank."""
+        links: dict[str, Link] = {}
+        for peer in dict.fromkeys(pair.peer for pair in self.pairs):
+            pairs = [pair for pair in self.pairs if pair.peer == peer]
+            ranks = len({pair.rank for pair in pairs})
+            links[peer] = Link(
+                ranks * min(pair.bytes_per_s for pair in pairs), max(pair.rtt_s for pair in pairs)
+            )
+        return Pace(speed=self.speed, links=links)
 
 
 @dataclass(frozen=True, kw_only=True)

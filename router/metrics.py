@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from router.breaker import State
 from service.histogram import LoopHistogram
 from service.metrics import (
     HANDOFF_BUCKETS_S,
@@ -29,6 +30,9 @@ WAYS = ("prefill", "kv")
 CARRIES = ("carried", "stayed")
 # How the search for another prefill instance can end; "not needed": decode had all of the KV.
 RESUMES = ("resumed", "not needed", "failed")
+# How asking a second prefill instance can end: its first token came first, the other's did, or
+# none took the prompt; "spent": enough others had been asked twice.
+HEDGES = ("won", "lost", "no room", "spent")
 # Classes of priority, which itself is any number: below 0, 0, above.
 CLASSES = ("low", "normal", "high")
 # Seconds that a wait was longer than foretold; below 0 it was shorter.
@@ -101,6 +105,22 @@ class Metrics:
             "KV that went from one decode instance to another.",
             registry=registry,
         )
+        self._hedges = Counter(
+            "twinpool_router_hedges",
+            "Prompts that were late at prefill, and what asking a second instance came to.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in HEDGES:
+            self._hedges.labels(outcome)
+        self._breakers = Counter(
+            "twinpool_router_breaker_transitions",
+            "Instances that were suspended for failures, given one request, used again.",
+            ["to"],
+            registry=registry,
+        )
+        for state in State:
+            self._breakers.labels(state.value)
         self._pause_s = Histogram(
             "twinpool_router_move_pause_seconds",
             "Last token before a move to the first one after it.",
@@ -253,6 +273,12 @@ class Metrics:
     def carried(self, outcome: str, kv_bytes: int = 0) -> None:
         self._carries.labels(outcome).inc()
         self._carried_bytes.inc(kv_bytes)
+
+    def hedged(self, outcome: str) -> None:
+        self._hedges.labels(outcome).inc()
+
+    def breaker(self, state: State) -> None:
+        self._breakers.labels(state.value).inc()
 
     def paused(self, seconds: float, way: str) -> None:
         self._pause_s.labels(way).observe(seconds)

@@ -2,17 +2,19 @@
 
 An instance is in the table while its Register stream lives, and in the ledger while it may be
 given work: registered, connected, and not draining when it came. One that failed a request gets
-no other before it has answered: its process may be gone, and its streams end one after another.
+no other before it has answered: its process may be gone, and its streams end one after another. One
+that fails too many of them gets nothing for a while (`breaker`).
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from router.admission import Admission
 from router.assets import TokenizerStore
+from router.breaker import Breakers, State
 from router.decode_link import DecodeLink
-from router.ledger import InstanceKey, Ledger
+from router.ledger import DecodeView, InstanceKey, Ledger, PrefillView
 from router.membership import Credit, Instance, Member, Members, Model, Role
 from router.prefill_link import PrefillLink
 from router.prefix_index import PrefixEvents, PrefixIndex
@@ -37,6 +39,8 @@ class Pools:
         admission: Admission,
         clock: Callable[[], float],
         dial: Dial,
+        breakers: Breakers[InstanceKey],
+        on_breaker: Callable[[State], None],
     ) -> None:
         self.members = Members()
         self.tokenizers = TokenizerStore()
@@ -49,7 +53,10 @@ class Pools:
         self._dial = dial
         self._decodes: dict[InstanceKey, DecodeLink] = {}
         self._prefills: dict[InstanceKey, PrefillLink] = {}
+        self._breakers = breakers
+        self._on_breaker = on_breaker
         self._suspects: set[InstanceKey] = set()
+        self._pauses: dict[InstanceKey, asyncio.TimerHandle] = {}
         self._links = 0
         self._tasks = Tasks()
 
@@ -77,19 +84,84 @@ class Pools:
         link = self._prefills.get(key) or self._decodes.get(key)
         if link is not None and key not in self._suspects:
             self._suspects.add(key)
-            self._ledger.set_suspended(key, True)
-            self._admission.instances_changed()
+            self._set_suspended(key)
             self._tasks.spawn(self._clear(link))
 
     async def _clear(self, link: PrefillLink | DecodeLink) -> None:
         key = link.instance.key
-        while key in self._prefills or key in self._decodes:
+        # The same life of an instance may come again on another link.
+        while link in (self._prefills.get(key), self._decodes.get(key)):
             if await link.answers():
-                break
+                self._suspects.discard(key)
+                self._set_suspended(key)
+                return
             await asyncio.sleep(_SUSPECT_PAUSE_S)
-        self._suspects.discard(key)
-        self._ledger.set_suspended(key, False)
+
+    # ---- how requests end at an instance
+
+    def failed(self, key: InstanceKey) -> None:
+        """Takes note of a request that failed there through no fault of the client's."""
+        if key not in self._prefills and key not in self._decodes:
+            return
+        pause_s = self._breakers.failed(
+            key, self._clock(), has_others=lambda: self._has_others(key)
+        )
+        if pause_s is not None:
+            _log.warning("%s fails too often: it gets nothing for %.1f s", key.name, pause_s)
+            self._turned(key, State.OPEN)
+            loop = asyncio.get_running_loop()
+            self._pauses[key] = loop.call_later(pause_s, self._try_again, key)
+
+    def succeeded(self, key: InstanceKey) -> None:
+        """Takes note of a request that went well there."""
+        if (key in self._prefills or key in self._decodes) and self._breakers.succeeded(
+            key, self._clock()
+        ):
+            _log.info("%s does its work again", key.name)
+            self._turned(key, State.CLOSED)
+
+    def ended(self, key: InstanceKey) -> None:
+        """A request is over there, however it ended: one that was to try it may have left."""
+        if self._breakers.state(key) is State.HALF_OPEN:
+            self._set_suspended(key)
+
+    def _try_again(self, key: InstanceKey) -> None:
+        del self._pauses[key]
+        if self._breakers.half_open(key):
+            self._turned(key, State.HALF_OPEN)
+
+    def _turned(self, key: InstanceKey, state: State) -> None:
+        self._on_breaker(state)
+        self._set_suspended(key)
+
+    def _set_suspended(self, key: InstanceKey) -> None:
+        state = self._breakers.state(key)
+        self._ledger.set_suspended(
+            key,
+            key in self._suspects or state is State.OPEN,
+            after_one=state is State.HALF_OPEN,
+        )
         self._admission.instances_changed()
+
+    def _has_others(self, key: InstanceKey) -> bool:
+        """Whether its role has another instance that may be given work now."""
+        return any(view.key != key for view in self._views(key in self._prefills))
+
+    def _views(self, of_prefill: bool) -> Sequence[PrefillView | DecodeView]:
+        return self._ledger.prefills() if of_prefill else self._ledger.decodes()
+
+    def _spare_last(self, role: Role) -> None:
+        """Closes what is open where no other instance of the role is left."""
+        if self._views(role is Role.PREFILL):
+            return
+        for key in list(self._prefills if role is Role.PREFILL else self._decodes):
+            if self._breakers.close(key):
+                self._turned(key, State.CLOSED)
+
+    def _forget_breaker(self, key: InstanceKey) -> None:
+        self._breakers.forget(key)
+        if key in self._pauses:
+            self._pauses.pop(key).cancel()
 
     def drains(self, key: InstanceKey) -> bool:
         """Whether the instance, as far as is known, ends what it has and takes nothing new."""
@@ -146,6 +218,7 @@ class Pools:
             self._ledger.set_draining(member.instance.key)
             _log.info("instance %s drains", member.instance.key.name)
             self._admission.instances_changed()
+            self._spare_last(member.instance.role)
 
     def take_prefixes(self, member: Member, events: PrefixEvents) -> None:
         """Takes in what an instance tells of its prefix cache; one that was replaced says nothing.
@@ -209,12 +282,13 @@ class Pools:
                 self._ledger.set_credit(instance.key, credit.blocks, credit.sequences)
         if member.draining:
             self._ledger.set_draining(instance.key)
-        self._admission.instances_changed()
+        self._set_suspended(instance.key)
 
     def _down(self, instance: Instance) -> None:
         # The end of its stream made the instance release all of this router's reservations.
         self._ledger.remove(instance.key)
         self._admission.instances_changed()
+        self._spare_last(instance.role)
 
     def _disconnect(self, instance: Instance, why: str) -> None:
         _log.warning("%s instance %s leaves: %s", instance.role.value, instance.key.name, why)
@@ -223,6 +297,8 @@ class Pools:
         self.prefixes.leave(instance.key)
         link = links.pop(instance.key)
         link.lose()
+        self._suspects.discard(instance.key)
+        self._forget_breaker(instance.key)
         self._down(instance)
         self._tasks.spawn(link.close())
 

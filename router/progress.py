@@ -112,6 +112,13 @@ class Progress:
         self.stats.retries += 1
         return self.id
 
+    def hedge_id(self) -> int | None:
+        """Returns the id for a second prefill instance beside the first; no try is spent on it."""
+        if self._tries + 1 >= 1 << TRY_BITS:
+            return None
+        self._tries += 1
+        return self.id
+
     def begin_carry(self) -> int | None:
         """Returns the id that the sequence would have at another decode instance.
 

@@ -21,6 +21,7 @@ from router.hello import (
 from router.ledger import Ledger
 from router.membership import Instance, Member, Model, Pair, Role
 from router.pools import Pools
+from router.wire import speed_to_wire
 from service.errors import InvalidRequest, ServiceError, Unavailable
 
 _HELLO_TIMEOUT_S = 10.0
@@ -204,6 +205,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
 
     def _take_heartbeat(self, member: Member, message: worker_pb2.Heartbeat) -> None:
         member.heartbeat = heartbeat_from_wire(message)
+        self._ledger.set_pace(member.instance.key, member.heartbeat.pace)
         if message.draining:
             self._pools.drain(member)
 
@@ -306,6 +308,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             credit_sequences=(
                 credit.sequences if credit is not None else instance.capacity.max_sequences
             ),
+            speed=speed_to_wire(member.heartbeat.speed),
         )
 
 

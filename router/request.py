@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from hashlib import blake2b
 from itertools import chain
+from math import inf
 from typing import NamedTuple
 
 from router.ledger import Need
@@ -83,6 +84,8 @@ class GenerateInput:
     cache_salt: str = ""
     tenant: str = ""
     resume: ResumeInput | None = None
+    ttft_s: float = inf
+    tpot_s: float = inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,8 @@ class ValidRequest:
 
     Where it goes on after an instance was lost, the last `output_tokens` of its prompt are the ones
     that were generated before; sampling and stop are the same and count them. `came_us` is when it
-    came, in microseconds by this host's clock.
+    came, in microseconds by this host's clock. Its first token should come in `ttft_s`, and each
+    one after it in `tpot_s`.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -128,12 +132,17 @@ class ValidRequest:
     tenant: str = ""
     output_tokens: int = 0
     came_us: int = 0
+    ttft_s: float = inf
+    tpot_s: float = inf
 
     @property
     def need(self) -> Need:
         return Need(
             prompt_tokens=len(self.prompt_token_ids),
             max_new_tokens=self.stop.max_new_tokens - self.output_tokens,
+            # The first token of what goes on has come long ago.
+            ttft_s=inf if self.output_tokens else self.ttft_s,
+            tpot_s=self.tpot_s,
         )
 
     def prompt_digest(self) -> bytes:

@@ -1,11 +1,16 @@
 """Owns the question whether a request fits this moment, and the memory of those that did not."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
 from typing import TypeVar
 
 from router.ledger import DecodeView, InstanceKey, Ledger, Need, Placement, PrefillView
 from router.policy import RoutingPolicy
 from router.queue import Waiting
+
+# What is left of a limit that has gone by.
+_LEAST_SLACK_S = 0.001
 
 _View = TypeVar("_View", DecodeView, PrefillView)
 
@@ -37,7 +42,10 @@ class Misfits:
 class Room:
     """The room of one moment, as the queue asks about it."""
 
-    def __init__(self, ledger: Ledger, policy: RoutingPolicy, misfits: Misfits) -> None:
+    def __init__(
+        self, ledger: Ledger, policy: RoutingPolicy, misfits: Misfits, now: float = 0.0
+    ) -> None:
+        self._now = now
         self._ledger = ledger
         self._misfits = misfits
         self._policy = policy
@@ -50,12 +58,19 @@ class Room:
         placement = self._policy.choose(
             _preferred(self._prefills, waiting.avoid),
             _preferred(self._decodes, waiting.avoid),
-            waiting.need,
+            self._need_now(waiting),
             waiting.cached_tokens,
         )
         if placement is None:
             self._misfits.add(waiting)
         return placement
+
+    def _need_now(self, waiting: Waiting) -> Need:
+        """Its wait so far is a part of the time to its first token."""
+        need, waited_s = waiting.need, self._now - waiting.came_at
+        if need.ttft_s == inf or not waiting.is_queued:
+            return need
+        return replace(need, ttft_s=max(_LEAST_SLACK_S, need.ttft_s - waited_s))
 
     def fits_ever(self, need: Need) -> bool:
         return self._ledger.fits_ever(need)

@@ -13,14 +13,16 @@ from twinpool.v1.worker_pb2_grpc import add_MembershipServicer_to_server
 
 from router.access_log import AccessLog
 from router.admission import Admission
+from router.breaker import Breakers, BreakerSettings, State
 from router.config import RouterConfig
 from router.credit_uses import CreditUses
 from router.gate import Gate
+from router.hedging import Hedging
 from router.inference import InferenceService
 from router.inflight import Inflight
-from router.ledger import Ledger
+from router.ledger import InstanceKey, Ledger
 from router.metrics import Metrics
-from router.policy import LeastLoaded
+from router.policies import POLICIES
 from router.pools import Pools
 from router.proof import Proofs
 from router.registration import MembershipService
@@ -34,7 +36,12 @@ from service.security.settings import router_security
 class Router:
     """One router: its parts, its server, its end. Made and used on one event loop."""
 
-    def __init__(self, config: RouterConfig, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        registry: CollectorRegistry,
+        breaker: BreakerSettings | None = None,
+    ) -> None:
         self.config = config
         clock = time.monotonic
         security = router_security(config, config.tokens_file)
@@ -44,7 +51,7 @@ class Router:
         self.metrics = Metrics(registry)
         gate = Gate(
             ledger=self.ledger,
-            policy=LeastLoaded(),
+            policy=POLICIES[config.policy](),
             tenants=config.tenants,
             max_queue=config.max_queue,
             max_bypasses=config.max_bypasses,
@@ -52,12 +59,22 @@ class Router:
             refuses_early=config.refuse_early,
         )
         self.admission = Admission(gate=gate, metrics=self.metrics, clock=clock)
+        breakers = Breakers[InstanceKey](
+            breaker or BreakerSettings(share=config.breaker_share), random.Random()
+        )
+        self.metrics.watch(
+            "breakers_open",
+            "Instances that get nothing, or one request, since too many failed there.",
+            lambda: breakers.count(State.OPEN) + breakers.count(State.HALF_OPEN),
+        )
         self.pools = Pools(
             router_id=router_id,
             ledger=self.ledger,
             admission=self.admission,
             clock=clock,
             dial=partial(dial, security=security),
+            breakers=breakers,
+            on_breaker=self.metrics.breaker,
         )
         self.inflight = Inflight(
             pools=self.pools,
@@ -68,6 +85,7 @@ class Router:
             clock=clock,
             # Ids must not be guessed by one client of another.
             rng=random.SystemRandom(),
+            hedging=Hedging(config.hedge_prefill),
         )
         self._access_log = (
             AccessLog(config.access_log, on_lost=self.metrics.lost_line)

@@ -155,6 +155,8 @@ def check(
         priority=request.priority,
         cache_salt=request.cache_salt,
         tenant=request.tenant,
+        ttft_s=request.ttft_s,
+        tpot_s=request.tpot_s,
     )
     _check_fits_ever(valid.need, limits)
     return valid

@@ -3,9 +3,16 @@
 Values alone, as the ledger shows them and a policy weighs them; nothing here changes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from typing import NamedTuple, Protocol
+
+from service.step_fit import StepSpeed
+
+# What a decode instance's step counts for more when it is full than when it is empty.
+_ROOM_WEIGHT = 0.1
 
 
 class InstanceKey(NamedTuple):
@@ -21,6 +28,7 @@ class Capacity:
 
     Each of `dp` ranks has as many of the blocks, and a sequence is on one of them. Decode reserves
     room for `expected_output_tokens` at first, and takes more when needed; 0: for all there may be.
+    A token's keys and values are `token_bytes`, 0 where that is not known.
     """
 
     blocks: int
@@ -30,6 +38,7 @@ class Capacity:
     cp: int = 1
     dp: int = 1
     expected_output_tokens: int = 0
+    token_bytes: int = 0
 
     @cached_property
     def dp_blocks(self) -> int:
@@ -69,10 +78,15 @@ class Capacity:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What one request asks of the pools, in tokens."""
+    """What one request asks of the pools, in tokens, and what its answer should keep to.
+
+    The first token should come in `ttft_s` from now, each one after it in `tpot_s`.
+    """
 
     prompt_tokens: int
     max_new_tokens: int
+    ttft_s: float = inf
+    tpot_s: float = inf
 
     @property
     def total_tokens(self) -> int:
@@ -108,6 +122,27 @@ class Placement:
     dp_rank: int = 0
 
 
+class Link(NamedTuple):
+    """The way from a prefill instance to a decode instance; 0 bytes per second: not measured."""
+
+    bytes_per_s: float
+    rtt_s: float
+
+
+UNKNOWN_LINK = Link(0.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What an instance last said of its speed; `links` are by the names of decode instances."""
+
+    speed: StepSpeed | None = None
+    links: Mapping[str, Link] = field(default_factory=dict)
+
+
+UNKNOWN_PACE = Pace()
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeView:
     """A dp rank of a decode instance as a policy sees it; `sequences` are all of the instance's."""
@@ -119,6 +154,7 @@ class DecodeView:
     dp_rank: int = 0
     # Of the instance's, those that this router may fill; None: all.
     slots: int | None = None
+    pace: Pace = UNKNOWN_PACE
 
     @cached_property
     def longest_sequence(self) -> int:
@@ -152,6 +188,55 @@ class DecodeView:
         """Returns how many tokens are free, those of a prompt counted that need not be sent."""
         return self.free_tokens + cached_tokens
 
+    @cached_property
+    def held_tokens(self) -> int:
+        """Room that is held on all dp ranks, as far as this one tells."""
+        return (self.capacity.dp_blocks - self.free_blocks) * (
+            self.capacity.block_size * self.capacity.dp
+        )
+
+    @cached_property
+    def step_s(self) -> float:
+        """Seconds of a step with all that hold room here and one more, but for its tokens.
+
+        Infinite where the instance's speed is not known.
+        """
+        speed = self.pace.speed
+        if speed is None:
+            return inf
+        sequences_s = speed.sequence_s * (self.sequences + 1)
+        return speed.base_s + sequences_s + speed.token_s * self.held_tokens
+
+    def at_pace(self, speed: StepSpeed) -> "DecodeView":
+        """Returns the view of an instance that is as this one, and as fast as another."""
+        return replace(self, pace=Pace(speed=speed))
+
+    @cached_property
+    def delay_s(self) -> float:
+        """What one more sequence makes a step of all that are here longer, but for its tokens."""
+        return self.sequences * self.pace.speed.sequence_s if self.pace.speed is not None else 0.0
+
+    @cached_property
+    def crowd_s(self) -> float:
+        """What one more sequence costs a step: its own wait, and what others wait longer.
+
+        But for its tokens: `crowd_token_s` more for each. Where steps hardly tell instances apart
+        the one with more room is to be taken, which therefore costs less.
+        """
+        held = self.held_tokens / max(1, self.capacity.blocks * self.capacity.block_size)
+        slots = self.sequences / self.capacity.max_sequences
+        return self.step_s * (1 + _ROOM_WEIGHT * max(held, slots)) + self.delay_s
+
+    @cached_property
+    def token_s(self) -> float:
+        """What a step takes longer for each token that is held."""
+        return self.pace.speed.token_s if self.pace.speed is not None else 0.0
+
+    @cached_property
+    def crowd_token_s(self) -> float:
+        """What all that are here, and one more, wait longer for a token of that one."""
+        return (self.sequences + 1) * self.token_s
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillView:
@@ -162,6 +247,7 @@ class PrefillView:
     owed_tokens: tuple[int, ...]
     outstanding_requests: int
     max_outstanding_requests: int
+    pace: Pace = UNKNOWN_PACE
 
     @cached_property
     def is_full(self) -> bool:
@@ -185,6 +271,29 @@ class PrefillView:
     def outstanding_tokens(self) -> int:
         """Prompt tokens that it has yet to compute."""
         return sum(self.owed_tokens)
+
+    @cached_property
+    def rank_token_s(self) -> float:
+        """Seconds that a cp rank takes for a token of its own, 0 where that is not known."""
+        return self.pace.speed.token_s * self.capacity.cp if self.pace.speed is not None else 0.0
+
+    @cached_property
+    def step_s(self) -> float:
+        """Seconds for all that wait and one more, but for their tokens; 0: that is not known."""
+        speed = self.pace.speed
+        if speed is None:
+            return 0.0
+        return speed.base_s + (self.outstanding_requests + 1) * speed.sequence_s
+
+    @cached_property
+    def ready_s(self) -> float:
+        """Seconds until it is done with all that it owes and with one more, but for its tokens.
+
+        Infinite where that takes a closer look: at ranks, or for lack of a known speed.
+        """
+        if self.pace.speed is None or self.capacity.cp > 1:
+            return inf
+        return self.step_s + self.owed_tokens[0] * self.rank_token_s
 
     def tokens_until(self, prompt_tokens: int, cached_tokens: int, first: int) -> int:
         """Returns how many tokens the busiest of the ranks that a prompt needs computes first.

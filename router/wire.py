@@ -4,6 +4,7 @@ Nothing is judged here: what a client may ask for is `validate`, who may registe
 """
 
 from collections.abc import Iterable, Sequence
+from math import inf
 
 from twinpool.v1 import common_pb2, inference_pb2, worker_pb2
 
@@ -26,6 +27,7 @@ from router.request import (
     TokensPrompt,
     ValidRequest,
 )
+from service.step_fit import StepSpeed
 
 _FINISH_FROM_WIRE = {
     common_pb2.FINISH_REASON_UNSPECIFIED: None,
@@ -67,6 +69,8 @@ def input_from_wire(message: inference_pb2.GenerateRequest) -> GenerateInput:
         cache_salt=message.cache_salt,
         tenant=message.tenant,
         resume=_resume_from_wire(message.resume) if message.HasField("resume") else None,
+        ttft_s=message.slo.ttft_ms / 1000 or inf,
+        tpot_s=message.slo.tpot_ms / 1000 or inf,
     )
 
 
@@ -131,6 +135,14 @@ def response_to_wire(
 
 
 # ---- to and from the pools
+
+
+def speed_to_wire(speed: StepSpeed | None) -> worker_pb2.StepSpeed | None:
+    if speed is None:
+        return None
+    return worker_pb2.StepSpeed(
+        base_s=speed.base_s, sequence_s=speed.sequence_s, token_s=speed.token_s
+    )
 
 
 def sampling_to_wire(sampling: Sampling) -> common_pb2.SamplingParams:

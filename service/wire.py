@@ -15,6 +15,7 @@ from engine.stopping import StopCriteria
 from kvtransfer import CacheLayout, Kept, KVLayout, KVShape, PeerStats, Shard, Span
 from kvtransfer.layout import CpOrder
 from service.errors import InvalidRequest
+from service.step_fit import StepSpeed
 
 _CP_ORDERS: dict[CpOrder, kv_pb2.CpOrder.ValueType] = {
     "contiguous": kv_pb2.CP_ORDER_CONTIGUOUS,
@@ -83,6 +84,15 @@ def counts_to_wire(counts: BlockCounts) -> worker_pb2.BlockCounts:
         used=counts.used,
         quarantined=counts.quarantined,
         cached=counts.cached,
+    )
+
+
+def speed_to_wire(speed: StepSpeed | None) -> worker_pb2.StepSpeed | None:
+    """Seconds of steps, None where they are not known."""
+    if speed is None:
+        return None
+    return worker_pb2.StepSpeed(
+        base_s=speed.base_s, sequence_s=speed.sequence_s, token_s=speed.token_s
     )
 
 

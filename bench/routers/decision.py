@@ -3,6 +3,7 @@
 No process and no socket: the pure parts alone, with as much in them as a large cluster has.
 """
 
+import itertools
 import random
 import time
 from collections import deque
@@ -14,11 +15,13 @@ from router.fairness import Tenants
 from router.gate import Gate
 from router.ledger import Capacity, InstanceKey, Ledger, Placement
 from router.membership import Instance, Layout, Model, Role
-from router.policy import LeastLoaded
+from router.policies import POLICIES, PolicyName
 from router.prefix_index import PrefixEvents, PrefixIndex
 from router.queue import Waiting
 from router.request import Sampling, Stop, ValidRequest
+from router.views import Link, Pace
 from service.prefix_keys import PrefixKeys, prefix_salt, short_key
+from service.step_fit import StepSpeed
 
 _BLOCK = 32
 _SEQUENCES = 256
@@ -43,7 +46,15 @@ class Cluster:
     them know; else nobody has a cache.
     """
 
-    def __init__(self, instances: int, running: int, *, caches: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        instances: int,
+        running: int,
+        *,
+        caches: bool,
+        policy: PolicyName = "least-loaded",
+        seed: int = 0,
+    ) -> None:
         self._rng = random.Random(seed)
         self._now = 0.0
         self._index = PrefixIndex()
@@ -55,9 +66,10 @@ class Cluster:
         for member in members:
             add = self.ledger.add_prefill if member.role is Role.PREFILL else self.ledger.add_decode
             add(member.key, member.capacity)
+            self.ledger.set_pace(member.key, _pace(member, members))
         self._gate = Gate(
             ledger=self.ledger,
-            policy=LeastLoaded(),
+            policy=POLICIES[policy](),
             tenants=Tenants(),
             max_queue=1024,
             max_bypasses=64,
@@ -163,11 +175,13 @@ def rows(settings: Settings, say: Callable[[str], None]) -> list[Row]:
     """Measure decisions with and without anything known of prefix caches."""
     instances, running, decisions = (16, 100, 50) if settings.quick else (256, 10_000, 2000)
     found = []
-    for caches, beside in ((False, "no caches"), (True, "prefix caches known")):
-        name = f"decision, {instances} instances, {running} running, {beside}"
+    policies: tuple[PolicyName, ...] = ("least-loaded", "expected")
+    for policy, caches in itertools.product(policies, (False, True)):
+        beside = "prefix caches known" if caches else "no caches"
+        name = f"decision, {policy}, {instances} instances, {running} running, {beside}"
         if not settings.wants(name):
             continue
-        cluster = Cluster(instances, running, caches=caches)
+        cluster = Cluster(instances, running, caches=caches, policy=policy)
         middle_s, spread_s = median_and_spread(decisions_s(cluster, decisions))
         say(f"measured {name}")
         found.append(
@@ -192,6 +206,20 @@ def _keys(tokens: tuple[int, ...]) -> list[int]:
     return found
 
 
+def _pace(member: Instance, members: list[Instance]) -> Pace:
+    """Return what an instance reports: no two are as fast, and prefill knows the ways to decode."""
+    rng = random.Random(member.key.name)
+    if member.role is Role.DECODE:
+        return Pace(
+            speed=StepSpeed(base_s=0.02 * rng.uniform(0.9, 1.1), sequence_s=1e-4, token_s=1e-7)
+        )
+    peers = [other.key.name for other in members if other.role is Role.DECODE]
+    return Pace(
+        speed=StepSpeed(base_s=0.0, sequence_s=1e-3, token_s=1e-4 * rng.uniform(0.9, 1.1)),
+        links={name: Link(rng.uniform(1e9, 1e10), 1e-4) for name in peers},
+    )
+
+
 def _instance(number: int) -> Instance:
     return Instance(
         key=InstanceKey(f"instance-{number}", 1),
@@ -209,7 +237,11 @@ def _instance(number: int) -> Instance:
         ),
         layout=Layout(shape=(1, 1, 8, "bfloat16"), summary="tp1", wire=b""),
         capacity=Capacity(
-            blocks=_BLOCKS, block_size=_BLOCK, max_sequences=_SEQUENCES, max_sequence_tokens=1 << 16
+            blocks=_BLOCKS,
+            block_size=_BLOCK,
+            max_sequences=_SEQUENCES,
+            max_sequence_tokens=1 << 16,
+            token_bytes=1 << 16,
         ),
         data_token=b"",
         version="",

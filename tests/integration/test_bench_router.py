@@ -25,7 +25,7 @@ def test_a_quick_run_measures_streams_and_decisions(tmp_path: Path) -> None:
     rows = {row["row"]: row["ours"] for row in quick("^24 streams|decision", tmp_path)}
     assert rows["24 streams, saturation"] > 0
     assert 0 < rows["24 streams, half load, added p50"] <= rows["24 streams, half load, added p99"]
-    assert sum(name.startswith("decision") for name in rows) == 2
+    assert sum(name.startswith("decision") for name in rows) == 4
 
 
 def test_a_quick_run_refuses_what_is_too_much_and_answers_the_rest(tmp_path: Path) -> None:

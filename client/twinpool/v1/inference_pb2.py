@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from twinpool.v1 import common_pb2 as twinpool_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btwinpool/v1/inference.proto\x12\x0btwinpool.v1\x1a\x18twinpool/v1/common.proto\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x08Messages\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.twinpool.v1.Message\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"w\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\x08messages\x18\x02 \x01(\x0b\x32\x15.twinpool.v1.MessagesH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.twinpool.v1.TokenIdsH\x00\x42\x06\n\x04kind\"\xfa\x01\n\x0fGenerateRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.twinpool.v1.Prompt\x12-\n\x08sampling\x18\x02 \x01(\x0b\x32\x1b.twinpool.v1.SamplingParams\x12%\n\x04stop\x18\x03 \x01(\x0b\x32\x17.twinpool.v1.StopParams\x12\r\n\x05model\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\'\n\x06resume\x18\x08 \x01(\x0b\x32\x17.twinpool.v1.Resumption\"|\n\x05Terms\x12\x11\n\x04seed\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x15\n\rprompt_digest\x18\x04 \x01(\x0c\x12\r\n\x05proof\x18\x05 \x01(\x0c\x42\x07\n\x05_seed\"q\n\nResumption\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05terms\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Terms\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12\x12\n\ntext_chars\x18\x04 \x01(\r\"\x9a\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.twinpool.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.twinpool.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.twinpool.v1.Usage\x12(\n\x05stats\x18\x07 \x01(\x0b\x32\x19.twinpool.v1.RequestStats\x12!\n\x05terms\x18\x08 \x01(\x0b\x32\x12.twinpool.v1.Terms\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x86\x02\n\x0cRequestStats\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x11\n\thandoff_s\x18\x03 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\x12\x14\n\x0ckv_transport\x18\x05 \x01(\t\x12\x18\n\x10prefill_instance\x18\x06 \x01(\t\x12\x17\n\x0f\x64\x65\x63ode_instance\x18\x07 \x01(\t\x12\x0f\n\x07retries\x18\x08 \x01(\r\x12\x15\n\rcached_tokens\x18\t \x01(\r\x12\x1c\n\x14\x64\x65\x63ode_cached_tokens\x18\n \x01(\r\x12\r\n\x05moves\x18\x0b \x01(\r\x12\x0f\n\x07pause_s\x18\x0c \x01(\x01\" \n\x0f\x44\x65scribeRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xaa\x01\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x1a\n\x12max_request_tokens\x18\x06 \x01(\r\x12\x0f\n\x07version\x18\x07 \x01(\t\"H\n\x12\x43ountTokensRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.twinpool.v1.Prompt\x12\r\n\x05model\x18\x02 \x01(\t\"%\n\x13\x43ountTokensResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\r2\xf1\x01\n\tInference\x12I\n\x08Generate\x12\x1c.twinpool.v1.GenerateRequest\x1a\x1d.twinpool.v1.GenerateResponse0\x01\x12G\n\x08\x44\x65scribe\x12\x1c.twinpool.v1.DescribeRequest\x1a\x1d.twinpool.v1.DescribeResponse\x12P\n\x0b\x43ountTokens\x12\x1f.twinpool.v1.CountTokensRequest\x1a .twinpool.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btwinpool/v1/inference.proto\x12\x0btwinpool.v1\x1a\x18twinpool/v1/common.proto\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x08Messages\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.twinpool.v1.Message\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"w\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\x08messages\x18\x02 \x01(\x0b\x32\x15.twinpool.v1.MessagesH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.twinpool.v1.TokenIdsH\x00\x42\x06\n\x04kind\"\x99\x02\n\x0fGenerateRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.twinpool.v1.Prompt\x12-\n\x08sampling\x18\x02 \x01(\x0b\x32\x1b.twinpool.v1.SamplingParams\x12%\n\x04stop\x18\x03 \x01(\x0b\x32\x17.twinpool.v1.StopParams\x12\r\n\x05model\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\'\n\x06resume\x18\x08 \x01(\x0b\x32\x17.twinpool.v1.Resumption\x12\x1d\n\x03slo\x18\t \x01(\x0b\x32\x10.twinpool.v1.Slo\"|\n\x05Terms\x12\x11\n\x04seed\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0emax_new_tokens\x18\x02 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x15\n\rprompt_digest\x18\x04 \x01(\x0c\x12\r\n\x05proof\x18\x05 \x01(\x0c\x42\x07\n\x05_seed\"q\n\nResumption\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05terms\x18\x02 \x01(\x0b\x32\x12.twinpool.v1.Terms\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12\x12\n\ntext_chars\x18\x04 \x01(\r\"\'\n\x03Slo\x12\x0f\n\x07ttft_ms\x18\x01 \x01(\r\x12\x0f\n\x07tpot_ms\x18\x02 \x01(\r\"\x9a\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.twinpool.v1.PositionLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.twinpool.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.twinpool.v1.Usage\x12(\n\x05stats\x18\x07 \x01(\x0b\x32\x19.twinpool.v1.RequestStats\x12!\n\x05terms\x18\x08 \x01(\x0b\x32\x12.twinpool.v1.Terms\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\x86\x02\n\x0cRequestStats\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x11\n\thandoff_s\x18\x03 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\x12\x14\n\x0ckv_transport\x18\x05 \x01(\t\x12\x18\n\x10prefill_instance\x18\x06 \x01(\t\x12\x17\n\x0f\x64\x65\x63ode_instance\x18\x07 \x01(\t\x12\x0f\n\x07retries\x18\x08 \x01(\r\x12\x15\n\rcached_tokens\x18\t \x01(\r\x12\x1c\n\x14\x64\x65\x63ode_cached_tokens\x18\n \x01(\r\x12\r\n\x05moves\x18\x0b \x01(\r\x12\x0f\n\x07pause_s\x18\x0c \x01(\x01\" \n\x0f\x44\x65scribeRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xaa\x01\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\x12\x1a\n\x12max_request_tokens\x18\x06 \x01(\r\x12\x0f\n\x07version\x18\x07 \x01(\t\"H\n\x12\x43ountTokensRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.twinpool.v1.Prompt\x12\r\n\x05model\x18\x02 \x01(\t\"%\n\x13\x43ountTokensResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\r2\xf1\x01\n\tInference\x12I\n\x08Generate\x12\x1c.twinpool.v1.GenerateRequest\x1a\x1d.twinpool.v1.GenerateResponse0\x01\x12G\n\x08\x44\x65scribe\x12\x1c.twinpool.v1.DescribeRequest\x1a\x1d.twinpool.v1.DescribeResponse\x12P\n\x0b\x43ountTokens\x12\x1f.twinpool.v1.CountTokensRequest\x1a .twinpool.v1.CountTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,25 +41,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPT']._serialized_start=189
   _globals['_PROMPT']._serialized_end=308
   _globals['_GENERATEREQUEST']._serialized_start=311
-  _globals['_GENERATEREQUEST']._serialized_end=561
-  _globals['_TERMS']._serialized_start=563
-  _globals['_TERMS']._serialized_end=687
-  _globals['_RESUMPTION']._serialized_start=689
-  _globals['_RESUMPTION']._serialized_end=802
-  _globals['_GENERATERESPONSE']._serialized_start=805
-  _globals['_GENERATERESPONSE']._serialized_end=1087
-  _globals['_USAGE']._serialized_start=1089
-  _globals['_USAGE']._serialized_end=1146
-  _globals['_REQUESTSTATS']._serialized_start=1149
-  _globals['_REQUESTSTATS']._serialized_end=1411
-  _globals['_DESCRIBEREQUEST']._serialized_start=1413
-  _globals['_DESCRIBEREQUEST']._serialized_end=1445
-  _globals['_DESCRIBERESPONSE']._serialized_start=1448
-  _globals['_DESCRIBERESPONSE']._serialized_end=1618
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=1620
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=1692
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1694
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1731
-  _globals['_INFERENCE']._serialized_start=1734
-  _globals['_INFERENCE']._serialized_end=1975
+  _globals['_GENERATEREQUEST']._serialized_end=592
+  _globals['_TERMS']._serialized_start=594
+  _globals['_TERMS']._serialized_end=718
+  _globals['_RESUMPTION']._serialized_start=720
+  _globals['_RESUMPTION']._serialized_end=833
+  _globals['_SLO']._serialized_start=835
+  _globals['_SLO']._serialized_end=874
+  _globals['_GENERATERESPONSE']._serialized_start=877
+  _globals['_GENERATERESPONSE']._serialized_end=1159
+  _globals['_USAGE']._serialized_start=1161
+  _globals['_USAGE']._serialized_end=1218
+  _globals['_REQUESTSTATS']._serialized_start=1221
+  _globals['_REQUESTSTATS']._serialized_end=1483
+  _globals['_DESCRIBEREQUEST']._serialized_start=1485
+  _globals['_DESCRIBEREQUEST']._serialized_end=1517
+  _globals['_DESCRIBERESPONSE']._serialized_start=1520
+  _globals['_DESCRIBERESPONSE']._serialized_end=1690
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=1692
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=1764
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1766
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1803
+  _globals['_INFERENCE']._serialized_start=1806
+  _globals['_INFERENCE']._serialized_end=2047
 # @@protoc_insertion_point(module_scope)

@@ -128,6 +128,7 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
+    SLO_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty where the router serves one."""
     priority: _builtins.int
@@ -150,6 +151,10 @@ class GenerateRequest(_message.Message):
     def resume(self) -> Global___Resumption:
         """Set where an answer that another router began is to go on; all else is as in the first call."""
 
+    @_builtins.property
+    def slo(self) -> Global___Slo:
+        """What the answer should keep to. It says where the request goes, and is no promise."""
+
     def __init__(
         self,
         *,
@@ -161,10 +166,11 @@ class GenerateRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         tenant: _builtins.str = ...,
         resume: Global___Resumption | None = ...,
+        slo: Global___Slo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "slo", b"slo", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "model", b"model", "priority", b"priority", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "model", b"model", "priority", b"priority", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "slo", b"slo", "stop", b"stop", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -250,6 +256,32 @@ class Resumption(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Resumption: _TypeAlias = Resumption  # noqa: Y015
+
+@_typing.final
+class Slo(_message.Message):
+    """Limits of an answer's times; 0 is none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTFT_MS_FIELD_NUMBER: _builtins.int
+    TPOT_MS_FIELD_NUMBER: _builtins.int
+    ttft_ms: _builtins.int
+    """Arrival to first token."""
+    tpot_ms: _builtins.int
+    """Time per token after the first."""
+    def __init__(
+        self,
+        *,
+        ttft_ms: _builtins.int = ...,
+        tpot_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Slo: _TypeAlias = Slo  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):

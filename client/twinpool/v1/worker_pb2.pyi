@@ -287,6 +287,7 @@ class Heartbeat(_message.Message):
     WAITING_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     PAIRS_FIELD_NUMBER: _builtins.int
+    SPEED_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     draining: _builtins.bool
@@ -296,6 +297,10 @@ class Heartbeat(_message.Message):
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPair]:
         """The instances that this one sends KV to."""
 
+    @_builtins.property
+    def speed(self) -> Global___StepSpeed:
+        """How fast its steps are, as measured; absent as long as there were too few."""
+
     def __init__(
         self,
         *,
@@ -304,14 +309,44 @@ class Heartbeat(_message.Message):
         waiting: _builtins.int = ...,
         draining: _builtins.bool = ...,
         pairs: _abc.Iterable[Global___KvPair] | None = ...,
+        speed: Global___StepSpeed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "speed", b"speed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "draining", b"draining", "pairs", b"pairs", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "draining", b"draining", "pairs", b"pairs", "running", b"running", "speed", b"speed", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class StepSpeed(_message.Message):
+    """Seconds of a step as they follow from what is in it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_S_FIELD_NUMBER: _builtins.int
+    SEQUENCE_S_FIELD_NUMBER: _builtins.int
+    TOKEN_S_FIELD_NUMBER: _builtins.int
+    base_s: _builtins.float
+    sequence_s: _builtins.float
+    """More for each sequence of a decode step."""
+    token_s: _builtins.float
+    """More for each token: that a prefill step computes, or whose KV a decode step reads."""
+    def __init__(
+        self,
+        *,
+        base_s: _builtins.float = ...,
+        sequence_s: _builtins.float = ...,
+        token_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_s", b"base_s", "sequence_s", b"sequence_s", "token_s", b"token_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepSpeed: _TypeAlias = StepSpeed  # noqa: Y015
 
 @_typing.final
 class KvPair(_message.Message):
@@ -725,6 +760,7 @@ class InstanceStatus(_message.Message):
     CONNECTING_FIELD_NUMBER: _builtins.int
     CREDIT_BLOCKS_FIELD_NUMBER: _builtins.int
     CREDIT_SEQUENCES_FIELD_NUMBER: _builtins.int
+    SPEED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     epoch: _builtins.int
     role: _common_pb2.Role.ValueType
@@ -752,6 +788,10 @@ class InstanceStatus(_message.Message):
     def blocks(self) -> Global___BlockCounts: ...
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPair]: ...
+    @_builtins.property
+    def speed(self) -> Global___StepSpeed:
+        """As in its heartbeat."""
+
     def __init__(
         self,
         *,
@@ -772,10 +812,11 @@ class InstanceStatus(_message.Message):
         connecting: _builtins.bool = ...,
         credit_blocks: _builtins.int = ...,
         credit_sequences: _builtins.int = ...,
+        speed: Global___StepSpeed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "capacity", b"capacity"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "capacity", b"capacity", "speed", b"speed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "connecting", b"connecting", "credit_blocks", b"credit_blocks", "credit_sequences", b"credit_sequences", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "known_prefix_blocks", b"known_prefix_blocks", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "pairs", b"pairs", "role", b"role", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "connecting", b"connecting", "credit_blocks", b"credit_blocks", "credit_sequences", b"credit_sequences", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "known_prefix_blocks", b"known_prefix_blocks", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "pairs", b"pairs", "role", b"role", "running", b"running", "speed", b"speed", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from router.fairness import Tenants
 from router.gate import Decision, Gate
 from router.ledger import Capacity, InstanceKey, Ledger, Need, Placement
-from router.policy import LeastLoaded
+from router.policies.least_loaded import LeastLoaded
 from router.queue import Waiting
 from service.errors import ServiceError
 

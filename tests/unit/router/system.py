@@ -12,6 +12,7 @@ from twinpool.v1 import inference_pb2
 from twinpool.v1.inference_pb2_grpc import InferenceStub
 from twinpool.v1.worker_pb2_grpc import MembershipStub
 
+from router.breaker import BreakerSettings
 from router.config import RouterConfig
 from router.server import Router
 from service.errors import ServiceError
@@ -108,9 +109,10 @@ def text_of(messages: list[inference_pb2.GenerateResponse]) -> str:
 @asynccontextmanager
 async def running(**settings: Any) -> AsyncIterator[System]:
     """A started router without instances; ends all that is around it."""
+    breaker: BreakerSettings | None = settings.pop("breaker", None)
     settings = {"port": 0, "heartbeat_interval_s": 0.2, "restart_grace_s": 0.5} | settings
     registry = CollectorRegistry()
-    router = Router(RouterConfig(**settings), registry)
+    router = Router(RouterConfig(**settings), registry, breaker)
     await router.server.start()
     system = System(router, registry)
     async with AsyncExitStack() as stack:

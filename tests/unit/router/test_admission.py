@@ -11,7 +11,7 @@ from router.fairness import Tenants
 from router.gate import Gate
 from router.ledger import Capacity, InstanceKey, Ledger, Need
 from router.metrics import Metrics
-from router.policy import LeastLoaded
+from router.policies.least_loaded import LeastLoaded
 from router.queue import Waiting
 from service.errors import Refused
 

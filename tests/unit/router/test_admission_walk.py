@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from router.fairness import ANYONE, Tenants, Usage
 from router.gate import Decision, Gate
 from router.ledger import Capacity, InstanceKey, Ledger, Need, Placement
-from router.policy import LeastLoaded
+from router.policies.least_loaded import LeastLoaded
 from router.queue import Waiting
 from service.errors import ServiceError
 

@@ -10,9 +10,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engine.ring.cyclic import Dealing
 from router.ledger import Capacity, InstanceKey, Ledger, LedgerError, Need, Placement
-from router.policy import LeastLoaded
+from router.policies.least_loaded import LeastLoaded
 from router.queue import AdmissionQueue, QueueFull, Waiting
 from router.room import Misfits, Room
+from router.views import Pace
+from service.step_fit import StepSpeed
 
 PREFILL = InstanceKey("prefill", 1)
 DECODE = InstanceKey("decode", 1)
@@ -76,6 +78,34 @@ def test_suspended_instance_keeps_what_it_has_and_gets_nothing_new() -> None:
     book.release(1)
     book.release(2)
     assert book.is_idle()
+
+
+def test_one_that_is_tried_gets_one_request_and_is_suspended_again() -> None:
+    for key in (PREFILL, DECODE):
+        book = ledger()
+        book.set_suspended(key, False, after_one=True)
+        assert book.prefills()
+        assert book.decodes()
+        assert book.try_reserve(1, need(), PLACE)
+        book.check_integrity()
+        assert not (book.prefills() if key == PREFILL else book.decodes())
+        assert not book.try_reserve(2, need(), PLACE)
+        book.release(1)
+        assert not book.try_reserve(2, need(), PLACE)
+        book.set_suspended(key, False)
+        assert book.try_reserve(2, need(), PLACE)
+        assert book.try_reserve(3, need(), PLACE)
+        book.check_integrity()
+
+
+def test_views_show_the_latest_pace() -> None:
+    book = ledger()
+    for step_s in (0.01, 0.02):
+        pace = Pace(speed=StepSpeed(base_s=step_s, sequence_s=0.0, token_s=1e-3))
+        for key in (PREFILL, DECODE, InstanceKey("nobody", 1)):
+            book.set_pace(key, pace)
+        assert (book.prefills()[0].pace, book.decodes()[0].pace) == (pace, pace)
+    book.check_integrity()
 
 
 def test_nothing_is_booked_where_a_part_does_not_fit() -> None:

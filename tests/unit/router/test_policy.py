@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.ledger import Capacity, DecodeView, InstanceKey, Ledger, Need, PrefillView
-from router.policy import LeastLoaded
+from router.policies.least_loaded import LeastLoaded
 
 CAPACITY = Capacity(blocks=10, block_size=16, max_sequences=4, max_sequence_tokens=128)
 NEED = Need(prompt_tokens=20, max_new_tokens=20)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from twinpool.v1 import worker_pb2
 
-from router import attempt
+from router import reserving
 from service.errors import Refused, Unavailable
 from tests.unit.router.system import collect, error_of, pair, text_of, until
 from tests.unit.router.test_moves import ANSWER, handed_back, moved, read_tokens
@@ -94,7 +94,7 @@ async def test_it_waits_for_room_to_its_deadline() -> None:
 async def test_room_that_others_have_grown_into_is_waited_for(
     expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt, "RESERVE_PATIENCE_S", 0.0)
+    monkeypatch.setattr(reserving, "RESERVE_PATIENCE_S", 0.0)
     async with pair(max_retries=1) as (system, _, decode):
         await decode.die()
         decode = await system.add_decode("tight", expected_output_tokens=expected)

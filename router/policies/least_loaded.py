@@ -1,0 +1,95 @@
+"""The least loaded of each role: prefill by the tokens that it owes, decode by its room."""
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+
+from router.policies.fitting import beginnings, fit, is_short
+from router.views import CachedTokens, DecodeView, InstanceKey, Need, Placement, PrefillView
+
+_LOAD = attrgetter("load")
+
+
+class LeastLoaded:
+    """Prefill that is done with this prompt first, by tokens; decode with the most room.
+
+    What a prefill instance has of the prompt in its cache is worth just the tokens that it saves:
+    one with a queue longer than that loses against one that is idle. With context parallelism a
+    short prompt begins at the rank that is done with it first. Where a longer one begins follows
+    from its beginning, so that the next one finds what is cached of it; it needs all ranks anyway.
+
+    Room is free tokens: they stand for load to come as well as for load now, since each request
+    holds from the start what it will grow into. A token of the prompt that a decode instance has
+    already counts as one more. It spares one write over the network, a token that others hold costs
+    one read from memory in each step to come; a link is slower than memory by about as much as
+    answers have steps. So a conversation goes on where it was, and since it needs more room there
+    than its known beginning is worth, a busy instance does not get all that begin alike. Among
+    equals, the decode instance with fewer sequences steps faster.
+    """
+
+    def choose(
+        self,
+        prefills: Sequence[PrefillView],
+        decodes: Sequence[DecodeView],
+        need: Need,
+        cached_tokens: CachedTokens,
+    ) -> Placement | None:
+        fitting = fit(prefills, decodes, need)
+        if fitting is None:
+            return None
+        able, roomy = fitting
+        cached = {p.key: tokens for p in able if (tokens := cached_tokens(p.key))}
+        prefill, first = first_done(able, cached, need)
+        decode = roomiest(roomy, cached_tokens) if need.decodes else None
+        return Placement(
+            prefill=prefill.key,
+            decode=decode.key if decode is not None else None,
+            cached_tokens=cached.get(prefill.key, 0),
+            cp_first=first if is_short(prefill, need) else None,
+            dp_rank=decode.dp_rank if decode is not None else 0,
+        )
+
+
+def first_done(
+    able: Sequence[PrefillView], cached: Mapping[InstanceKey, int], need: Need
+) -> tuple[PrefillView, int]:
+    """Returns the one that computes the fewest tokens until it is done with a prompt.
+
+    And the cp rank that the prompt is to begin at.
+    """
+    *_, first, prefill = min(
+        (
+            p.tokens_until(need.prompt_tokens, cached.get(p.key, 0), first),
+            p.outstanding_requests,
+            p.key,
+            first,
+            p,
+        )
+        for p in _first_prefills(able, cached)
+        for first in beginnings(p, need)
+    )
+    return prefill, first
+
+
+def _first_prefills(
+    able: Sequence[PrefillView], cached: Mapping[InstanceKey, int]
+) -> Sequence[PrefillView]:
+    """Returns those that can be done with a prompt first: any that has some of it, and the one
+    that owes least. With context parallelism it depends on the ranks, so that any of them can.
+    """
+    idlest = min(able, key=_LOAD)
+    if idlest.capacity.cp > 1:
+        return able
+    return [idlest, *(p for p in able if p.key in cached or p.capacity.cp > 1)]
+
+
+def roomiest(roomy: Sequence[DecodeView], cached_tokens: CachedTokens) -> DecodeView:
+    """Returns the one with the most room, what is cached of the prompt counted as such."""
+    best = min(roomy, key=_LOAD)
+    least = best.load
+    for view in roomy:
+        tokens = cached_tokens(view.key, view.dp_rank)
+        if tokens:
+            load = (-view.room(tokens), *view.load[1:])
+            if load < least:
+                best, least = view, load
+    return best
