@@ -6,6 +6,7 @@ and for a millisecond where thousands of tokens are looked up or remembered. Kno
 or of tensors.
 
 A sequence has two independent conditions to run: its KV is complete, and its first token is known.
+One whose prompt is computed here runs from the start: the step loop makes both.
 Its blocks have two owners, the sequence and the transfer that may still write to them; they are
 free when both are done. A transfer that fails leaves its sequence waiting for the next one, with
 what has arrived.
@@ -128,18 +129,27 @@ class Admission:
             if most > counts.total or reservation.dp_rank in self._short:
                 raise NoRoom("KV_BLOCKS_FULL", needed=most, free=counts.available)
             try:
-                taken = prefixes.take(reservation.known_ids, reservation.cache_salt, needed)
+                taken = prefixes.take(
+                    reservation.known_ids,
+                    reservation.cache_salt,
+                    needed,
+                    needs_logits=reservation.is_local,
+                )
             except OutOfBlocks as error:
                 raise NoRoom("KV_BLOCKS_FULL", needed=error.needed, free=error.free) from error
             own_blocks = taken.blocks[taken.shared :]
-            prefixes.pool.pin(own_blocks)
+            now = self._clock()
             record = SequenceRecord(
                 reservation=reservation,
-                transfer=Transfer(kept=prefixes.kept(taken.tokens)),
+                transfer=Transfer.none()
+                if reservation.is_local
+                else Transfer(kept=prefixes.kept(taken.tokens)),
                 blocks=taken.blocks,
                 own_blocks=own_blocks,
                 cached_tokens=taken.tokens,
-                deadline_s=self._clock() + reservation.ttl_s,
+                computed_tokens=taken.tokens,
+                came_s=now,
+                deadline_s=now + reservation.ttl_s,
                 sampling=SequenceState(
                     reservation.sampling,
                     prompt_len=reservation.own_prompt_tokens,
@@ -150,7 +160,9 @@ class Admission:
                 ),
             )
             self._by_request[reservation.request_id] = record
-            self._by_transfer[record.transfer.transfer_id] = record
+            if not reservation.is_local:
+                prefixes.pool.pin(own_blocks)
+                self._by_transfer[record.transfer.transfer_id] = record
             return record
 
     def regrant(self, request_id: int) -> SequenceRecord | None:
@@ -160,11 +172,13 @@ class Admission:
             The sequence, with its new transfer; None where its KV is complete after all.
 
         Raises:
-            KeyError: The request is not here.
+            KeyError: The request is not here, or computed here.
             StillOpen: Its transfer has not ended.
         """
         with self._lock:
             record = self._by_request[request_id]
+            if record.reservation.is_local:
+                raise KeyError(request_id)
             if record.kv_complete:
                 return None
             if not record.transfer.over.done():
@@ -178,10 +192,30 @@ class Admission:
         """The first token is known; True when the sequence may now run."""
         with self._lock:
             record = self._by_request.get(request_id)
-            if record is None or record.last_token_id is not None:
+            if record is None or record.last_token_id is not None or record.reservation.is_local:
                 return False
             record.append(first_token_id)
             return self._start_if_ready(record)
+
+    def begin(self, request_id: int) -> bool:
+        """True when the step loop may now compute the sequence's prompt."""
+        with self._lock:
+            record = self._by_request.get(request_id)
+            if record is None or record.handed_back:
+                return False
+            assert record.reservation.is_local
+            self._run(record)
+            return True
+
+    def computed(self, request_id: int, tokens: int) -> SequenceRecord:
+        """Note that a step has computed more tokens of a prompt; the sequence."""
+        with self._lock:
+            record = self._by_request[request_id]
+            record.computed_tokens += tokens
+            if not record.missing_tokens:
+                record.kv_complete = True
+                self._remember(record)
+            return record
 
     def complete(self, transfer_id: int) -> SequenceRecord | None:
         """Its KV is whole and checked; the sequence, when it may now run."""
@@ -207,12 +241,15 @@ class Admission:
             return record
 
     def pause(self, request_id: int) -> SequenceRecord | None:
-        """Note that a running sequence leaves its batch; None where it is not here, or has left."""
+        """Note that a running sequence leaves its batch; None where it is not here, or has left.
+
+        One whose prompt is not computed yet is none that could come back: nothing is noted then.
+        """
         with self._lock:
             record = self._by_request.get(request_id)
             if record is None or record.state is not State.RUNNING or record.is_paused:
                 return None
-            record.is_paused = True
+            record.is_paused = not record.missing_tokens
             return record
 
     def resume(self, request_id: int) -> SequenceRecord | None:
@@ -416,9 +453,12 @@ class Admission:
     def _start_if_ready(self, record: SequenceRecord) -> bool:
         if not record.kv_complete or record.last_token_id is None or record.handed_back:
             return False
+        self._run(record)
+        return True
+
+    def _run(self, record: SequenceRecord) -> None:
         record.state = State.RUNNING
         self._of(record).pool.mark_used(record.blocks)
-        return True
 
     def _close_writer(self, transfer_id: int) -> SequenceRecord | None:
         record = self._by_transfer.pop(transfer_id, None)
@@ -431,15 +471,16 @@ class Admission:
     def _remember(self, record: SequenceRecord) -> None:
         """Keep for others what has been written: all but the last token, whose step never came."""
         reservation = record.reservation
-        self._of(record).remember(
-            reservation.known_ids, record.output[:-1], reservation.cache_salt, record.blocks
-        )
+        known = reservation.known_ids
+        if record.missing_tokens:
+            known = known[: record.computed_tokens]
+        self._of(record).remember(known, record.output[:-1], reservation.cache_salt, record.blocks)
 
     def _end(self, record: SequenceRecord) -> None:
         record.state = State.ENDED
         del self._by_request[record.request_id]
         self._on_end(record)
-        if record.kv_complete:
+        if record.kv_complete or record.reservation.is_local:
             self._remember(record)
         self._of(record).pool.release(record.blocks)
         if not record.transfer.over.done():

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from decode.ahead import Ahead, Coming
 from decode.orders import NOTHING, Order
@@ -27,19 +28,32 @@ _UNKNOWN = (0,)  # in place of a token that is to be chosen yet
 
 
 class Row(NamedTuple):
-    """A sequence's part in a step: its latest token, of which `start` others are in the cache."""
+    """A sequence's part in a step: its latest token, or a piece of its prompt of `length` tokens.
+
+    `start` tokens before that are in the cache. `token_id` means nothing where there is a `length`.
+    """
 
     request_id: int
     token_id: int
     start: int
+    length: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens a pass has of it."""
+        return self.length or 1
 
 
 @dataclass(kw_only=True)
 class DecodeSequence:
-    """What a rank knows of one sequence. Blocks may be appended, here or where the list is from."""
+    """What a rank knows of one sequence. Blocks may be appended, here or where the list is from.
+
+    `prompt` is given where the prompt is computed here.
+    """
 
     blocks: list[int]
     sampling: SequenceState
+    prompt: Sequence[int] = ()
     _table: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
 
     def table(self) -> NDArray[np.int64]:
@@ -52,7 +66,10 @@ class DecodeSequence:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What a dp rank makes of its rows: their next tokens, and how long choosing them took."""
+    """What a dp rank makes of its rows: their next tokens, and how long choosing them took.
+
+    Pieces of prompts that more of the prompt follows have none.
+    """
 
     sampled: Sequence[Sampled] = ()
     sample_s: float = 0.0
@@ -143,24 +160,45 @@ class RankCompute:
         sequences = [self._sequences[row.request_id] for row in own]
         for row, sequence in zip(own, sequences, strict=True):
             # Where the worker is another process, its rows are what tells which token was chosen.
-            if sequence.sampling.position == row.start:
+            if not row.length and sequence.sampling.position == row.start:
                 sequence.sampling.append(row.token_id)
-        dp_tokens = [len(of_rank) for of_rank in rows]
+        dp_tokens = [sum(row.tokens for row in of_rank) for of_rank in rows]
         if not own:
             self._runner.forward([], dp_tokens=dp_tokens)
             return None
+        if any(row.length for row in own):
+            chunks = [_chunk(row, of) for row, of in zip(own, sequences, strict=True)]
+            logits_SW = self._runner.forward(chunks, dp_tokens=dp_tokens)
+        else:
+            logits_SW = self._step(own, sequences, dp_tokens)
+        return self._sample(own, sequences, logits_SW) if self._samples else None
+
+    def _step(
+        self, own: Sequence[Row], sequences: Sequence[DecodeSequence], dp_tokens: Sequence[int]
+    ) -> Tensor:
         starts = [row.start for row in own]
         step = Coming(sequences=sequences, starts=starts, dp_tokens=dp_tokens)
-        logits_SW = self._runner.step(
+        return self._runner.step(
             self._ahead.inputs(step),
             [row.token_id for row in own],
             meanwhile=partial(self._ahead.follow, step),
         )
-        if not self._samples:
-            return None
+
+    def _sample(
+        self, own: Sequence[Row], sequences: Sequence[DecodeSequence], logits_SW: Tensor
+    ) -> Part | None:
         self.watch.to(SAMPLING)
         began_s = time.monotonic()
-        states = [sequence.sampling for sequence in sequences]
+        choosing = [
+            place
+            for place, (row, sequence) in enumerate(zip(own, sequences, strict=True))
+            if not row.length or row.start + row.length == len(sequence.prompt)
+        ]
+        if not choosing:
+            return Part() if self.answers else None
+        if len(choosing) < len(own):
+            logits_SW = logits_SW[choosing]
+        states = [sequences[place].sampling for place in choosing]
         choose = partial(sample_part, vocabulary=self._vocabulary)
         if self._runner.deterministic:
             sampled = sample_apart(choose, logits_SW, states)
@@ -168,6 +206,17 @@ class RankCompute:
             sampled = choose(logits_SW, states)
         part = Part(sampled=sampled, sample_s=time.monotonic() - began_s)
         return part if self.answers else None
+
+
+def _chunk(row: Row, sequence: DecodeSequence) -> Chunk:
+    if not row.length:
+        return Chunk(token_ids=(row.token_id,), start=row.start, block_table=sequence.table())
+    return Chunk(
+        token_ids=sequence.prompt[row.start : row.start + row.length],
+        start=row.start,
+        block_table=sequence.table(),
+        is_prompt=True,
+    )
 
 
 class Others(Protocol):
@@ -225,7 +274,12 @@ class Steps:
     def add(self, record: SequenceRecord) -> None:
         """See Compute."""
         if record.dp_rank == 0:
-            sequence = DecodeSequence(blocks=record.blocks, sampling=record.sampling)
+            reservation = record.reservation
+            sequence = DecodeSequence(
+                blocks=record.blocks,
+                sampling=record.sampling,
+                prompt=reservation.known_ids if reservation.is_local else (),
+            )
             self._own.add(record.request_id, sequence)
         if self._others is not None:
             self._others.add(record)

@@ -54,6 +54,12 @@ class DecodeConfig(RanksConfig):
         description="Output tokens that a request is thought to have: more blocks are taken only"
         " when needed. By default all of its max_new_tokens are reserved.",
     )
+    local_prefill_tokens: int = Field(
+        default=32,
+        ge=0,
+        description="Prompt tokens that a step of a dp rank computes at most, of short or mostly"
+        " cached prompts that a router has computed here; 0 takes none of them.",
+    )
     prefix_cache: bool = Field(
         default=True,
         description="Keep the KV of ended sequences while there is room, for prompts that begin"

@@ -47,6 +47,11 @@ class Metrics:
             "Sequences handed back because earlier ones needed their blocks.",
             registry=registry,
         )
+        self._prompt_tokens = Counter(
+            "twinpool_decode_prompt_tokens",
+            "Prompt tokens that were computed here, not by a prefill instance.",
+            registry=registry,
+        )
         self._grown_blocks = Counter(
             "twinpool_decode_grown_blocks",
             "Blocks taken for sequences that had outgrown what was reserved for them.",
@@ -98,6 +103,8 @@ class Metrics:
         """Take note of one step."""
         tokens = sum(map(len, step.tokens.values()))
         self._step_s.observe(step.seconds)
-        self._batch.observe(tokens)
+        if tokens:  # else the step had pieces of prompts alone
+            self._batch.observe(tokens)
+        self._prompt_tokens.inc(step.prompt_tokens)
         self._tokens.inc(tokens)
         self._grown_blocks.inc(step.grown_blocks)

@@ -42,17 +42,26 @@ class Prefixes:
         self._layers = layers
         self._prompts_only = prompts_only
 
-    def take(self, prompt: Sequence[int], cache_salt: bytes, num_blocks: int) -> Acquired:
+    def take(
+        self,
+        prompt: Sequence[int],
+        cache_salt: bytes,
+        num_blocks: int,
+        *,
+        needs_logits: bool = False,
+    ) -> Acquired:
         """Take a sequence's blocks, those of the prompt's longest known beginning among them.
 
-        `prompt` is empty where its tokens are not known. Raises OutOfBlocks; nothing is taken then.
+        `prompt` is empty where its tokens are not known; where it `needs_logits` its last token is
+        left to be computed. Raises OutOfBlocks; nothing is taken then.
         """
         if self._cache is None or not prompt:
             return Acquired(blocks=self.pool.reserve(num_blocks), shared=0, tokens=0)
-        # The cache leaves the last token out, for its logits. Prefill has these, so that here the
-        # prompt's last block may be known as well: the first one that is written is the next.
+        # The cache leaves the last token out, for its logits. Where prefill has these, the prompt's
+        # last block may be known here as well: the first one that is written is the next.
         tokens = array("I", prompt)
-        tokens.append(0)
+        if not needs_logits:
+            tokens.append(0)
         return self._cache.acquire(tokens, prefix_salt(self._dp_rank, cache_salt), num_blocks)
 
     def remember(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import repeat
 
 from twinpool.v1 import common_pb2, rank_pb2
 
@@ -25,6 +26,7 @@ from service.wire import (
 def sequence_to_wire(record: SequenceRecord) -> rank_pb2.RankSequence:
     """A sequence that will be decoded."""
     reservation = record.reservation
+    needs_prompt = reservation.sampling.needs_prompt or reservation.is_local
     return rank_pb2.RankSequence(
         request_id=record.request_id,
         blocks=record.blocks,
@@ -32,8 +34,9 @@ def sequence_to_wire(record: SequenceRecord) -> rank_pb2.RankSequence:
         sampling=_sampling_to_wire(reservation.sampling),
         min_new_tokens=reservation.stop.min_new_tokens,
         end_token_ids=reservation.stop.end_token_ids,
-        prompt_token_ids=reservation.prompt_ids if reservation.sampling.needs_prompt else (),
+        prompt_token_ids=reservation.prompt_ids if needs_prompt else (),
         output_token_ids=reservation.output_ids,
+        local_prefill=reservation.is_local,
     )
 
 
@@ -49,6 +52,9 @@ def sequence_from_wire(message: rank_pb2.RankSequence) -> DecodeSequence:
             min_new_tokens=message.min_new_tokens,
             suppressed_ids=message.end_token_ids,
         ),
+        prompt=[*message.prompt_token_ids, *message.output_token_ids]
+        if message.local_prefill
+        else (),
     )
 
 
@@ -104,14 +110,19 @@ def placing_from_wire(message: rank_pb2.RankPlacing) -> Placing:
 def _rows_to_wire(rows: Sequence[Row]) -> rank_pb2.RankRows:
     if not rows:
         return rank_pb2.RankRows()
-    request_ids, token_ids, starts = zip(*rows, strict=True)
-    return rank_pb2.RankRows(request_ids=request_ids, token_ids=token_ids, starts=starts)
+    request_ids, token_ids, starts, lengths = zip(*rows, strict=True)
+    return rank_pb2.RankRows(
+        request_ids=request_ids,
+        token_ids=token_ids,
+        starts=starts,
+        lengths=lengths if any(lengths) else (),
+    )
 
 
 def rows_from_wire(message: rank_pb2.RankDecodeStep) -> Rows:
     """What each dp rank computes in a step."""
     return [
-        list(map(Row, rows.request_ids, rows.token_ids, rows.starts))
+        list(map(Row, rows.request_ids, rows.token_ids, rows.starts, rows.lengths or repeat(0)))
         for rows in message.of_dp_ranks
     ]
 

@@ -1,4 +1,4 @@
-"""Decides which sequences the next decode step works on.
+"""Decides which sequences the next decode step works on, and on how much of their prompts.
 
 Owns the running batch of each dp rank and the order in which sequences join it. Knows nothing of
 tensors, threads or block ids: its caller says which sequences have no room for their next token.
@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 Step = tuple[tuple[int, ...], ...]  # request ids, of each dp rank
+
+# How many times as much of prompts a step may have where there is nothing else in it.
+_ALONE = 4
 
 
 @dataclass(kw_only=True)
@@ -27,22 +30,40 @@ class Scheduler:
     A sequence's next token needs the one before. So where several steps are under way at once,
     each has a part of the sequences: as equal as may be, and the same ones stay together.
 
+    Prompts that are computed here have their places in the batch from the start. A step has a piece
+    of them beside the tokens of the others: one pass for both takes less time than two, and that
+    the pieces are short bounds how much longer the others' tokens take for it. The first of the
+    prompts is first: nothing is gained by all of them being late.
+
     Args:
         max_batch: Sequences of one dp rank that are stepped with at most.
         dp: How many dp ranks there are; each sequence is one's.
         depth: How many steps may be under way at once.
+        prompt_tokens: Of prompts, in a step of one dp rank at most; a few times as many where no
+            sequence would get its token later for it.
     """
 
-    def __init__(self, *, max_batch: int, dp: int = 1, depth: int = 1) -> None:
+    def __init__(
+        self, *, max_batch: int, dp: int = 1, depth: int = 1, prompt_tokens: int = 1
+    ) -> None:
         self._max_batch = max_batch
         self._depth = depth
+        self._prompt_tokens = prompt_tokens
         self._shares = [_Share() for _ in range(dp)]
         self._dp_rank_of: dict[int, int] = {}
+        # What is to be computed yet of prompts, and the pieces that are under way.
+        self._missing: dict[int, int] = {}
+        self._pieces: dict[int, int] = {}
 
-    def add(self, request_id: int, dp_rank: int = 0) -> None:
-        """A sequence's KV and its first token are here."""
+    def add(self, request_id: int, dp_rank: int = 0, missing_tokens: int = 0) -> None:
+        """A sequence may step: all of its KV but that of `missing_tokens` is here.
+
+        Those are its prompt's last ones; where there are none its first token is known.
+        """
         self._dp_rank_of[request_id] = dp_rank
         self._shares[dp_rank].waiting[request_id] = None
+        if missing_tokens:
+            self._missing[request_id] = missing_tokens
 
     def remove(self, request_id: int) -> None:
         """A sequence has ended, wherever it is; not while a step with it is under way."""
@@ -51,6 +72,7 @@ class Scheduler:
             share = self._shares[dp_rank]
             for group in (share.waiting, share.running, share.idle):
                 group.pop(request_id, None)
+            self._missing.pop(request_id, None)
 
     @property
     def running(self) -> int:
@@ -72,20 +94,55 @@ class Scheduler:
 
         Of each dp rank, those whose latest step is longest ago, `without` those that have to wait.
         """
-        step = tuple(tuple(self._begin(share, without)) for share in self._shares)
+        for share in self._shares:
+            self._join(share)
+        room = self._prompt_tokens
+        if self._missing and not any(self._decoding(share) for share in self._shares):
+            room *= _ALONE
+        step = tuple(
+            (*self._begin(share, without), *self._begin_pieces(share, without, room))
+            for share in self._shares
+        )
         return step if any(step) else ()
+
+    def piece(self, request_id: int) -> int:
+        """Tokens of its prompt that a sequence's step under way computes; 0 where it decodes."""
+        return self._pieces.get(request_id, 0)
 
     def finished(self, step: Step) -> None:
         """A step is over; its sequences may step again."""
         for share, request_ids in zip(self._shares, step, strict=True):
+            for request_id in request_ids if self._pieces else ():
+                self._note_computed(request_id)
             share.idle.update((r, None) for r in request_ids if r in share.running)
 
-    def _begin(self, share: _Share, without: Collection[int]) -> Iterable[int]:
+    def _note_computed(self, request_id: int) -> None:
+        piece = self._pieces.pop(request_id, 0)
+        if piece:
+            self._missing[request_id] -= piece
+            if not self._missing[request_id]:
+                del self._missing[request_id]
+
+    def _join(self, share: _Share) -> None:
         while share.waiting and len(share.running) < self._max_batch:
             request_id, _ = share.waiting.popitem(last=False)
             share.running[request_id] = share.idle[request_id] = None
-        most = -(-len(share.running) // self._depth)
-        able = (request_id for request_id in share.idle if request_id not in without)
+
+    def _begin(self, share: _Share, without: Collection[int]) -> Iterable[int]:
+        most = -(-self._decoding(share) // self._depth)
+        able = (r for r in share.idle if r not in without and r not in self._missing)
         for request_id in list(islice(able, most)):
             del share.idle[request_id]
             yield request_id
+
+    def _decoding(self, share: _Share) -> int:
+        running = share.running
+        return len(running) - sum(request_id in running for request_id in self._missing)
+
+    def _begin_pieces(self, share: _Share, without: Collection[int], room: int) -> Iterable[int]:
+        for request_id, missing in self._missing.items():
+            if room and request_id in share.idle and request_id not in without:
+                piece = self._pieces[request_id] = min(room, missing)
+                room -= piece
+                del share.idle[request_id]
+                yield request_id

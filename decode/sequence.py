@@ -36,6 +36,7 @@ class Reservation:
         dp_rank: Which of the instance's dp ranks is to have it.
         came_us: When the request first came, by its router's clock.
         trace_id: For the log.
+        is_local: Whether the prompt is computed here: no KV arrives.
     """
 
     request_id: int
@@ -50,6 +51,7 @@ class Reservation:
     output_ids: Sequence[int] = ()
     came_us: int = 0
     trace_id: str = ""
+    is_local: bool = False
 
     @property
     def own_prompt_tokens(self) -> int:
@@ -83,6 +85,13 @@ class Transfer:
     kept: Kept = ()
     over: "Future[None]" = field(default_factory=Future, repr=False)
 
+    @classmethod
+    def none(cls) -> "Transfer":
+        """Return that of a sequence which nobody sends anything for: it is over."""
+        transfer = cls()
+        transfer.over.set_result(None)
+        return transfer
+
 
 @dataclass(kw_only=True)
 class SequenceRecord:
@@ -92,6 +101,9 @@ class SequenceRecord:
     `kept` is what of its KV has arrived, while no transfer is open. Its blocks are the dp rank's.
     The first ones, with the KV of `cached_tokens`, may be others' as well: `own_blocks` are what
     may be written to. One that is `handed_back` steps no more, and ends soon.
+
+    Where the prompt `is_local`, the KV of its first `computed_tokens` is here; `began_s` is when
+    the first step for the rest of it began, and `came_s` when it was reserved.
     """
 
     reservation: Reservation
@@ -106,12 +118,22 @@ class SequenceRecord:
     kept: Kept = ()
     is_paused: bool = False
     handed_back: bool = False
+    computed_tokens: int = 0
+    came_s: float = 0.0
+    began_s: float | None = None
     output: "array[int]" = field(default_factory=lambda: array("I"), repr=False)
 
     @property
     def last_token_id(self) -> int | None:
         """The token that the next step begins with; None until the first one is known."""
         return self.output[-1] if self.output else None
+
+    @property
+    def missing_tokens(self) -> int:
+        """Tokens of the prompt that are to be computed here yet."""
+        if not self.reservation.is_local:
+            return 0
+        return self.reservation.prompt_tokens - self.computed_tokens
 
     @property
     def request_id(self) -> int:

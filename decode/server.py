@@ -19,7 +19,8 @@ from decode.metrics import Metrics
 from decode.receiver import Receiver
 from decode.sender import Sender
 from decode.sequence import Reservation, SequenceRecord
-from decode.worker import Step, Token, Worker
+from decode.told import tokens_to_wire
+from decode.worker import Step, Worker
 from engine.config import ModelConfig
 from kvtransfer import (
     CacheLayout,
@@ -35,10 +36,8 @@ from service.logs import about_request
 from service.ranks.joined import End
 from service.trace import current_trace_id
 from service.wire import (
-    finish_to_wire,
     kept_to_wire,
     layout_from_wire,
-    logprobs_to_wire,
     sampling_from_wire,
     span_to_wire,
     stop_from_wire,
@@ -74,6 +73,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         config: ModelConfig,
         max_sequence_tokens: int,
         dp: int = 1,
+        computes_prompts: bool = False,
         drain_timeout_s: float,
         admission: Admission,
         worker: Worker,
@@ -87,6 +87,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._config = config
         self._max_sequence_tokens = max_sequence_tokens
         self._dp = dp
+        self._computes_prompts = computes_prompts
         self._drain_timeout_s = drain_timeout_s
         self._admission = admission
         self._worker = worker
@@ -112,6 +113,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                 "the router has no Run stream here: open it before reserving",
                 reason="NO_RUN_STREAM",
             )
+        if request.local_prefill:
+            return self._reserve_local(request)
         source = layout_from_wire(request.prefill_layout)
         record = self._reserve(self._reservation(request))
         self._metrics.cached(record.cached_tokens)
@@ -278,6 +281,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             dp_rank=request.dp_rank,
             came_us=request.came_us,
             trace_id=current_trace_id(),
+            is_local=request.local_prefill,
         )
         if reservation.dp_rank >= self._dp:
             raise InvalidRequest(
@@ -298,6 +302,27 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                 hint=f"this instance holds sequences of 2 to {most} tokens",
             )
         return reservation
+
+    def _reserve_local(self, request: worker_pb2.ReserveRequest) -> worker_pb2.ReserveResponse:
+        """Hold room for a request, and have its prompt computed here."""
+        if not self._computes_prompts:
+            raise Incompatible(
+                f"decode instance {self._name} computes no prompts: name a prefill instance",
+                reason="NO_LOCAL_PREFILL",
+            )
+        found, most = max(request.prompt_token_ids, default=None), self._config.vocab_size
+        if found is None or found >= most:
+            raise InvalidRequest(
+                "prompt_token_ids", found=found, hint=f"give them, each below {most}"
+            )
+        record = self._reserve(self._reservation(request))
+        self._metrics.cached(record.cached_tokens)
+        self._compute.add(record)
+        if self._admission.begin(record.request_id):
+            self._worker.ready(record.request_id)
+        return worker_pb2.ReserveResponse(
+            blocks=len(record.blocks), cached_tokens=record.cached_tokens
+        )
 
     def _reserve(self, reservation: Reservation) -> SequenceRecord:
         try:
@@ -409,8 +434,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._metrics.observe(step)
         for router_id, tokens in step.tokens.items():
             if (stream := self._routers.get(router_id)) is not None:
-                outputs = [_output(token) for token in tokens]
-                stream.queue.put_nowait(worker_pb2.DecodeRunResponse(outputs=outputs))
+                stream.queue.put_nowait(tokens_to_wire(tokens))
 
     def _fail(self, record: SequenceRecord, reason: str, message: str, retryable: bool) -> None:
         failure = worker_pb2.SequenceFailure(
@@ -420,6 +444,9 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._abort(record.request_id)
 
     def _preempt(self, record: SequenceRecord) -> None:
+        if record.missing_tokens and not record.handed_back:
+            self._fail(record, "DRAINED", "it was to move before its prompt was computed", True)
+            return
         self._metrics.preempted()
         self._fail(record, "PREEMPTED", "earlier requests need its room", True)
 
@@ -453,13 +480,3 @@ def _lost(record: SequenceRecord, event: Failed) -> worker_pb2.DecodeRunResponse
         retryable=event.retryable,
     )
     return worker_pb2.DecodeRunResponse(lost_transfers=[lost])
-
-
-def _output(token: Token) -> worker_pb2.SequenceOutput:
-    logprobs = logprobs_to_wire(token.sampled)
-    return worker_pb2.SequenceOutput(
-        request_id=token.request_id,
-        token_ids=[token.sampled.token_id],
-        logprobs=[logprobs] if logprobs is not None else (),
-        finish_reason=finish_to_wire(token.finish),
-    )

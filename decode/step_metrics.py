@@ -63,7 +63,8 @@ class StepMetrics(Collector):
         """Take note of one step; the step loop's thread."""
         self._gap_s += step.gap_s
         self._wait_s += step.wait_s
-        self._fill.observe(sum(map(len, step.tokens.values())) / self._most_rows)
+        if step.tokens:  # else it had pieces of prompts alone
+            self._fill.observe(sum(map(len, step.tokens.values())) / self._most_rows)
         self._latencies.observe(step)
 
     def ended(self, request_id: int) -> None:

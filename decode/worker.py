@@ -9,12 +9,12 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from decode.admission import Admission
-from decode.compute import Compute, Part, Row
+from decode.compute import Compute, Part, Row, Rows
 from decode.scheduler import Scheduler
 from decode.scheduler import Step as Batch
 from decode.sequence import SequenceRecord, State
@@ -23,12 +23,21 @@ from engine.sampling import Sampled
 log = logging.getLogger(__name__)
 
 
+class First(NamedTuple):
+    """How a prompt that was computed here came to its first token."""
+
+    cached_tokens: int
+    queue_s: float
+    prefill_s: float
+
+
 class Token(NamedTuple):
-    """One sequence's part of a step."""
+    """One sequence's part of a step; `first` where it is the first one after a prompt."""
 
     request_id: int
     sampled: Sampled
     finish: str | None
+    first: First | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +51,7 @@ class Step:
             beginning: 0 where steps overlap.
         grown_blocks: Blocks taken since the step before for sequences that had outgrown theirs.
         wait_s: In which the loop stood still for other ranks, since the step before.
+        prompt_tokens: Of prompts that it has computed.
     """
 
     tokens: Mapping[str, list[Token]]
@@ -51,6 +61,7 @@ class Step:
     gap_s: float
     wait_s: float
     grown_blocks: int = 0
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +87,7 @@ class _Room:
 @dataclass(frozen=True, kw_only=True)
 class _Computed:
     batch: Batch
+    rows: Rows
     began_s: float
     gap_s: float
     ended_s: float
@@ -91,8 +103,9 @@ class Worker:
     Args:
         emit: Called with each step's tokens from the worker's thread; must return at once.
         on_paused: Called with each sequence that has left the batch as asked, after its tokens.
-        hand_back: Called likewise with each sequence that has to end for want of blocks. A running
-            one has no more steps; one that is reserved yet is the callee's to end.
+        hand_back: Called likewise with each sequence that has to end for want of blocks, or was to
+            pause before its prompt was computed. A running one has no more steps; one that is
+            reserved yet is the callee's to end.
         on_fatal: Called once when the engine itself breaks; the instance must then go down.
     """
 
@@ -220,7 +233,8 @@ class Worker:
             elif isinstance(item, _Room):
                 continue  # the next step is tried anyway
             elif self._admission.holds(item):  # else an abort overtook the announcement
-                self._scheduler.add(item, self._admission.running(item).dp_rank)
+                record = self._admission.running(item)
+                self._scheduler.add(item, record.dp_rank, record.missing_tokens)
 
     def _begin(self) -> bool:
         """Begin a step, if there may be another one and there is a sequence for it."""
@@ -231,7 +245,7 @@ class Worker:
             return False
         began_s = self._clock()
         gap_s = began_s - self._idle_since_s if self._idle_since_s is not None else 0.0
-        rows = [[_row(self._admission.running(r)) for r in of_rank] for of_rank in batch]
+        rows = [[self._row(r, began_s) for r in of_rank] for of_rank in batch]
         self._stepping.update(*batch)
         self._under_way += 1
         self._idle_since_s = None
@@ -240,6 +254,7 @@ class Worker:
             lambda parts: self._post(
                 _Computed(
                     batch=batch,
+                    rows=rows,
                     began_s=began_s,
                     gap_s=gap_s,
                     ended_s=self._clock(),
@@ -248,6 +263,15 @@ class Worker:
             ),
         )
         return True
+
+    def _row(self, request_id: int, now: float) -> Row:
+        record = self._admission.running(request_id)
+        if piece := self._scheduler.piece(request_id):
+            record.began_s = now if record.began_s is None else record.began_s
+            return Row(request_id, 0, record.computed_tokens, piece)
+        assert record.last_token_id is not None  # or it would not be running
+        # All but the last token are in the cache.
+        return Row(request_id, record.last_token_id, record.sampling.position - 1)
 
     def _grow(self) -> Collection[int]:
         """Make room for the next tokens; the sequences that have none yet.
@@ -271,16 +295,16 @@ class Worker:
         self._under_way -= 1
         self._scheduler.finished(step.batch)
         tokens: dict[str, list[Token]] = defaultdict(list)
-        for request_ids, part in zip(step.batch, step.parts, strict=True):
-            self._stepping.difference_update(request_ids)
-            for request_id, sampled in zip(request_ids, part.sampled, strict=True):
-                if request_id in self._leaving:
-                    self._leaving.remove(request_id)
-                    self._pausing.discard(request_id)
-                    self._end(request_id)
-                    continue
-                router_id, token = self._next_token(request_id, sampled)
-                tokens[router_id].append(token)
+        for rows, part in zip(step.rows, step.parts, strict=True):
+            self._stepping.difference_update(row.request_id for row in rows)
+            for row, sampled in self._outcomes(rows, part):
+                if row.request_id in self._leaving:
+                    self._leaving.remove(row.request_id)
+                    self._pausing.discard(row.request_id)
+                    self._end(row.request_id)
+                elif sampled is not None:
+                    router_id, token = self._next_token(row, sampled, step.ended_s)
+                    tokens[router_id].append(token)
         now = self._clock()
         waited_s, self._waited_s = self._waited_s, 0.0
         sample_s = max(part.sample_s for part in step.parts)
@@ -295,6 +319,7 @@ class Worker:
                 gap_s=step.gap_s,
                 grown_blocks=self._grown_blocks,
                 wait_s=waited_s,
+                prompt_tokens=sum(row.length for rows in step.rows for row in rows),
             )
         )
         for request_id in [r for of_rank in step.batch for r in of_rank if r in self._pausing]:
@@ -302,22 +327,39 @@ class Worker:
             self._pause(request_id)
         self._grown_blocks = 0
 
-    def _next_token(self, request_id: int, sampled: Sampled) -> tuple[str, Token]:
+    def _outcomes(self, rows: Sequence[Row], part: Part) -> Iterator[tuple[Row, Sampled | None]]:
+        """What has come of each row; of a piece of a prompt there may be nothing to tell yet."""
+        sampled = iter(part.sampled)
+        for row in rows:
+            if row.length and self._admission.computed(row.request_id, row.length).missing_tokens:
+                yield row, None
+            else:
+                yield row, next(sampled)
+        assert next(sampled, None) is None
+
+    def _next_token(self, row: Row, sampled: Sampled, ended_s: float) -> tuple[str, Token]:
+        request_id = row.request_id
         record = self._admission.running(request_id)
         reservation = record.reservation
+        first = _first(record, ended_s) if row.length else None
         record.append(sampled.token_id)
         finish = reservation.stop.check(sampled.token_id, record.sampling.output_len)
         if finish is not None:
             # Before the router hears of it: it may give these blocks to another at once.
             self._end(request_id)
-        return reservation.router_id, Token(request_id=request_id, sampled=sampled, finish=finish)
+        return reservation.router_id, Token(request_id, sampled, finish, first)
 
     def _pause(self, request_id: int) -> None:
         if request_id in self._stepping:
             self._pausing.add(request_id)
         elif (record := self._admission.pause(request_id)) is not None:  # else it has ended
             self._scheduler.remove(request_id)
-            self._on_paused(record)
+            if record.missing_tokens:
+                # There is nothing yet that another instance could go on from.
+                self._end(request_id)
+                self._hand_back(record)
+            else:
+                self._on_paused(record)
 
     def _resume(self, request_id: int) -> None:
         self._pausing.discard(request_id)
@@ -332,7 +374,10 @@ class Worker:
         self._admission.end(request_id)
 
 
-def _row(record: SequenceRecord) -> Row:
-    assert record.last_token_id is not None  # or it would not be running
-    # All but the last token are in the cache.
-    return Row(record.request_id, record.last_token_id, record.sampling.position - 1)
+def _first(record: SequenceRecord, ended_s: float) -> First:
+    assert record.began_s is not None
+    return First(
+        cached_tokens=record.cached_tokens,
+        queue_s=record.began_s - record.came_s,
+        prefill_s=ended_s - record.began_s,
+    )

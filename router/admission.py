@@ -19,6 +19,7 @@ class Admission:
 
     def __init__(self, *, gate: Gate, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._gate = gate
+        self.local = gate.local
         self._metrics = metrics
         self._clock = clock
         self._futures: dict[Waiting, asyncio.Future[Placement]] = {}

@@ -1,5 +1,7 @@
 """Owns one try of one request at the pools: reserve and prefill side by side, then decode's tokens.
 
+Where decode computes the prompt itself there is no leg at prefill, and the first token is decode's.
+
 A prefill instance that is lost on the way is replaced within the try: decode keeps its room and
 what has arrived, and another instance sends the rest. Whatever way a try ends, it gives back what
 it holds, exactly once, in background work that a cancelled request does not take down with it.
@@ -101,7 +103,8 @@ class Attempt:
         self._first_at = 0.0
         self._is_granted = False
         self._is_hedged = False  # what is resumed was not lost: another was faster
-        self._is_activated = False
+        self._is_local = placement.prefill is None
+        self._is_activated = self._is_local  # decode knows the first token, which is its own
         self._has_output = False
         self._tokens = len(request.prompt_token_ids) + 1  # with the first one, of prefill
         self._is_transferred = False
@@ -151,23 +154,26 @@ class Attempt:
         """
         prefill_key, decode_key = self._placement.prefill, self._placement.decode
         self.suspect = prefill_key
-        self._pools.prefill(prefill_key)
+        if prefill_key is not None:
+            self._pools.prefill(prefill_key)
         if decode_key is not None:
             self._stats.decode_instance = decode_key.name
             self.suspect = decode_key
             self._decode = self._pools.decode(decode_key)
             self._decode.attach(self._id, lambda event: self._inbox.put_nowait((None, event)))
         self.suspect = None
-        self._leg = self._open_leg(self._id, self._placement)
-        self._stats.prefill_instance = prefill_key.name
         self._began_at = self._clock()
-        self._hedge.wait(self._uncached)
+        self._stats.prefill_instance = ""
+        if prefill_key is not None:
+            self._leg = self._open_leg(self._id, self._placement, prefill_key)
+            self._stats.prefill_instance = prefill_key.name
+            self._hedge.wait(self._uncached)
         if self._decode is not None:
             self._reserving = asyncio.create_task(self._reserve(self._decode, self._leg))
 
-    def _open_leg(self, leg_id: int, placement: Placement) -> PrefillLeg:
+    def _open_leg(self, leg_id: int, placement: Placement, key: InstanceKey) -> PrefillLeg:
         """Raises Unavailable where the instance has gone."""
-        link = self._pools.prefill(placement.prefill)
+        link = self._pools.prefill(key)
         first = placement.cp_first
         return PrefillLeg(
             leg_id,
@@ -179,22 +185,19 @@ class Attempt:
             inbox=lambda leg, event: self._inbox.put_nowait((leg, event)),
         )
 
-    async def _reserve(self, decode: DecodeLink, leg: PrefillLeg) -> None:
+    async def _ask_room(self, decode: DecodeLink, leg: PrefillLeg | None) -> Grant:
+        remaining_s, dp_rank = self._remaining_s(), self._placement.dp_rank
+        if leg is None:
+            return await decode.reserve_local(self._id, self._request, remaining_s, dp_rank)
+        return await decode.reserve(
+            self._id, self._request, leg.instance, leg.cp_first, remaining_s, dp_rank
+        )
+
+    async def _reserve(self, decode: DecodeLink, leg: PrefillLeg | None) -> None:
         """Posts the outcome of the reservation. Never cancelled while a call is under way."""
         began_at = self._clock()
         try:
-            grant = await reserve(
-                lambda: decode.reserve(
-                    self._id,
-                    self._request,
-                    leg.instance,
-                    leg.cp_first,
-                    self._remaining_s(),
-                    self._placement.dp_rank,
-                ),
-                self._closing,
-                self._clock,
-            )
+            grant = await reserve(lambda: self._ask_room(decode, leg), self._closing, self._clock)
         except ServiceError as exc:
             self._inbox.put_nowait((None, DecodeFailed(refusal(decode.instance, exc))))
             return
@@ -265,12 +268,13 @@ class Attempt:
         return None
 
     def _take_first_token(self, event: FirstToken) -> Tokens | None:
-        assert self._leg is not None
         self._lose_hedge()
-        if self._leg.leg_id == self._id:
-            self._hedging.first_came(self._uncached, self._clock() - self._began_at)
-        self._admission.end_prefill(self._leg.leg_id)
-        self._pools.succeeded(self._leg.key)
+        if self._leg is not None:
+            if self._leg.leg_id == self._id:
+                self._hedging.first_came(self._uncached, self._clock() - self._began_at)
+            self._pools.succeeded(self._leg.key)
+        self._admission.end_prefill(self._id if self._leg is None else self._leg.leg_id)
+        self._note_costs(event)
         self._stats.queue_s += event.queue_s
         self._stats.prefill_queue_s = event.queue_s
         # Of the prompt's own computation, or of the first one here where another router's was lost.
@@ -282,11 +286,21 @@ class Attempt:
             return None
         self._first = event.tokens
         self._first_at = self._clock()
+        self._has_output = self._is_local
         if event.tokens.finish is None:
             self._activate()
         if self._is_transferred:
             self._drop_leg(is_finished=False)  # the token was all that was still missing
         return event.tokens
+
+    def _note_costs(self, event: FirstToken) -> None:
+        local = self._admission.local
+        tokens = len(self._request.prompt_token_ids) - event.cached_tokens
+        if self._decode is not None and self._is_local:
+            most = self._decode.instance.capacity.local_prefill_tokens
+            local.computed_at_decode(-(-tokens // max(1, most)), event.prefill_s)
+        else:
+            local.computed_at_prefill(tokens, event.prefill_s)
 
     def _activate(self) -> None:
         if self._is_granted and self._first is not None and not self._is_activated:
@@ -301,6 +315,7 @@ class Attempt:
 
     def _take_transferred(self, event: Transferred) -> None:
         self._is_transferred = True
+        self._admission.local.sent(event.handoff_s)
         self._stats.kv_bytes = event.kv_bytes
         self._stats.kv_transport = event.transport
         self._stats.handoff_s = event.handoff_s
@@ -398,7 +413,8 @@ class Attempt:
         try:
             placement = await self._admission.admit(self._for_prefill(leg_id, self._lost))
             self._metrics.placed(placement.cached_tokens)
-            return self._open_leg(leg_id, placement)
+            assert placement.prefill is not None  # nothing is to be decoded
+            return self._open_leg(leg_id, placement, placement.prefill)
         except BaseException:
             self._admission.release(leg_id)
             raise
@@ -458,8 +474,8 @@ class Attempt:
         if placement is None:
             return None
         try:
-            if placement.prefill != leg.key:
-                hedge = self._open_leg(leg_id, placement)
+            if placement.prefill is not None and placement.prefill != leg.key:
+                hedge = self._open_leg(leg_id, placement, placement.prefill)
                 self._metrics.placed(placement.cached_tokens)
                 return hedge
         except ServiceError:

@@ -40,6 +40,12 @@ class RouterConfig(BaseModel):
         gt=0,
         description="Seconds a request, new or moving, may wait for room or an instance at most.",
     )
+    local_prefill_max: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens of a prompt that its decode instance may compute itself, where that is"
+        " expected to be sooner done than at prefill; 0 has prefill compute all.",
+    )
     max_bypasses: int = Field(
         default=64,
         ge=1,

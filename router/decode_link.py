@@ -12,10 +12,24 @@ from typing import Any
 import grpc
 from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
-from router.events import DecodeEvent, DecodeFailed, Grant, Output, Paused, Sent, TransferLost
+from router.events import (
+    DecodeEvent,
+    DecodeFailed,
+    FirstToken,
+    Grant,
+    Output,
+    Paused,
+    Sent,
+    TransferLost,
+)
 from router.membership import Instance
 from router.request import ValidRequest
-from router.wire import output_from_wire, sampling_to_wire, stop_to_wire
+from router.wire import (
+    first_token_from_wire,
+    output_from_wire,
+    sampling_to_wire,
+    stop_to_wire,
+)
 from router.workers import (
     ABORT_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
@@ -94,28 +108,55 @@ class DecodeLink:
         ranks have it.
         Raises what the instance answered, as a service error.
         """
+        message = self._reserve_request(request_id, request, remaining_s, dp_rank)
+        message.prefill_instance = source.key.name
+        message.prefill_epoch = source.key.epoch
+        message.prefill_layout.CopyFrom(layout_from(source, cp_first, source_ranks))
+        return await self._reserve(message, remaining_s)
+
+    async def reserve_local(
+        self, request_id: int, request: ValidRequest, remaining_s: float, dp_rank: int = 0
+    ) -> Grant:
+        """Reserves for a request whose prompt the instance computes itself; FirstToken follows.
+
+        Nothing can be sent by what is returned. Raises as `reserve`.
+        """
+        message = self._reserve_request(
+            request_id, request, remaining_s, dp_rank, needs_prompt=True
+        )
+        message.local_prefill = True
+        return await self._reserve(message, remaining_s)
+
+    def _reserve_request(
+        self,
+        request_id: int,
+        request: ValidRequest,
+        remaining_s: float,
+        dp_rank: int,
+        *,
+        needs_prompt: bool = False,
+    ) -> worker_pb2.ReserveRequest:
         if not self._up:
             raise self._lost()
         # What its prefix cache is looked up by, if it has one.
-        caches = bool(self.instance.prefix_seed)
-        needs_prompt = caches or request.sampling.repetition_penalty != 1.0
+        needs_prompt |= bool(self.instance.prefix_seed)
+        needs_prompt |= request.sampling.repetition_penalty != 1.0
         own = len(request.prompt_token_ids) - request.output_tokens
-        message = worker_pb2.ReserveRequest(
+        return worker_pb2.ReserveRequest(
             request_id=request_id,
             router_id=self._stream_id,
             prompt_tokens=len(request.prompt_token_ids),
             sampling=sampling_to_wire(request.sampling),
             stop=stop_to_wire(request.stop),
             ttl_ms=ttl_ms(remaining_s),
-            prefill_instance=source.key.name,
-            prefill_epoch=source.key.epoch,
-            prefill_layout=layout_from(source, cp_first, source_ranks),
             prompt_token_ids=request.prompt_token_ids[:own] if needs_prompt else (),
             output_token_ids=request.prompt_token_ids[own:],
             cache_salt=request.cache_salt,
             dp_rank=dp_rank,
             came_us=request.came_us,
         )
+
+    async def _reserve(self, message: worker_pb2.ReserveRequest, remaining_s: float) -> Grant:
         try:
             response = await self._stub.Reserve(
                 message, timeout=min(RESERVE_TIMEOUT_S, remaining_s), metadata=trace_metadata()
@@ -276,6 +317,17 @@ class DecodeLink:
         for lost in message.lost_transfers:
             error = self._failed(lost)
             yield lost.request_id, TransferLost(transfer_id=lost.transfer_id, error=error)
+        for first in message.first_tokens:
+            told = first.first_token
+            yield (
+                first.request_id,
+                FirstToken(
+                    tokens=first_token_from_wire(told),
+                    queue_s=told.queue_s,
+                    prefill_s=told.prefill_s,
+                    cached_tokens=told.cached_tokens,
+                ),
+            )
         for paused in message.paused:
             yield paused.request_id, Paused(tokens=paused.tokens, ranks=tuple(paused.ranks))
         for sent in message.sent:

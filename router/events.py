@@ -20,7 +20,7 @@ class Grant:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstToken:
-    """Prefill's compute is done."""
+    """The prompt is computed, at prefill or at decode."""
 
     tokens: Tokens
     queue_s: float
@@ -109,5 +109,7 @@ class Sent:
     transport: str
 
 
-DecodeEvent = Granted | Regranted | TransferLost | Output | Paused | Sent | DecodeFailed
+DecodeEvent = (
+    Granted | Regranted | FirstToken | TransferLost | Output | Paused | Sent | DecodeFailed
+)
 Event = PrefillEvent | DecodeEvent | ResumeFailed

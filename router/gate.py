@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from router.fairness import BrokenCap, FairShares, Tenants, Usage
 from router.forecast import Forecast, Load, Owed
-from router.ledger import InstanceKey, Ledger, Need, Placement
+from router.ledger import Ledger, Need, Placement
+from router.local_prefill import LocalPrefill
 from router.policy import RoutingPolicy
 from router.queue import AdmissionQueue, QueueFull, Waiting
 from router.room import Misfits, Room
@@ -28,7 +29,7 @@ class _Holding:
     """What a request holds, and what its tenant was charged for it, in KV-seconds."""
 
     waiting: Waiting
-    prefill: InstanceKey
+    placement: Placement
     owed_tokens: int
     tokens: int
     began_at: float
@@ -61,8 +62,10 @@ class Gate:
         max_bypasses: int,
         grace_s: float,
         refuses_early: bool,
+        local: LocalPrefill | None = None,
     ) -> None:
         self._ledger = ledger
+        self.local = local or LocalPrefill(0)
         self._policy = policy
         self._tenants = tenants
         self._shares = FairShares(tenants)
@@ -95,7 +98,7 @@ class Gate:
         if waiting.start_by <= now:
             raise DeadlineExceeded
         if not waiting.patient:
-            self._check_places(waiting.need, now)
+            self._check_places(waiting, now)
         waiting.came_at = now
         waiting.room_tokens = self._room_tokens(waiting.need)
         waiting.hold_s = self._hold_s(waiting)
@@ -189,7 +192,7 @@ class Gate:
         self._newcomers = None
 
     def _room(self, now: float) -> Room:
-        return Room(self._ledger, self._policy, self._misfits, now)
+        return Room(self._ledger, self._policy, self._misfits, now, self.local)
 
     def next_moment(self, now: float) -> float | None:
         """When `decide` has to be asked even if nothing changes; None while nobody waits."""
@@ -226,9 +229,9 @@ class Gate:
             return []
         decisions: list[Decision] = []
         for waiting in self.queue.take(
-            lambda w: not w.patient and self._missing_role(w.need, now) is not None
+            lambda w: not w.patient and self._missing_role(w, now) is not None
         ):
-            missing = self._missing_role(waiting.need, now)
+            missing = self._missing_role(waiting, now)
             assert missing is not None
             decisions.append((waiting, _no_instance(missing)))
         return decisions
@@ -242,9 +245,11 @@ class Gate:
         tokens = self._ledger.room_of(request_id) or need.prompt_tokens
         charged = tokens * self._hold_s(waiting)
         owed_tokens = max(0, need.prompt_tokens - placement.cached_tokens)
+        if placement.prefill is None:
+            owed_tokens = 0
         self._holdings[request_id] = _Holding(
             waiting=waiting,
-            prefill=placement.prefill,
+            placement=placement,
             owed_tokens=owed_tokens,
             tokens=tokens,
             began_at=now,
@@ -256,7 +261,9 @@ class Gate:
         usage.tokens += need.total_tokens
         self._shares.serve(waiting.priority, waiting.tenant, charged)
         self._owed.add(waiting.priority, waiting.tenant, owed_tokens)
-        self._forecast.prefill_began(placement.prefill, now)
+        if placement.prefill is not None:
+            self._forecast.prefill_began(placement.prefill, now)
+        self.local.began(placement, need)
 
     def grow(self, request_id: int, tokens: int, now: float) -> None:
         """A sequence at decode has come to so many tokens."""
@@ -287,7 +294,10 @@ class Gate:
         if holding.prefilled_at is None:
             holding.prefilled_at = now
             self._owed.add(waiting.priority, waiting.tenant, -holding.owed_tokens)
-            self._forecast.prefill_ended(holding.prefill, holding.owed_tokens, now)
+            prefill = holding.placement.prefill
+            if prefill is not None:
+                self._forecast.prefill_ended(prefill, holding.owed_tokens, now)
+            self.local.ended(holding.placement, waiting.need)
         if self._ledger.room_of(request_id) is None:
             self._end(self._holdings.pop(request_id), now)
 
@@ -325,21 +335,31 @@ class Gate:
                 self._absent_since[role] = now
         self._forecast.keep_prefills(
             {view.key for view in prefills}
-            | {h.prefill for h in self._holdings.values() if h.prefilled_at is None}
+            | {
+                h.placement.prefill
+                for h in self._holdings.values()
+                if h.prefilled_at is None and h.placement.prefill is not None
+            }
         )
 
-    def _check_places(self, need: Need, now: float) -> None:
+    def _check_places(self, waiting: Waiting, now: float) -> None:
         """Raises where no instance of now, or of a moment ago, could ever take the request."""
-        missing = self._missing_role(need, now)
+        need = waiting.need
+        missing = self._missing_role(waiting, now)
         if missing is not None:
             raise _no_instance(missing)
         if self._is_complete(need) and not self._ledger.fits_ever(need):
             raise self._refusal("NEVER_FITS", need, retry_after_s=None)
 
-    def _missing_role(self, need: Need, now: float) -> str | None:
+    def _missing_role(self, waiting: Waiting, now: float) -> str | None:
+        need = waiting.need
         for role in ("prefill", "decode") if need.decodes else ("prefill",):
             since = self._absent_since[role]
             if since is not None and since + self._grace_s <= now:
+                if role == "prefill" and self.local.can_do_without(
+                    self._ledger.decodes(), need, waiting.cached_tokens
+                ):
+                    continue
                 return role
         return None
 

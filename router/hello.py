@@ -197,6 +197,7 @@ def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity
         dp=dp,
         expected_output_tokens=message.expected_output_tokens,
         token_bytes=_token_bytes(layout),
+        local_prefill_tokens=message.local_prefill_tokens,
     )
 
 

@@ -338,6 +338,10 @@ class Ledger:
         """Books the whole placement or nothing; a request id can be booked once."""
         if request_id in self._prefill_of or request_id in self._decode_of:
             raise LedgerError(f"request {request_id:016x} has a reservation already")
+        if placement.prefill is None:
+            return placement.decode is not None and self._reserve_blocks(
+                request_id, need, placement.decode, placement.dp_rank
+            )
         prefill = self._prefills.get(placement.prefill)
         if prefill is None or not prefill.takes_new:
             return False

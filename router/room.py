@@ -6,6 +6,7 @@ from math import inf
 from typing import TypeVar
 
 from router.ledger import DecodeView, InstanceKey, Ledger, Need, Placement, PrefillView
+from router.local_prefill import LocalPrefill
 from router.policy import RoutingPolicy
 from router.queue import Waiting
 
@@ -30,9 +31,10 @@ class Misfits:
         prompt, new = waiting.need.prompt_tokens, waiting.need.max_new_tokens
         return any(prompt >= least[0] and new >= least[1] for least in self._least)
 
-    def add(self, waiting: Waiting) -> None:
+    def add(self, waiting: Waiting, *, is_telling: bool = True) -> None:
+        """`is_telling`: what needs as much does not fit either."""
         self._tried.add(waiting)
-        if waiting.avoid:
+        if waiting.avoid or not is_telling:
             return  # it may not have been tried everywhere
         prompt, new = waiting.need.prompt_tokens, waiting.need.max_new_tokens
         self._least = [least for least in self._least if least[0] < prompt or least[1] < new]
@@ -43,26 +45,38 @@ class Room:
     """The room of one moment, as the queue asks about it."""
 
     def __init__(
-        self, ledger: Ledger, policy: RoutingPolicy, misfits: Misfits, now: float = 0.0
+        self,
+        ledger: Ledger,
+        policy: RoutingPolicy,
+        misfits: Misfits,
+        now: float = 0.0,
+        local: LocalPrefill | None = None,
     ) -> None:
         self._now = now
         self._ledger = ledger
         self._misfits = misfits
         self._policy = policy
+        self._local = local or LocalPrefill(0)
         self._prefills = ledger.prefills()
         self._decodes = ledger.decodes()
 
     def place(self, waiting: Waiting) -> Placement | None:
         if waiting in self._misfits:
             return None
-        placement = self._policy.choose(
-            _preferred(self._prefills, waiting.avoid),
-            _preferred(self._decodes, waiting.avoid),
-            self._need_now(waiting),
-            waiting.cached_tokens,
+        prefills = _preferred(self._prefills, waiting.avoid)
+        decodes = _preferred(self._decodes, waiting.avoid)
+        need, cached_tokens = self._need_now(waiting), waiting.cached_tokens
+        placement = self._local.choose(
+            self._policy.choose(prefills, decodes, need, cached_tokens),
+            prefills,
+            decodes,
+            need,
+            cached_tokens,
         )
         if placement is None:
-            self._misfits.add(waiting)
+            # Where only prefill is missing, decode may have more of another prompt, and fit it.
+            is_telling = not self._local.is_on or not any(view.fits(need) for view in decodes)
+            self._misfits.add(waiting, is_telling=is_telling)
         return placement
 
     def _need_now(self, waiting: Waiting) -> Need:

@@ -21,6 +21,7 @@ from router.hedging import Hedging
 from router.inference import InferenceService
 from router.inflight import Inflight
 from router.ledger import InstanceKey, Ledger
+from router.local_prefill import LocalPrefill
 from router.metrics import Metrics
 from router.policies import POLICIES
 from router.pools import Pools
@@ -57,6 +58,7 @@ class Router:
             max_bypasses=config.max_bypasses,
             grace_s=config.restart_grace_s,
             refuses_early=config.refuse_early,
+            local=LocalPrefill(config.local_prefill_max),
         )
         self.admission = Admission(gate=gate, metrics=self.metrics, clock=clock)
         breakers = Breakers[InstanceKey](

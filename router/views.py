@@ -29,6 +29,7 @@ class Capacity:
     Each of `dp` ranks has as many of the blocks, and a sequence is on one of them. Decode reserves
     room for `expected_output_tokens` at first, and takes more when needed; 0: for all there may be.
     A token's keys and values are `token_bytes`, 0 where that is not known.
+    It computes `local_prefill_tokens` of prompts in a step at most; 0: it computes none.
     """
 
     blocks: int
@@ -39,6 +40,7 @@ class Capacity:
     dp: int = 1
     expected_output_tokens: int = 0
     token_bytes: int = 0
+    local_prefill_tokens: int = 0
 
     @cached_property
     def dp_blocks(self) -> int:
@@ -110,12 +112,13 @@ class CachedTokens(Protocol):
 class Placement:
     """Where a request goes. `decode` is None where prefill alone answers it.
 
-    `cached_tokens` of its prompt are thought to be at prefill already, which does not owe them.
+    `prefill` is None where decode computes the prompt itself. `cached_tokens` of the prompt are
+    thought to be there already where it is computed.
     `cp_first` is the cp rank that is to have its first tokens, None where load is not to say, and
     `dp_rank` decode's dp rank.
     """
 
-    prefill: InstanceKey
+    prefill: InstanceKey | None
     decode: InstanceKey | None
     cached_tokens: int = 0
     cp_first: int | None = None

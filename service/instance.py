@@ -245,6 +245,7 @@ def make_hello(
     prefix_seed: bytes = b"",
     expected_output_tokens: int = 0,
     credits: bool = False,
+    local_prefill_tokens: int = 0,
 ) -> worker_pb2.InstanceHello:
     """What the instance tells routers; `data_addresses` is where its ranks take KV, if they do."""
     return worker_pb2.InstanceHello(
@@ -261,6 +262,7 @@ def make_hello(
             max_sequence_tokens=model.max_sequence_tokens,
             dp=model.part.layout.dp,
             expected_output_tokens=expected_output_tokens,
+            local_prefill_tokens=local_prefill_tokens,
         ),
         data_token=data_token,
         version=server_version(),

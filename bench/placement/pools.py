@@ -213,6 +213,7 @@ class Replay:
         for waiting, decided in decisions:
             call = self._of.pop(waiting)
             assert not isinstance(decided, ServiceError)
+            assert decided.prefill is not None  # decode computes no prompts here
             prefill = self._prefills[decided.prefill]
             prefill.queue.append((waiting.request_id, call, decided))
             self._compute(prefill)
@@ -246,6 +247,7 @@ class Replay:
     def _hand_over(
         self, request_id: int, call: Call, placement: Placement, compute_s: float
     ) -> None:
+        assert placement.prefill is not None
         assert placement.decode is not None
         decode = self._decodes[placement.decode]
         row = list(self._prefills).index(placement.prefill)

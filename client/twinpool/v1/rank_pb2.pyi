@@ -753,10 +753,13 @@ class RankSequence(_message.Message):
     END_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOCAL_PREFILL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     prompt_tokens: _builtins.int
     """Without those generated before."""
     min_new_tokens: _builtins.int
+    local_prefill: _builtins.bool
+    """The instance computes the prompt itself: `prompt_token_ids` are given."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -784,10 +787,11 @@ class RankSequence(_message.Message):
         end_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         output_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        local_prefill: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "end_token_ids", b"end_token_ids", "min_new_tokens", b"min_new_tokens", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "end_token_ids", b"end_token_ids", "local_prefill", b"local_prefill", "min_new_tokens", b"min_new_tokens", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -919,13 +923,14 @@ Global___RankDecodeStep: _TypeAlias = RankDecodeStep  # noqa: Y015
 
 @_typing.final
 class RankRows(_message.Message):
-    """One token of each of some sequences, all by place."""
+    """One token of each of some sequences, or a piece of its prompt; all by place."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_IDS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     STARTS_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -934,16 +939,21 @@ class RankRows(_message.Message):
     def starts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """How many of the sequence's tokens are in the cache."""
 
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of a piece of a prompt, its tokens; else 0. Empty where there are no pieces."""
+
     def __init__(
         self,
         *,
         request_ids: _abc.Iterable[_builtins.int] | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         starts: _abc.Iterable[_builtins.int] | None = ...,
+        lengths: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_ids", b"request_ids", "starts", b"starts", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lengths", b"lengths", "request_ids", b"request_ids", "starts", b"starts", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -951,7 +961,9 @@ Global___RankRows: _TypeAlias = RankRows  # noqa: Y015
 
 @_typing.final
 class RankSampled(_message.Message):
-    """What came of a dp rank's part in a step: the next tokens, in the order of its rows."""
+    """What came of a dp rank's part in a step: the next tokens, in the order of its rows, but for pieces
+    of prompts that more of the prompt follows.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

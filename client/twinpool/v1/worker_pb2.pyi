@@ -213,6 +213,7 @@ class Capacity(_message.Message):
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
     DP_FIELD_NUMBER: _builtins.int
     EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    LOCAL_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
     block_size: _builtins.int
     """Tokens of a block of the whole instance: with context parallelism a multiple of the layout's."""
@@ -225,6 +226,10 @@ class Capacity(_message.Message):
     """
     expected_output_tokens: _builtins.int
     """Output tokens that a decode instance reserves room for at first; 0: all that a request may have."""
+    local_prefill_tokens: _builtins.int
+    """Prompt tokens that a decode instance computes in a step at most, where it is asked to compute a
+    prompt itself; 0: it does not.
+    """
     def __init__(
         self,
         *,
@@ -234,10 +239,11 @@ class Capacity(_message.Message):
         max_sequence_tokens: _builtins.int = ...,
         dp: _builtins.int = ...,
         expected_output_tokens: _builtins.int = ...,
+        local_prefill_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "dp", b"dp", "expected_output_tokens", b"expected_output_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_sequences", b"max_sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "dp", b"dp", "expected_output_tokens", b"expected_output_tokens", "local_prefill_tokens", b"local_prefill_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_sequences", b"max_sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1113,6 +1119,7 @@ class ReserveRequest(_message.Message):
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     DP_RANK_FIELD_NUMBER: _builtins.int
     CAME_US_FIELD_NUMBER: _builtins.int
+    LOCAL_PREFILL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     router_id: _builtins.str
     """Which router's Run stream the tokens go to, and whose end releases the reservation."""
@@ -1131,6 +1138,10 @@ class ReserveRequest(_message.Message):
     came_us: _builtins.int
     """When the request came, in microseconds by the clock of its router's host: the same in all of its
     tries. An instance that has promised too much hands the latest back.
+    """
+    local_prefill: _builtins.bool
+    """The instance computes what it lacks of the prompt itself: no prefill instance is named, the
+    prompt's tokens are given, nothing is granted, and the first token comes on the Run stream.
     """
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams: ...
@@ -1171,10 +1182,11 @@ class ReserveRequest(_message.Message):
         output_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         dp_rank: _builtins.int = ...,
         came_us: _builtins.int = ...,
+        local_prefill: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefill_layout", b"prefill_layout", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "came_us", b"came_us", "dp_rank", b"dp_rank", "output_token_ids", b"output_token_ids", "prefill_epoch", b"prefill_epoch", "prefill_instance", b"prefill_instance", "prefill_layout", b"prefill_layout", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sampling", b"sampling", "stop", b"stop", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "came_us", b"came_us", "dp_rank", b"dp_rank", "local_prefill", b"local_prefill", "output_token_ids", b"output_token_ids", "prefill_epoch", b"prefill_epoch", "prefill_instance", b"prefill_instance", "prefill_layout", b"prefill_layout", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "router_id", b"router_id", "sampling", b"sampling", "stop", b"stop", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1191,7 +1203,9 @@ class ReserveResponse(_message.Message):
     cached_tokens: _builtins.int
     """Prompt tokens whose KV is here already, from earlier requests: the grant has them as kept."""
     @_builtins.property
-    def grant(self) -> _kv_pb2.Grant: ...
+    def grant(self) -> _kv_pb2.Grant:
+        """Absent where the instance computes the prompt itself."""
+
     def __init__(
         self,
         *,
@@ -1420,6 +1434,7 @@ class DecodeRunResponse(_message.Message):
     LOST_TRANSFERS_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
     SENT_FIELD_NUMBER: _builtins.int
+    FIRST_TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]: ...
     @_builtins.property
@@ -1432,6 +1447,10 @@ class DecodeRunResponse(_message.Message):
     def paused(self) -> _containers.RepeatedCompositeFieldContainer[Global___Paused]: ...
     @_builtins.property
     def sent(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sent]: ...
+    @_builtins.property
+    def first_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___LocalFirstToken]:
+        """Of sequences whose prompts the instance has computed itself."""
+
     def __init__(
         self,
         *,
@@ -1440,14 +1459,40 @@ class DecodeRunResponse(_message.Message):
         lost_transfers: _abc.Iterable[Global___TransferLost] | None = ...,
         paused: _abc.Iterable[Global___Paused] | None = ...,
         sent: _abc.Iterable[Global___Sent] | None = ...,
+        first_tokens: _abc.Iterable[Global___LocalFirstToken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "lost_transfers", b"lost_transfers", "outputs", b"outputs", "paused", b"paused", "sent", b"sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "first_tokens", b"first_tokens", "lost_transfers", b"lost_transfers", "outputs", b"outputs", "paused", b"paused", "sent", b"sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DecodeRunResponse: _TypeAlias = DecodeRunResponse  # noqa: Y015
+
+@_typing.final
+class LocalFirstToken(_message.Message):
+    """A sequence's first token, as prefill would have told it. Others follow as outputs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    @_builtins.property
+    def first_token(self) -> Global___FirstToken: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        first_token: Global___FirstToken | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalFirstToken: _TypeAlias = LocalFirstToken  # noqa: Y015
 
 @_typing.final
 class Paused(_message.Message):

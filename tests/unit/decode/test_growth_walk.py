@@ -106,6 +106,15 @@ class Follower:
             for row in of_rank:
                 tokens = self._walk.tokens_of[row.request_id]
                 table = self._tables[row.request_id]
+                if row.length:
+                    end = row.start + row.length
+                    for place in range(row.start, end):
+                        self._walk.memory.write(dp_rank, table, place, tokens)
+                    self._walk.memory.check(dp_rank, table, tokens[:end])
+                    if end == len(tokens):
+                        tokens.append(next_token(tokens))
+                        sampled.append(Sampled(token_id=tokens[-1]))
+                    continue
                 assert (row.start, row.token_id) == (len(tokens) - 1, tokens[-1])
                 self._walk.memory.write(dp_rank, table, row.start, tokens)
                 self._walk.memory.check(dp_rank, table, tokens)
@@ -118,8 +127,19 @@ class Follower:
 class Walk:
     """A decode instance without a model, its transfers, and the router of all its requests."""
 
-    def __init__(self, seed: int, *, blocks: int, expected: int, dp: int, depth: int, caches: bool):
+    def __init__(
+        self,
+        seed: int,
+        *,
+        blocks: int,
+        expected: int,
+        dp: int,
+        depth: int,
+        caches: bool,
+        local: float,
+    ) -> None:
         self._rng = random.Random(seed)
+        self._local = local
         self._dp = dp
         self._most = blocks * BLOCK_SIZE
         self.compute = Follower(self, depth)
@@ -141,7 +161,7 @@ class Walk:
         self.worker = Worker(
             compute=self.compute,
             admission=self.admission,
-            scheduler=Scheduler(max_batch=3, dp=dp, depth=depth),
+            scheduler=Scheduler(max_batch=3, dp=dp, depth=depth, prompt_tokens=2),
             emit=self._emit,
             hand_back=self._hand_back,
             on_fatal=lambda error: None,
@@ -176,8 +196,12 @@ class Walk:
             return
         self.compute.add(record)
         self.tokens_of[attempt] = request.tokens
-        self._writers[record.transfer.transfer_id] = record, request.tokens
-        request.tries, request.attempt, request.has_first = request.tries + 1, attempt, False
+        request.tries, request.attempt = request.tries + 1, attempt
+        request.has_first = record.reservation.is_local
+        if not record.reservation.is_local:
+            self._writers[record.transfer.transfer_id] = record, request.tokens
+        elif self.admission.begin(attempt):
+            self.worker.ready(attempt)
 
     def _reservation(self, request: Request, attempt: int) -> Reservation:
         return Reservation(
@@ -191,6 +215,7 @@ class Walk:
             ttl_s=60.0,
             dp_rank=self._rng.randrange(self._dp),
             came_us=request.number // 2,
+            is_local=self._rng.random() < self._local,
         )
 
     def first_token(self, request: Request) -> None:
@@ -317,18 +342,28 @@ def _prefixes(blocks: int, dp_rank: int, caches: bool) -> Prefixes:
     dp=st.integers(1, 2),
     depth=st.integers(1, 2),
     caches=st.booleans(),
+    local=st.sampled_from((0.0, 0.5, 1.0)),
 )
 @settings(max_examples=150, deadline=None)
 def test_every_sequence_ends_with_exactly_its_tokens(
-    seed: int, blocks: int, expected: int, dp: int, depth: int, caches: bool
+    seed: int, blocks: int, expected: int, dp: int, depth: int, caches: bool, local: float
 ) -> None:
-    walk = Walk(seed, blocks=blocks, expected=expected, dp=dp, depth=depth, caches=caches)
+    walk = Walk(
+        seed,
+        blocks=blocks,
+        expected=expected,
+        dp=dp,
+        depth=depth,
+        caches=caches,
+        local=local,
+    )
     for _ in range(400):
         walk.any_move()
         walk.admission.check_integrity()
     owed = sum(r.max_new_tokens - len(r.given) for r in walk.requests)
     # In each round, but for some in which a block comes back, the first of all makes a token.
-    for _ in range(20 + 8 * owed):
+    # A prompt that is computed here, again after each time it was handed back, takes some as well.
+    for _ in range(20 + 16 * owed):
         if all(request.over for request in walk.requests) and not walk.admission.held:
             break
         walk.round()

@@ -146,7 +146,7 @@ async def test_revoking_what_is_over_changes_nothing() -> None:
     assert group.agent.calls == [("open", 1)]
 
 
-def record(dp_rank: int = 0) -> SequenceRecord:
+def record(dp_rank: int = 0, *, is_local: bool = False) -> SequenceRecord:
     admission = Admission(
         prefixes=[Prefixes(BlockPool(8), layers=2)] * 2,
         block_size=4,
@@ -166,6 +166,7 @@ def record(dp_rank: int = 0) -> SequenceRecord:
             stop=StopCriteria(max_new_tokens=7, min_new_tokens=2, stop_token_ids=frozenset((8,))),
             ttl_s=10.0,
             dp_rank=dp_rank,
+            is_local=is_local,
         )
     )
 
@@ -179,11 +180,20 @@ def test_sequence_arrives_as_it_was() -> None:
     assert again.sampling.params == sent.reservation.sampling
     assert again.sampling.position == 5
     assert not again.sampling.suppresses  # two of its tokens have been generated
+    assert list(again.prompt) == []
+
+
+def test_prompt_that_is_computed_here_arrives_with_its_sequence() -> None:
+    again = sequence_from_wire(sequence_to_wire(record(is_local=True)))
+    assert list(again.prompt) == [3, 1, 3, 6, 6]
+    assert again.sampling.position == 5
 
 
 def test_step_and_its_tokens_arrive_as_they_were() -> None:
     rows = [[Row(2**63 + 1, 7, 900), Row(4, 0, 1)], []]
     assert rows_from_wire(step_to_wire(3, rows)) == rows
+    pieces = [[Row(4, 9, 12), Row(5, 0, 32, 16)], [Row(6, 1, 2)]]
+    assert rows_from_wire(step_to_wire(4, pieces)) == pieces
     report = TokenLogprobs(chosen=-0.5, top=((3, -0.25), (4, -2.0)))
     part = Part(sampled=[Sampled(token_id=5), Sampled(token_id=6, logprobs=report)], sample_s=0.5)
     assert part_from_wire(part_to_wire(3, part)) == part

@@ -197,3 +197,61 @@ def test_idle_blocks_make_room_and_held_ones_do_not() -> None:
     admission.writer_closed(holder.transfer.transfer_id)
     assert len(reserve(admission, 4, range(16)).blocks) == 5
     admission.check_integrity()
+
+
+def reserve_local(admission: Admission, request_id: int, prompt: Sequence[int]) -> SequenceRecord:
+    record = admission.reserve(
+        Reservation(
+            request_id=request_id,
+            router_id="r",
+            prompt_tokens=len(prompt),
+            prompt_ids=prompt,
+            sampling=SamplingParams(),
+            stop=StopCriteria(max_new_tokens=2),
+            ttl_s=10.0,
+            is_local=True,
+        )
+    )
+    assert admission.begin(request_id)
+    return record
+
+
+def test_prompt_that_is_computed_here_is_shared_as_soon_as_it_is() -> None:
+    admission = make()
+    first = reserve_local(admission, 1, PROMPT)
+    assert (first.missing_tokens, first.transfer.over.done()) == (10, True)
+    assert admission.computed(1, 6).missing_tokens == 4
+    assert reserve_local(admission, 2, PROMPT).cached_tokens == 0
+    admission.computed(1, 4)
+    assert reserve_local(admission, 3, PROMPT).cached_tokens == 8
+    for request_id in (1, 2, 3):
+        admission.end(request_id)
+        admission.check_integrity()
+    assert admission.counts().available == BLOCKS
+
+
+def test_part_of_a_prompt_that_was_computed_stays_known() -> None:
+    admission = make()
+    reserve_local(admission, 1, PROMPT)
+    admission.computed(1, 5)
+    admission.end(1)
+    assert reserve_local(admission, 2, PROMPT).cached_tokens == 4
+    admission.check_integrity()
+
+
+def test_last_token_of_a_known_prompt_is_computed_for_its_logits() -> None:
+    admission = make()
+    run(admission, 1, PROMPT[:8], (1, 2))
+    admission.end(1)
+    assert reserve(admission, 2, PROMPT[:8]).cached_tokens == 8
+    record = reserve_local(admission, 3, PROMPT[:8])
+    assert (record.cached_tokens, record.missing_tokens) == (4, 4)
+
+
+def test_nothing_may_be_sent_for_a_prompt_that_is_computed_here() -> None:
+    admission = make()
+    reserve_local(admission, 1, PROMPT)
+    with pytest.raises(KeyError):
+        admission.regrant(1)
+    assert not admission.activate(1, 5)
+    assert not admission.end_unless_running(1)

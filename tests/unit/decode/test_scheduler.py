@@ -60,21 +60,81 @@ def test_dp_rank_without_sequences_is_in_the_step_all_the_same() -> None:
     assert scheduler.schedule() == ((), (), (7,))
 
 
+def test_prompt_is_computed_in_pieces_beside_the_others_tokens() -> None:
+    scheduler = Scheduler(max_batch=4, prompt_tokens=8)
+    scheduler.add(1)
+    scheduler.add(2, missing_tokens=18)
+    pieces = []
+    for _ in range(4):
+        step = scheduler.schedule()
+        assert set(step[0]) == {1, 2}
+        pieces.append((scheduler.piece(1), scheduler.piece(2)))
+        scheduler.finished(step)
+    assert pieces == [(0, 8), (0, 8), (0, 2), (0, 0)]
+
+
+def test_step_has_pieces_of_several_prompts_up_to_its_bound_the_first_first() -> None:
+    scheduler = Scheduler(max_batch=4, dp=2, prompt_tokens=8)
+    for request_id, missing in ((1, 3), (2, 14), (3, 2)):
+        scheduler.add(request_id, missing_tokens=missing)
+    for request_id, missing in ((4, 8), (5, 0)):
+        scheduler.add(request_id, 1, missing_tokens=missing)
+    step = scheduler.schedule()
+    assert step == ((1, 2), (5, 4))
+    assert [scheduler.piece(request_id) for request_id in (1, 2, 3, 4)] == [3, 5, 0, 8]
+    scheduler.finished(step)
+    # The first is decoding by now, and so is the fourth.
+    assert scheduler.schedule() == ((1, 2), (5, 4))
+    assert [scheduler.piece(request_id) for request_id in (1, 2, 3, 4)] == [0, 8, 0, 0]
+
+
+def test_pieces_are_larger_where_no_sequence_waits_for_them() -> None:
+    scheduler = Scheduler(max_batch=4, dp=2, prompt_tokens=8)
+    scheduler.add(1, missing_tokens=90)
+    scheduler.finished(scheduler.schedule())
+    scheduler.add(2, 1)
+    sizes = []
+    for _ in range(2):
+        step = scheduler.schedule()
+        sizes.append(scheduler.piece(1))
+        scheduler.finished(step)
+    scheduler.remove(2)
+    scheduler.schedule()
+    assert [*sizes, scheduler.piece(1)] == [8, 8, 32]
+
+
+def test_prompts_take_no_part_of_the_share_of_an_overlapping_step() -> None:
+    scheduler = Scheduler(max_batch=8, depth=2, prompt_tokens=8)
+    for request_id in (1, 2):
+        scheduler.add(request_id)
+    scheduler.add(3, missing_tokens=20)
+    assert (scheduler.schedule(), scheduler.schedule()) == (((1, 3),), ((2,),))
+
+
+def test_prompt_of_a_sequence_that_must_not_step_is_not_computed() -> None:
+    scheduler = Scheduler(max_batch=4, prompt_tokens=8)
+    scheduler.add(1, missing_tokens=20)
+    assert scheduler.schedule(without=(1,)) == ()
+    assert scheduler.schedule() == ((1,),)
+
+
 class Random(RuleBasedStateMachine):
     """Every sequence steps as long as it is there, in one step at a time, and none is forgotten."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(max_batch=3, dp=2, depth=2)
+        self.scheduler = Scheduler(max_batch=3, dp=2, depth=2, prompt_tokens=4)
         self.alive: dict[int, int] = {}
+        self.missing: dict[int, int] = {}
         self.under_way: list[Step] = []
         self.next_id = 0
 
-    @rule(dp_rank=st.integers(0, 1))
-    def add(self, dp_rank: int) -> None:
+    @rule(dp_rank=st.integers(0, 1), missing=st.integers(0, 9))
+    def add(self, dp_rank: int, missing: int) -> None:
         self.next_id += 1
         self.alive[self.next_id] = dp_rank
-        self.scheduler.add(self.next_id, dp_rank)
+        self.missing[self.next_id] = missing
+        self.scheduler.add(self.next_id, dp_rank, missing)
 
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
@@ -94,6 +154,10 @@ class Random(RuleBasedStateMachine):
             assert len(set(of_rank)) == len(of_rank) <= 3
             assert not stepping.intersection(of_rank)
             assert all(self.alive[r] == dp_rank for r in of_rank)
+            pieces = {r: self.scheduler.piece(r) for r in of_rank}
+            assert sum(pieces.values()) <= 16
+            assert all((piece > 0) is (self.missing[r] > 0) for r, piece in pieces.items())
+            assert all(piece <= self.missing[r] for r, piece in pieces.items())
         if step:
             self.under_way.append(step)
         else:
@@ -102,7 +166,10 @@ class Random(RuleBasedStateMachine):
     @rule()
     def finish(self) -> None:
         if self.under_way:
-            self.scheduler.finished(self.under_way.pop(0))
+            step = self.under_way.pop(0)
+            for request_id in (r for of_rank in step for r in of_rank):
+                self.missing[request_id] -= self.scheduler.piece(request_id)
+            self.scheduler.finished(step)
 
     @invariant()
     def counts_agree(self) -> None:

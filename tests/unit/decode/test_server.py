@@ -11,13 +11,16 @@ from twinpool.v1 import common_pb2, kv_pb2, worker_pb2
 
 from decode.metrics import Metrics
 from decode.server import DecodeService
+from decode.worker import First, Step, Token
+from engine.sampling import Sampled
 from kvtransfer import Completed, Failed, KVShape, ReceiveGrant, TransferStats, uniform_cache
 from kvtransfer.errors import PeerLost
-from service.errors import InvalidRequest, WorkFailed
+from service.errors import Incompatible, InvalidRequest, NotFound, WorkFailed
 from service.wire import layout_to_wire
 from tests.unit.decode.test_prefixes import BLOCK_SIZE, BLOCKS, LAYERS, make
 
 TOKEN_BYTES = 10
+VOCABULARY = 300
 PROMPT = list(range(10))
 SHAPE = KVShape(layers=LAYERS, kv_heads=1, head_size=8, dtype="float32")
 LAYOUT = layout_to_wire(uniform_cache((SHAPE,), BLOCK_SIZE))
@@ -65,10 +68,12 @@ class StubSender:
 class System:
     """A service whose transfers end when they are told to, and one router's stream to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, computes_prompts: bool = False) -> None:
         self.registry = CollectorRegistry()
         self.receiver = StubReceiver()
-        config: Any = SimpleNamespace(eos_token_ids=())
+        self.ready: list[int] = []
+        self.told: asyncio.Queue[worker_pb2.DecodeRunResponse] = asyncio.Queue()
+        config: Any = SimpleNamespace(eos_token_ids=(), vocab_size=VOCABULARY)
         self.service = DecodeService(
             name="decode",
             epoch=1,
@@ -76,7 +81,8 @@ class System:
             max_sequence_tokens=BLOCKS * BLOCK_SIZE,
             drain_timeout_s=30.0,
             admission=make(),
-            worker=SimpleNamespace(ready=lambda _: None),  # type: ignore[arg-type]
+            worker=SimpleNamespace(ready=self.ready.append),  # type: ignore[arg-type]
+            computes_prompts=computes_prompts,
             compute=SimpleNamespace(add=lambda _: None),
             receiver=self.receiver,
             sender=StubSender(),  # type: ignore[arg-type]
@@ -103,19 +109,32 @@ class System:
         stats = TransferStats(bytes=0, messages=0, seconds=0.0, transport="")
         self.service.transfer_event(Completed(self.receiver.grants[-1].transfer_id, stats))
 
+    async def next_message(self) -> worker_pb2.DecodeRunResponse:
+        async with asyncio.timeout(5):
+            return await self.told.get()
+
     def sample(self, name: str) -> float | None:
         return self.registry.get_sample_value(f"twinpool_decode_{name}_total")
 
 
 @pytest.fixture
-async def system() -> AsyncIterator[System]:
-    made = System()
+def computes_prompts(request: pytest.FixtureRequest) -> bool:
+    return getattr(request, "param", False)
+
+
+@pytest.fixture
+async def system(computes_prompts: bool) -> AsyncIterator[System]:
+    made = System(computes_prompts=computes_prompts)
 
     async def requests() -> AsyncIterator[worker_pb2.DecodeRunRequest]:
         yield worker_pb2.DecodeRunRequest(hello=worker_pb2.RouterHello(router_id="r"))
         await asyncio.Event().wait()
 
-    stream = asyncio.ensure_future(anext(made.service.Run(requests(), None)))
+    async def listen() -> None:
+        async for message in made.service.Run(requests(), None):
+            made.told.put_nowait(message)
+
+    stream = asyncio.ensure_future(listen())
     await asyncio.sleep(0)  # the stream is open now, and nothing is on it
     yield made
     stream.cancel()
@@ -153,3 +172,67 @@ async def test_prompt_of_another_length_than_said_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match="prompt_token_ids"):
         await system.reserve(1, prompt_token_ids=said)
+
+
+def local(prompt: list[int] = PROMPT, request_id: int = 7) -> worker_pb2.ReserveRequest:
+    return worker_pb2.ReserveRequest(
+        request_id=request_id,
+        router_id="r",
+        prompt_tokens=len(PROMPT),
+        prompt_token_ids=prompt,
+        stop=common_pb2.StopParams(max_new_tokens=2),
+        ttl_ms=1000,
+        local_prefill=True,
+    )
+
+
+@pytest.mark.parametrize("computes_prompts", [True], indirect=True)
+async def test_prompt_is_computed_here_where_that_is_asked_for(system: System) -> None:
+    response = await system.service.Reserve(local(), None)
+    assert not response.HasField("grant")
+    assert system.receiver.grants == []
+    assert system.ready == [7]
+
+
+@pytest.mark.parametrize("computes_prompts", [True], indirect=True)
+@pytest.mark.parametrize("prompt", [[], PROMPT[1:], [*PROMPT[1:], VOCABULARY]])
+async def test_prompt_that_cannot_be_computed_is_refused(system: System, prompt: list[int]) -> None:
+    with pytest.raises(InvalidRequest, match="prompt_token_ids"):
+        await system.service.Reserve(local(prompt), None)
+    assert system.ready == []
+
+
+async def test_instance_that_computes_no_prompts_says_so(system: System) -> None:
+    with pytest.raises(Incompatible) as refusal:
+        await system.service.Reserve(local(), None)
+    assert refusal.value.reason == "NO_LOCAL_PREFILL"
+
+
+@pytest.mark.parametrize("computes_prompts", [True], indirect=True)
+async def test_regrant_of_a_prompt_that_is_computed_here_is_refused(system: System) -> None:
+    await system.service.Reserve(local(), None)
+    with pytest.raises(NotFound):
+        await system.service.Regrant(
+            worker_pb2.RegrantRequest(request_id=7, prefill_layout=LAYOUT), None
+        )
+
+
+async def test_first_token_of_a_prompt_that_was_computed_here_tells_of_it(system: System) -> None:
+    first = First(cached_tokens=4, queue_s=0.25, prefill_s=0.5)
+    tokens = [Token(7, Sampled(token_id=5), "stop", first), Token(8, Sampled(token_id=6), None)]
+    system.service.emit(
+        Step(tokens={"r": tokens}, seconds=0.0, forward_s=0.0, sample_s=0.0, gap_s=0.0, wait_s=0.0)
+    )
+    message = await system.next_message()
+    [told] = message.first_tokens
+    assert told == worker_pb2.LocalFirstToken(
+        request_id=7,
+        first_token=worker_pb2.FirstToken(
+            token_id=5,
+            finish_reason=common_pb2.FINISH_REASON_STOP,
+            queue_s=0.25,
+            prefill_s=0.5,
+            cached_tokens=4,
+        ),
+    )
+    assert [output.request_id for output in message.outputs] == [8]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from decode.admission import Admission
-from decode.compute import Done, Part, Rows
+from decode.compute import Done, Part, Row, Rows
 from decode.prefixes import Prefixes
 from decode.scheduler import Scheduler
 from decode.sequence import Reservation, SequenceRecord
@@ -16,6 +16,7 @@ from engine.sampling import Sampled, SamplingParams
 from engine.stopping import StopCriteria
 
 WAIT_S = 5.0
+PROMPT_TOKENS = 5
 
 
 class Controlled:
@@ -51,7 +52,14 @@ class Controlled:
         with self._changed:
             assert self._changed.wait_for(lambda: bool(self._done), WAIT_S)
             rows, done = self._done.pop(0)
-        done([Part(sampled=[Sampled(token_id=r.token_id + 1) for r in of]) for of in rows])
+        done([Part(sampled=[s for r in of if (s := _sampled(r)) is not None]) for of in rows])
+
+
+def _sampled(row: Row) -> Sampled | None:
+    if not row.length:
+        return Sampled(token_id=row.token_id + 1)
+    is_last = row.start + row.length == PROMPT_TOKENS
+    return Sampled(token_id=100 * row.request_id) if is_last else None
 
 
 class System:
@@ -68,14 +76,16 @@ class System:
         )
         self.steps: list[Step] = []
         self.fatal: list[BaseException] = []
+        self.handed_back: list[SequenceRecord] = []
         # Each sequence that has paused, and its tokens by then.
         self.paused: list[tuple[int, list[int]]] = []
         self._emitted = threading.Condition()
         self.worker = Worker(
             compute=self.compute,
             admission=self.admission,
-            scheduler=Scheduler(max_batch=8, dp=dp, depth=depth),
+            scheduler=Scheduler(max_batch=8, dp=dp, depth=depth, prompt_tokens=3),
             emit=self._emit,
+            hand_back=self.handed_back.append,
             on_fatal=self.fatal.append,
             on_paused=self._pause,
         )
@@ -101,7 +111,7 @@ class System:
             Reservation(
                 request_id=request_id,
                 router_id=router_id,
-                prompt_tokens=5,
+                prompt_tokens=PROMPT_TOKENS,
                 prompt_ids=(),
                 sampling=SamplingParams(),
                 stop=StopCriteria(max_new_tokens=max_new_tokens),
@@ -111,6 +121,22 @@ class System:
         )
         self.admission.activate(request_id, 100 * request_id)
         self.admission.complete(record.transfer.transfer_id)
+        self.worker.ready(request_id)
+
+    def compute_and_run(self, request_id: int, max_new_tokens: int = 4) -> None:
+        self.admission.reserve(
+            Reservation(
+                request_id=request_id,
+                router_id="r",
+                prompt_tokens=PROMPT_TOKENS,
+                prompt_ids=range(PROMPT_TOKENS),
+                sampling=SamplingParams(),
+                stop=StopCriteria(max_new_tokens=max_new_tokens),
+                ttl_s=60,
+                is_local=True,
+            )
+        )
+        assert self.admission.begin(request_id)
         self.worker.ready(request_id)
 
     def tokens(self, request_id: int) -> list[int]:
@@ -153,7 +179,7 @@ def test_rows_say_what_is_in_the_cache(system: System) -> None:
     system.worker.start()
     finish(system, 3)
     rows: Sequence[Rows] = system.compute.begun
-    assert [tuple(of[0][0]) for of in rows] == [(1, 100, 5), (1, 101, 6), (1, 102, 7)]
+    assert [tuple(of[0][0]) for of in rows] == [(1, 100, 5, 0), (1, 101, 6, 0), (1, 102, 7, 0)]
 
 
 def test_each_dp_rank_steps_with_its_own() -> None:
@@ -267,3 +293,55 @@ def test_paused_sequence_may_be_aborted(system: System) -> None:
     finish(system, 0)
     assert system.tokens(1) == [101]
     assert system.admission.held == 0
+
+
+def test_prompt_is_computed_here_before_its_sequence_goes_on(system: System) -> None:
+    system.run(1, max_new_tokens=5)
+    system.compute_and_run(2, max_new_tokens=3)
+    system.worker.start()
+    finish(system, 4)
+    rows = [[tuple(row[1:]) for row in of[0] if row.request_id == 2] for of in system.compute.begun]
+    assert rows == [[(0, 0, 3)], [(0, 3, 2)], [(200, 5, 0)], [(201, 6, 0)]]
+    assert system.tokens(1) == [101, 102, 103, 104]
+    assert system.tokens(2) == [200, 201, 202]
+    firsts = [t.first for step in system.steps for t in step.tokens["r"] if t.request_id == 2]
+    assert [first is not None for first in firsts] == [True, False, False]
+    assert [step.prompt_tokens for step in system.steps] == [3, 2, 0, 0]
+    assert system.admission.held == 0
+
+
+def test_first_token_may_be_the_last_of_a_prompt_that_is_computed_here(system: System) -> None:
+    system.compute_and_run(2, max_new_tokens=1)
+    system.worker.start()
+    finish(system, 1)
+    [token] = system.steps[0].tokens["r"]
+    assert (token.sampled.token_id, token.finish) == (200, "length")
+    assert system.admission.held == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_sequence_aborted_in_mid_prompt_ends_with_its_step(system: System, steps: int) -> None:
+    system.compute_and_run(1)
+    system.run(2, max_new_tokens=6)
+    system.worker.start()
+    for _ in range(steps - 1):
+        system.compute.end_step()
+    system.compute.wait_begun(steps)
+    assert not system.admission.end_unless_running(1)
+    system.worker.abort(1)
+    assert system.admission.holds(1)
+    finish(system, steps)
+    assert system.tokens(1) == []
+    assert system.compute.removed == [1]
+
+
+def test_sequence_that_is_to_pause_in_mid_prompt_is_handed_back(system: System) -> None:
+    system.compute_and_run(1)
+    system.run(2, max_new_tokens=6)
+    system.worker.start()
+    system.compute.wait_begun(1)
+    system.worker.pause(1)
+    finish(system, 1)
+    assert [record.request_id for record in system.handed_back] == [1]
+    assert system.paused == []
+    assert not system.admission.holds(1)

@@ -99,6 +99,7 @@ class FakeInstance:
         prefix_seed: bytes = b"",
         prefixes: PrefixSource | None = None,
         expected_output_tokens: int = 0,
+        local_prefill_tokens: int = 0,
         security: Security = PLAIN,
     ) -> None:
         self.name = name
@@ -111,6 +112,7 @@ class FakeInstance:
             max_sequences=max_sequences,
             max_sequence_tokens=16 * blocks,
             expected_output_tokens=expected_output_tokens,
+            local_prefill_tokens=local_prefill_tokens,
         )
         self.model = model_description or model()
         self.layout = layout()
@@ -199,10 +201,13 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         self.held: dict[int, str] = {}
         self.reserve_errors: list[ServiceError] = []
         self.reserve_gate = _open_gate()
+        self.prompt_gate = _open_gate()
         self.step_gate = _open_gate()
         self.tokens_per_step = 1
         self.silent_after = silent_after
         self.fail_after: tuple[int, worker_pb2.SequenceFailure] | None = None
+        self.fail_prompt: worker_pb2.SequenceFailure | None = None
+        self.stops_at_once = False
         # Sequences that are to pause or have, and what makes them go on.
         self.pausing: dict[int, asyncio.Event] = {}
         # After so many tokens it waits to be asked for a pause.
@@ -231,6 +236,8 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         self.on_metadata(context.invocation_metadata())
         if request.router_id not in self._streams:
             raise Incompatible("no Run stream", reason="NO_RUN_STREAM")
+        if request.local_prefill:
+            return await self._reserve_local(request)
         await self.reserve_gate.wait()
         if self.reserve_errors:
             raise self.reserve_errors.pop(0)
@@ -242,6 +249,46 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         return worker_pb2.ReserveResponse(
             grant=self._grant(request.request_id), blocks=1, cached_tokens=self.cached_tokens
         )
+
+    async def _reserve_local(
+        self, request: worker_pb2.ReserveRequest
+    ) -> worker_pb2.ReserveResponse:
+        """The first token may come before the answer."""
+        assert not request.prefill_instance
+        assert len(request.prompt_token_ids) + len(request.output_token_ids) == (
+            request.prompt_tokens
+        )
+        self.held[request.request_id] = request.router_id
+        self._spawn(self._compute(request))
+        await self.reserve_gate.wait()
+        return worker_pb2.ReserveResponse(blocks=1, cached_tokens=self.cached_tokens)
+
+    async def _compute(self, request: worker_pb2.ReserveRequest) -> None:
+        request_id, given = request.request_id, len(request.output_token_ids)
+        await self.prompt_gate.wait()
+        if request_id not in self.held:
+            return
+        if self.fail_prompt is not None:
+            failure = worker_pb2.SequenceFailure()
+            failure.CopyFrom(self.fail_prompt)
+            failure.request_id = request_id
+            del self.held[request_id]
+            self._say(request.router_id, worker_pb2.DecodeRunResponse(failures=[failure]))
+            return
+        if self.stops_at_once:
+            del self.held[request_id]
+        first = worker_pb2.FirstToken(
+            token_id=self.answer[given % len(self.answer)],
+            finish_reason=STOP if self.stops_at_once else common_pb2.FINISH_REASON_UNSPECIFIED,
+            prefill_s=0.25,
+            cached_tokens=self.cached_tokens,
+        )
+        told = worker_pb2.LocalFirstToken(request_id=request_id, first_token=first)
+        self._say(request.router_id, worker_pb2.DecodeRunResponse(first_tokens=[told]))
+        for futures in (self._complete, self._activated):
+            futures[request_id] = asyncio.get_running_loop().create_future()
+            futures[request_id].set_result(None)
+        await self._decode(request)
 
     async def Regrant(
         self, request: worker_pb2.RegrantRequest, context: Any

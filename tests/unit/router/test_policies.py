@@ -64,6 +64,7 @@ def placed(
 
 def names(placement: Placement | None) -> tuple[str, str]:
     assert placement is not None
+    assert placement.prefill is not None
     assert placement.decode is not None
     return placement.prefill.name, placement.decode.name
 
@@ -234,6 +235,7 @@ def test_placement_fits_wherever_there_is_one(name: PolicyName, data: st.DataObj
         exists = placed(LeastLoaded(), *views, need, cached) is not None
         assert (placement is not None) == exists
         if placement is not None:
+            assert placement.prefill is not None
             assert ledger.try_reserve(request_id, need, placement)
             assert placement.cached_tokens == cached[placement.prefill.name]
         ledger.check_integrity()

@@ -51,6 +51,7 @@ def chosen(
     )
     if placement is None:
         return None
+    assert placement.prefill is not None
     return placement.prefill.name, placement.decode.name if placement.decode else ""
 
 
@@ -92,6 +93,7 @@ def beginning(prefills: list[PrefillView], tokens: int) -> tuple[str, int | None
     need = Need(prompt_tokens=tokens, max_new_tokens=1)
     placement = LeastLoaded().choose(prefills, [], need, lambda key, dp_rank=0: 0)
     assert placement is not None
+    assert placement.prefill is not None
     return placement.prefill.name, placement.cp_first
 
 
@@ -126,6 +128,7 @@ def test_placement_says_what_is_thought_to_be_cached_where_it_goes() -> None:
         views, [decode("x")], NEED, lambda key, dp_rank=0: cached[key.name]
     )
     assert placement is not None
+    assert placement.prefill is not None
     assert (placement.prefill.name, placement.cached_tokens) == ("b", 16)
 
 
@@ -258,6 +261,7 @@ def test_the_choice_is_that_of_comparing_all_with_all(data: st.DataObject) -> No
         assert placement.decode is not None
         prefill_name, first, *rest = expected
         assert [placement.decode.name, placement.dp_rank] == rest
+        assert placement.prefill is not None
         assert placement.prefill.name == prefill_name
         assert placement.cp_first in (None, first)
 
