@@ -10,7 +10,6 @@ it holds, exactly once, in background work that a cancelled request does not tak
 import asyncio
 import logging
 from collections.abc import Callable
-from collections.abc import Set as AbstractSet
 
 from router.admission import Admission
 from router.decode_link import DecodeLink
@@ -33,15 +32,15 @@ from router.events import (
 )
 from router.hedge import Hedge
 from router.hedging import Hedging
-from router.ledger import InstanceKey, Need, Placement
+from router.inbox import Inbox
+from router.ledger import InstanceKey, Placement
+from router.legs import Legs
 from router.metrics import Metrics
 from router.pools import Pools
 from router.prefill_leg import PrefillLeg, confirm_abort
-from router.queue import Waiting
 from router.request import Stats, Tokens, ValidRequest
 from router.reserving import PREEMPTED, refusal, reserve
 from router.tasks import Tasks
-from router.workers import cp_first
 from service.errors import ServiceError, Unavailable
 
 # Where nobody takes over, decode may have had the whole of a lost transfer all the same.
@@ -84,16 +83,26 @@ class Attempt:
         self._metrics = metrics
         self._tasks = tasks
         self._stats = stats
-        self._deadline = deadline
         self._clock = clock
-        self._next_id = next_id
-        self._hedge_id = hedge_id
         self._hedging = hedging
         # What happens, and the leg it comes from or is meant for; None: it concerns the whole try.
-        self._inbox: asyncio.Queue[tuple[PrefillLeg | None, Event]] = asyncio.Queue()
+        self._inbox: Inbox[tuple[PrefillLeg | None, Event]] = Inbox()
+        self._legs = Legs(
+            request,
+            pools=pools,
+            admission=admission,
+            metrics=metrics,
+            tasks=tasks,
+            deadline=deadline,
+            clock=clock,
+            next_id=next_id,
+            hedge_id=hedge_id,
+            transfer=placement.decode is not None,
+            inbox=lambda leg, event: self._inbox.put_nowait((leg, event)),
+        )
         self._leg: PrefillLeg | None = None
         # Its leg gets no grant before its token has come first: decode takes from one alone.
-        self._hedge = Hedge(hedging, metrics, self._open_hedge)
+        self._hedge = Hedge(hedging, metrics, lambda: self._leg and self._legs.beside(self._leg))
         self._began_at = 0.0
         self._decode: DecodeLink | None = None
         self._reserving: asyncio.Task[None] | None = None
@@ -165,28 +174,14 @@ class Attempt:
         self._began_at = self._clock()
         self._stats.prefill_instance = ""
         if prefill_key is not None:
-            self._leg = self._open_leg(self._id, self._placement, prefill_key)
+            self._leg = self._legs.open(self._id, self._placement)
             self._stats.prefill_instance = prefill_key.name
             self._hedge.wait(self._uncached)
         if self._decode is not None:
             self._reserving = asyncio.create_task(self._reserve(self._decode, self._leg))
 
-    def _open_leg(self, leg_id: int, placement: Placement, key: InstanceKey) -> PrefillLeg:
-        """Raises Unavailable where the instance has gone."""
-        link = self._pools.prefill(key)
-        first = placement.cp_first
-        return PrefillLeg(
-            leg_id,
-            link,
-            self._request,
-            cp_first=cp_first(link.instance, self._request) if first is None else first,
-            transfer=self._decode is not None,
-            remaining_s=self._remaining_s(),
-            inbox=lambda leg, event: self._inbox.put_nowait((leg, event)),
-        )
-
     async def _ask_room(self, decode: DecodeLink, leg: PrefillLeg | None) -> Grant:
-        remaining_s, dp_rank = self._remaining_s(), self._placement.dp_rank
+        remaining_s, dp_rank = self._legs.remaining_s(), self._placement.dp_rank
         if leg is None:
             return await decode.reserve_local(self._id, self._request, remaining_s, dp_rank)
         return await decode.reserve(
@@ -274,7 +269,9 @@ class Attempt:
                 self._hedging.first_came(self._uncached, self._clock() - self._began_at)
             self._pools.succeeded(self._leg.key)
         self._admission.end_prefill(self._id if self._leg is None else self._leg.leg_id)
-        self._note_costs(event)
+        here = self._decode.instance.capacity if self._is_local and self._decode else None
+        tokens = len(self._request.prompt_token_ids) - event.cached_tokens
+        self._admission.local.computed(tokens, event.prefill_s, here)
         self._stats.queue_s += event.queue_s
         self._stats.prefill_queue_s = event.queue_s
         # Of the prompt's own computation, or of the first one here where another router's was lost.
@@ -292,15 +289,6 @@ class Attempt:
         if self._is_transferred:
             self._drop_leg(is_finished=False)  # the token was all that was still missing
         return event.tokens
-
-    def _note_costs(self, event: FirstToken) -> None:
-        local = self._admission.local
-        tokens = len(self._request.prompt_token_ids) - event.cached_tokens
-        if self._decode is not None and self._is_local:
-            most = self._decode.instance.capacity.local_prefill_tokens
-            local.computed_at_decode(-(-tokens // max(1, most)), event.prefill_s)
-        else:
-            local.computed_at_prefill(tokens, event.prefill_s)
 
     def _activate(self) -> None:
         if self._is_granted and self._first is not None and not self._is_activated:
@@ -337,9 +325,6 @@ class Attempt:
                         return
         except TimeoutError:
             return
-
-    def _remaining_s(self) -> float:
-        return max(0.001, self._deadline - self._clock())
 
     # ---- another prefill instance takes over
 
@@ -395,42 +380,16 @@ class Attempt:
         assert self._decode is not None
         assert self._reserving is not None
         try:
-            self._leg = leg = self._leg or await self._another_leg()
+            self._leg = leg = self._leg or await self._legs.another(self._lost)
             self._stats.prefill_instance = leg.key.name
             await asyncio.wait({self._reserving})
             if self._is_granted:  # else its failure ends the try
                 grant = await self._decode.regrant(
-                    self._id, leg.instance, leg.cp_first, self._remaining_s()
+                    self._id, leg.instance, leg.cp_first, self._legs.remaining_s()
                 )
                 self._inbox.put_nowait((leg, Regranted(grant)))
         except ServiceError as exc:
             self._inbox.put_nowait((self._leg, ResumeFailed(exc)))
-
-    async def _another_leg(self) -> PrefillLeg:
-        leg_id = self._next_id()
-        if leg_id is None:
-            raise Unavailable("no more tries", reason="RETRIES_EXHAUSTED")
-        try:
-            placement = await self._admission.admit(self._for_prefill(leg_id, self._lost))
-            self._metrics.placed(placement.cached_tokens)
-            assert placement.prefill is not None  # nothing is to be decoded
-            return self._open_leg(leg_id, placement, placement.prefill)
-        except BaseException:
-            self._admission.release(leg_id)
-            raise
-
-    def _for_prefill(self, leg_id: int, avoid: AbstractSet[InstanceKey]) -> Waiting:
-        """Returns what waits for the room of a prefill instance alone."""
-        return Waiting(
-            request_id=leg_id,
-            need=Need(prompt_tokens=len(self._request.prompt_token_ids), max_new_tokens=1),
-            priority=self._request.priority,
-            tenant=self._request.tenant,
-            start_by=self._deadline,
-            cached_tokens=self._pools.prefixes.lookup(self._request),
-            avoid=frozenset(avoid),
-            resumes=True,
-        )
 
     def _take_regranted(self, grant: Grant | None) -> None:
         if grant is None:
@@ -465,24 +424,6 @@ class Attempt:
     def _uncached(self) -> int:
         return len(self._request.prompt_token_ids) - self._placement.cached_tokens
 
-    def _open_hedge(self) -> PrefillLeg | None:
-        leg = self._leg
-        leg_id = self._hedge_id() if leg is not None else None
-        if leg is None or leg_id is None:
-            return None
-        placement = self._admission.place(self._for_prefill(leg_id, {leg.key}))
-        if placement is None:
-            return None
-        try:
-            if placement.prefill is not None and placement.prefill != leg.key:
-                hedge = self._open_leg(leg_id, placement, placement.prefill)
-                self._metrics.placed(placement.cached_tokens)
-                return hedge
-        except ServiceError:
-            pass  # it has gone this moment
-        self._admission.release(leg_id)
-        return None
-
     def _win_hedge(self) -> None:
         """Turns to the second instance: it alone is to send from here on."""
         if self._leg is not None:
@@ -492,17 +433,12 @@ class Attempt:
     def _lose_hedge(self) -> None:
         leg = self._hedge.lose()
         if leg is not None:
-            self._close_leg(leg, is_finished=False)
+            self._legs.close(leg, is_finished=False)
 
     def _drop_leg(self, *, is_finished: bool) -> None:
         leg, self._leg = self._leg, None
         if leg is not None:
-            self._close_leg(leg, is_finished=is_finished)
-
-    def _close_leg(self, leg: PrefillLeg, *, is_finished: bool) -> None:
-        self._admission.end_prefill(leg.leg_id)
-        self._pools.ended(leg.key)
-        leg.close(self._tasks, is_finished=is_finished)
+            self._legs.close(leg, is_finished=is_finished)
 
     # ---- leaving decode
 
@@ -524,7 +460,7 @@ class Attempt:
         self._departure = None
 
     def _take_pending(self) -> list[DecodeEvent]:
-        pending = [self._inbox.get_nowait() for _ in range(self._inbox.qsize())]
+        pending = self._inbox.take_all()
         for leg, event in pending:
             if leg is not None:
                 self._take(leg, event)  # prefill's last words

@@ -154,13 +154,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def _relay(self, job: Job, account: Account, outbox: Outbox, context: Any) -> None:
         """Writes the answer's parts as they come, until there are no more."""
-        prompt_tokens = len(job.request.prompt_token_ids)
+        shown_id, prompt_tokens = job.shown_id, len(job.request.prompt_token_ids)
         fingerprint = job.model.fingerprint
-        proof = self._proofs.give(job.shown_id, job.request, fingerprint)
+        proof = self._proofs.give(shown_id, job.request, fingerprint)
         terms: inference_pb2.Terms | None = terms_to_wire(job.request, fingerprint, proof)
         while (part := await outbox.next()) is not None:
             account.give(part)
-            message = response_to_wire(job.shown_id, part, prompt_tokens, account.stats)
+            message = response_to_wire(shown_id, part, prompt_tokens, account.stats)
             if terms is not None:
                 message.terms.CopyFrom(terms)
                 terms = None

@@ -12,7 +12,15 @@ that looks worse is tried again after a while.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from router.views import CachedTokens, DecodeView, InstanceKey, Need, Placement, PrefillView
+from router.views import (
+    CachedTokens,
+    Capacity,
+    DecodeView,
+    InstanceKey,
+    Need,
+    Placement,
+    PrefillView,
+)
 
 # How much of a mean each further value is.
 _WEIGHT = 0.1
@@ -205,6 +213,13 @@ class LocalPrefill:
     def sent(self, seconds: float) -> None:
         """Take note that all of a prompt's KV came to decode so long after it was computed."""
         self._costs = replace(self._costs, handoff_s=_mean(self._costs.handoff_s, seconds))
+
+    def computed(self, tokens: int, seconds: float, here: Capacity | None) -> None:
+        """A prompt's tokens were computed at prefill, or `here` at decode."""
+        if here is None:
+            self.computed_at_prefill(tokens, seconds)
+        else:
+            self.computed_at_decode(-(-tokens // max(1, here.local_prefill_tokens)), seconds)
 
     def computed_at_decode(self, steps: int, seconds: float) -> None:
         """Take note of a first token from decode, which took so many steps."""

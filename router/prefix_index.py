@@ -4,7 +4,8 @@ A hint for placement and nothing more: it lags the caches by a moment, and its k
 wrong guess costs a miss. No clock and no stream of its own; bounded for each instance.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -95,22 +96,45 @@ class PrefixIndex:
         The prompt is hashed block by block, once for all instances that name it alike, and only
         as far as somebody has it.
         """
-        chains: dict[tuple[int, int], _Chain] = {}
-        find = self._known.get
+        return _Lookup(request, self._known)
 
-        # Asked for each of hundreds of instances, most of which have nothing of the prompt.
-        def cached_tokens(key: InstanceKey, dp_rank: int = 0) -> int:
-            known = find(key)
-            if known is None:
-                return 0
-            chain = chains.get((known.naming, dp_rank))
-            if chain is None:
-                if not known.keys:
-                    return 0
-                chain = chains[known.naming, dp_rank] = _chain(request, known.instance, dp_rank)
-            return chain.tokens_in(known.keys) if chain.first in known.keys else 0
 
-        return cached_tokens
+class _Lookup(CachedTokens):
+    """Of one request's prompt. Most of hundreds of instances have nothing of it."""
+
+    def __init__(self, request: ValidRequest, known: Mapping[InstanceKey, _Known]) -> None:
+        self._request = request
+        self._known = known
+        self._chains: dict[tuple[int, int], _Chain] = {}
+
+    def __call__(self, key: InstanceKey, dp_rank: int = 0) -> int:
+        known = self._known.get(key)
+        if known is None or not known.keys:
+            return 0
+        chain = self._chain(known, dp_rank)
+        return chain.tokens_in(known.keys) if chain.first in known.keys else 0
+
+    def holders(self) -> AbstractSet[InstanceKey]:
+        firsts: dict[int, frozenset[int | None]] = {}
+        found = set()
+        for key, known in self._known.items():
+            if not known.keys:
+                continue
+            first = firsts.get(known.naming)
+            if first is None:
+                ranks = range(known.instance.capacity.dp)
+                first = frozenset(self._chain(known, rank).first for rank in ranks)
+                firsts[known.naming] = first
+            if not first.isdisjoint(known.keys):
+                found.add(key)
+        return found
+
+    def _chain(self, known: _Known, dp_rank: int) -> "_Chain":
+        chain = self._chains.get((known.naming, dp_rank))
+        if chain is None:
+            chain = _chain(self._request, known.instance, dp_rank)
+            self._chains[known.naming, dp_rank] = chain
+        return chain
 
 
 def _chain(request: ValidRequest, instance: Instance, dp_rank: int) -> "_Chain":

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from router.fairness import FairShares, Tenants
 from router.ledger import CachedTokens, InstanceKey, Need, Placement
+from router.views import NothingCached
 
 # Time limits of requests that have left are kept until there are so many.
 _MOST_LEFT_LIMITS = 64
@@ -79,7 +80,7 @@ class Waiting:
     priority: int
     start_by: float
     tenant: str = ""
-    cached_tokens: CachedTokens = lambda key, dp_rank=0: 0
+    cached_tokens: CachedTokens = field(default_factory=NothingCached)
     # Instances that failed this request before; taken only where there is no other.
     avoid: frozenset[InstanceKey] = frozenset()
     # Goes on with a request that holds decode's room or whose client has begun to read: ahead of

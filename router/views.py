@@ -3,11 +3,13 @@
 Values alone, as the ledger shows them and a policy weighs them; nothing here changes.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from service.step_fit import StepSpeed
 
@@ -100,12 +102,36 @@ class Need:
         return self.max_new_tokens > 1
 
 
-class CachedTokens(Protocol):
+class CachedTokens(ABC):
     """How many tokens of a request's prompt an instance is thought to have in its prefix cache."""
 
+    @abstractmethod
     def __call__(self, key: InstanceKey, dp_rank: int = 0) -> int:
         """Return those of an instance, and of one of its dp ranks."""
-        ...
+
+    def holders(self) -> AbstractSet[InstanceKey] | None:
+        """Return the instances that have any; None where each is to be asked."""
+        return None
+
+
+class NothingCached(CachedTokens):
+    """No instance has anything."""
+
+    def __call__(self, key: InstanceKey, dp_rank: int = 0) -> int:
+        return 0
+
+    def holders(self) -> AbstractSet[InstanceKey]:
+        return frozenset()
+
+
+class AskEach(CachedTokens):
+    """What a function says."""
+
+    def __init__(self, ask: Callable[[InstanceKey, int], int]) -> None:
+        self._ask = ask
+
+    def __call__(self, key: InstanceKey, dp_rank: int = 0) -> int:
+        return self._ask(key, dp_rank)
 
 
 @dataclass(frozen=True, kw_only=True)

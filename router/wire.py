@@ -181,9 +181,16 @@ def first_token_from_wire(message: worker_pb2.FirstToken) -> Tokens:
 def output_from_wire(message: worker_pb2.SequenceOutput) -> Tokens:
     return Tokens(
         token_ids=tuple(message.token_ids),
-        logprobs=tuple(_position_from_wire(position) for position in message.logprobs),
+        logprobs=_positions_from_wire(message.logprobs),
         finish=_FINISH_FROM_WIRE[message.finish_reason],
     )
+
+
+def _positions_from_wire(
+    messages: Sequence[common_pb2.PositionLogprobs],
+) -> tuple[PositionLogprobs, ...]:
+    # Few requests ask for them, and this is done for every token.
+    return tuple(map(_position_from_wire, messages)) if messages else ()
 
 
 def _position_from_wire(message: common_pb2.PositionLogprobs) -> PositionLogprobs:

@@ -9,6 +9,7 @@ the tokenizer's decoding of all ids at once.
 import codecs
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from text.tokenizer import Tokenizer
@@ -115,6 +116,8 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTES = _byte_alphabet()
 
 
+# Enough for what most texts are made of; a piece takes about 150 bytes.
+@lru_cache(maxsize=1 << 15)
 def _spelled_bytes(piece: str) -> bytes:
     """Return the bytes that a byte-level token spells; an added token may be plain text."""
     try:

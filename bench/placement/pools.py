@@ -18,7 +18,7 @@ from router.gate import Decision, Gate
 from router.ledger import Capacity, InstanceKey, Ledger, Need, Placement
 from router.policy import RoutingPolicy
 from router.queue import Waiting
-from router.views import Link, Pace
+from router.views import AskEach, Link, Pace
 from service.errors import ServiceError
 from service.step_fit import StepFit, StepSpeed
 
@@ -204,7 +204,7 @@ class Replay:
             priority=0,
             tenant=call.tenant,
             start_by=_FAR_S,
-            cached_tokens=cached_tokens,
+            cached_tokens=AskEach(cached_tokens),
         )
         self._of[waiting] = call
         self._act_on(self._gate.offer(waiting, self._now))

@@ -11,7 +11,13 @@ from math import inf
 from statistics import fmean
 from typing import NamedTuple
 
-from router.policies.fitting import beginnings, fit, is_short
+from router.policies.fitting import (
+    beginnings,
+    fit,
+    is_short,
+    known_at_decode,
+    known_at_prefill,
+)
 from router.policies.least_loaded import first_done, roomiest
 from router.views import (
     UNKNOWN_LINK,
@@ -80,7 +86,7 @@ class Expected:
         if fitting is None:
             return None
         able, roomy = fitting
-        cached = {p.key: tokens for p in able if (tokens := cached_tokens(p.key))}
+        cached = known_at_prefill(able, cached_tokens)
         paired = _PAIRED if need.decodes and len(able) > 1 and len(roomy) > 1 else 1
         firsts = self._firsts(able, need, cached, paired)
         thens = _thens(roomy, need, cached_tokens, paired) if need.decodes else []
@@ -186,10 +192,7 @@ def _thens(
     else:
         likely = _likely(scores, roomy, most)
     # A beginning that is there already saves its transfer, and no more than that.
-    closer = dict.fromkeys(likely, 0)
-    for i, view in enumerate(roomy):
-        if held := cached_tokens(view.key, view.dp_rank):
-            closer[i] = held
+    closer = dict.fromkeys(likely, 0) | dict(known_at_decode(roomy, cached_tokens))
     if inf in scores:
         closer |= {i: closer.get(i, 0) for i in order if scores[i] == inf}
     thens = [_then(roomy[i], need, held, known) for i, held in closer.items()]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from router.views import DecodeView, Need, PrefillView
+from router.views import CachedTokens, DecodeView, InstanceKey, Need, PrefillView
 
 
 def fit(
@@ -22,6 +22,30 @@ def fit(
         if total_tokens <= d.surely_fits or (total_tokens <= d.longest_sequence and d.fits(need))
     ]
     return (able, roomy) if roomy else None
+
+
+def known_at_prefill(
+    able: Sequence[PrefillView], cached_tokens: CachedTokens
+) -> dict[InstanceKey, int]:
+    """Returns how many of the prompt's tokens are cached, where any are."""
+    held = cached_tokens.holders()
+    if held is not None:
+        able = [view for view in able if view.key in held] if held else []
+    return {view.key: tokens for view in able if (tokens := cached_tokens(view.key))}
+
+
+def known_at_decode(
+    roomy: Sequence[DecodeView], cached_tokens: CachedTokens
+) -> list[tuple[int, int]]:
+    """Returns (place in `roomy`, tokens of the prompt cached there), where any are."""
+    held = cached_tokens.holders()
+    if held is not None and not held:
+        return []
+    return [
+        (place, tokens)
+        for place, view in enumerate(roomy)
+        if (held is None or view.key in held) and (tokens := cached_tokens(view.key, view.dp_rank))
+    ]
 
 
 def beginnings(prefill: PrefillView, need: Need) -> range:

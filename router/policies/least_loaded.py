@@ -3,7 +3,13 @@
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
-from router.policies.fitting import beginnings, fit, is_short
+from router.policies.fitting import (
+    beginnings,
+    fit,
+    is_short,
+    known_at_decode,
+    known_at_prefill,
+)
 from router.views import CachedTokens, DecodeView, InstanceKey, Need, Placement, PrefillView
 
 _LOAD = attrgetter("load")
@@ -37,7 +43,7 @@ class LeastLoaded:
         if fitting is None:
             return None
         able, roomy = fitting
-        cached = {p.key: tokens for p in able if (tokens := cached_tokens(p.key))}
+        cached = known_at_prefill(able, cached_tokens)
         prefill, first = first_done(able, cached, need)
         decode = roomiest(roomy, cached_tokens) if need.decodes else None
         return Placement(
@@ -86,10 +92,9 @@ def roomiest(roomy: Sequence[DecodeView], cached_tokens: CachedTokens) -> Decode
     """Returns the one with the most room, what is cached of the prompt counted as such."""
     best = min(roomy, key=_LOAD)
     least = best.load
-    for view in roomy:
-        tokens = cached_tokens(view.key, view.dp_rank)
-        if tokens:
-            load = (-view.room(tokens), *view.load[1:])
-            if load < least:
-                best, least = view, load
+    for place, tokens in known_at_decode(roomy, cached_tokens):
+        view = roomy[place]
+        load = (-view.room(tokens), *view.load[1:])
+        if load < least:
+            best, least = view, load
     return best

@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from twinpool.errors import DeadlineExceeded
@@ -80,14 +81,16 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decodes]:
         yield cluster
 
 
-def only_at(cluster: Cluster, name: str, prompt: Any, **options: Any) -> Stream:
-    """An answer that has begun at one of the two instances, while the other one was away."""
-    other = "b" if name == "a" else "a"
-    cluster.kill(other)
-    stream = Stream(cluster, prompt, **options)
+def begun_at_a(cluster: Cluster, prompt: Any, **options: Any) -> Stream:
+    """An answer that has begun at "a": of two idle instances that know nothing of a prompt, the
+    first one by name is taken.
+    """
+    cluster.wait_idle()
+    stream = Stream(cluster, prompt, cache_salt=uuid4().hex, **options)
     wait_until(lambda: len(stream.token_ids) >= BEGUN, "tokens")
-    cluster.start(other)
-    cluster.wait_ready()
+    with cluster.client() as client:
+        found = client.status().instances
+    assert [each.name for each in found if each.ledger_reserved] == ["a"]
     return stream
 
 
@@ -123,7 +126,7 @@ def test_answer_is_carried_to_and_fro(twins: Decodes) -> None:
     longer = {**LONG, "max_new_tokens": 5000}  # an instance has to come back in the meantime
     with twins.client() as client:
         right = client.complete(PROMPTS[1], timeout_s=60, **longer)
-    stream = only_at(twins, "a", PROMPTS[1], **longer)
+    stream = begun_at_a(twins, PROMPTS[1], **longer)
     work = twins.prefilled
     for name in ("a", "b"):
         told = len(stream.token_ids)
@@ -143,7 +146,7 @@ def test_answer_is_carried_to_and_fro(twins: Decodes) -> None:
 def test_instance_that_dies_in_mid_move_costs_no_token(twins: Decodes, who: str) -> None:
     with twins.client() as client:
         right = client.complete(PROMPTS[2], timeout_s=60, **LONG)
-    stream = only_at(twins, "a", PROMPTS[2], **LONG)
+    stream = begun_at_a(twins, PROMPTS[2], **LONG)
     before = twins.stayed
     twins.signal("b", signal.SIGSTOP)
     twins.signal("a", signal.SIGTERM)
@@ -167,7 +170,7 @@ def test_request_that_ends_in_mid_move_leaves_nothing(twins: Decodes, why: str) 
     before = twins.carried
     timeout_s = 6 if why == "deadline" else 60
     longer = {**LONG, "max_new_tokens": 4000}
-    stream = only_at(twins, "a", PROMPTS[0], timeout_s=timeout_s, **longer)
+    stream = begun_at_a(twins, PROMPTS[0], timeout_s=timeout_s, **longer)
     twins.signal("b", signal.SIGSTOP)
     twins.signal("a", signal.SIGTERM)
     wait_paused(stream)

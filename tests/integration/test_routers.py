@@ -26,11 +26,11 @@ MAX_NEW = 80
 class Pair(Cluster):
     """A cluster with another router, named "second"."""
 
-    def __init__(self, logs: Path, **options: Any) -> None:
+    def __init__(self, logs: Path, flags: tuple[str, ...] = FLAGS, **options: Any) -> None:
         second = f"127.0.0.1:{free_port()}"
         self._metrics = free_port()
         more = {"decode": ("--metrics-port", str(self._metrics))}
-        super().__init__(MODEL_DIR, logs, *FLAGS, more_flags=more, **options)
+        super().__init__(MODEL_DIR, logs, *flags, more_flags=more, **options)
         self.addresses = dict(zip(NAMES, (self.address, second), strict=True))
         port = second.rpartition(":")[2]
         for name, (role, *rest) in self._commands.items():

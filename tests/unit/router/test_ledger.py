@@ -13,7 +13,7 @@ from router.ledger import Capacity, InstanceKey, Ledger, LedgerError, Need, Plac
 from router.policies.least_loaded import LeastLoaded
 from router.queue import AdmissionQueue, QueueFull, Waiting
 from router.room import Misfits, Room
-from router.views import Pace
+from router.views import AskEach, Pace
 from service.step_fit import StepSpeed
 
 PREFILL = InstanceKey("prefill", 1)
@@ -261,7 +261,7 @@ class LedgerAndQueue(RuleBasedStateMachine):
             need=need(prompt, new),
             priority=priority,
             start_by=start_by,
-            cached_tokens=lambda key, dp_rank=0: cached * (key.epoch % 3),
+            cached_tokens=AskEach(lambda key, _: cached * (key.epoch % 3)),
         )
         if len(self.waiting) == 5:
             with pytest.raises(QueueFull):

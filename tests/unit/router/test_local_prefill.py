@@ -11,7 +11,7 @@ from router.ledger import Ledger
 from router.local_prefill import Costs, LocalPrefill, Work, disaggregated_s, is_local, local_s
 from router.policies.least_loaded import LeastLoaded
 from router.queue import Waiting
-from router.views import CachedTokens, Capacity, InstanceKey, Need, Placement
+from router.views import AskEach, CachedTokens, Capacity, InstanceKey, Need, Placement
 from service.errors import Unavailable
 
 PREFILL, DECODE, OTHER = (InstanceKey(name, 1) for name in ("prefill", "decode", "other"))
@@ -23,7 +23,7 @@ WORK = Work(owed=0, prefill=30, local_owed=0, local=30, local_step=32)
 
 
 def cached(tokens: Mapping[InstanceKey, int] = {}) -> CachedTokens:
-    return lambda key, dp_rank=0: tokens.get(key, 0)
+    return AskEach(lambda key, _: tokens.get(key, 0))
 
 
 def test_ways_cost_what_is_before_them_and_what_they_do() -> None:

@@ -45,7 +45,7 @@ def test_slowest_way_to_an_instance_counts_for_each_of_its_ranks() -> None:
     assert pace.links == {"x": Link(2e9, 0.2), "y": Link(0.0, 0.0)}
 
 
-def test_bytes_of_a_token_follow_from_the_layout() -> None:
+async def test_bytes_of_a_token_follow_from_the_layout() -> None:
     hello = FakePrefill("a", lambda _: None).hello()  # type: ignore[arg-type,return-value]
     hello.address = "127.0.0.1:1"
     shape = hello.layout.shape

@@ -16,7 +16,7 @@ from router.policies.least_loaded import LeastLoaded
 from router.policies.prefix import PrefixOnly
 from router.policies.round_robin import RoundRobin
 from router.policy import RoutingPolicy
-from router.views import Link, Pace
+from router.views import AskEach, Link, Pace
 from service.step_fit import StepSpeed
 
 CAPACITY = Capacity(
@@ -59,7 +59,7 @@ def placed(
     need: Need = NEED,
     cached: Mapping[str, int] = NO_CACHE,
 ) -> Placement | None:
-    return policy.choose(prefills, decodes, need, lambda key, dp_rank=0: cached.get(key.name, 0))
+    return policy.choose(prefills, decodes, need, AskEach(lambda key, _: cached.get(key.name, 0)))
 
 
 def names(placement: Placement | None) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from router.ledger import Capacity, DecodeView, InstanceKey, Ledger, Need, PrefillView
 from router.policies.least_loaded import LeastLoaded
+from router.views import AskEach, NothingCached
 
 CAPACITY = Capacity(blocks=10, block_size=16, max_sequences=4, max_sequence_tokens=128)
 NEED = Need(prompt_tokens=20, max_new_tokens=20)
@@ -47,7 +48,7 @@ def chosen(
     cached: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[str, str] | None:
     placement = LeastLoaded().choose(
-        prefills, decodes, need, lambda key, dp_rank=0: cached.get(key.name, 0)
+        prefills, decodes, need, AskEach(lambda key, _: cached.get(key.name, 0))
     )
     if placement is None:
         return None
@@ -91,7 +92,7 @@ def test_cached_beginning_is_worth_the_tokens_it_saves(queue: int, winner: str) 
 
 def beginning(prefills: list[PrefillView], tokens: int) -> tuple[str, int | None]:
     need = Need(prompt_tokens=tokens, max_new_tokens=1)
-    placement = LeastLoaded().choose(prefills, [], need, lambda key, dp_rank=0: 0)
+    placement = LeastLoaded().choose(prefills, [], need, NothingCached())
     assert placement is not None
     assert placement.prefill is not None
     return placement.prefill.name, placement.cp_first
@@ -125,7 +126,7 @@ def test_placement_says_what_is_thought_to_be_cached_where_it_goes() -> None:
     cached = {"a": 4, "b": 16, "x": 8}
     views = [prefill("a"), prefill("b")]
     placement = LeastLoaded().choose(
-        views, [decode("x")], NEED, lambda key, dp_rank=0: cached[key.name]
+        views, [decode("x")], NEED, AskEach(lambda key, _: cached[key.name])
     )
     assert placement is not None
     assert placement.prefill is not None
@@ -133,10 +134,11 @@ def test_placement_says_what_is_thought_to_be_cached_where_it_goes() -> None:
 
 
 def test_cache_is_not_asked_where_no_decode_instance_has_room() -> None:
-    def never(key: InstanceKey, dp_rank: int = 0) -> int:
+    def never(key: InstanceKey, dp_rank: int) -> int:
         raise AssertionError(key)
 
-    assert LeastLoaded().choose([prefill("a")], [decode("x", free=0)], NEED, never) is None
+    full = [decode("x", free=0)]
+    assert LeastLoaded().choose([prefill("a")], full, NEED, AskEach(never)) is None
 
 
 @pytest.mark.parametrize(("used", "winner"), [(0, "holder"), (1, "holder"), (2, "idle")])
@@ -191,7 +193,7 @@ def test_prompts_that_all_begin_alike_are_not_all_given_to_their_holder(
             ledger.prefills(),
             ledger.decodes(),
             need,
-            lambda key, dp_rank=0: known if key.name == "holder" else 0,
+            AskEach(lambda key, _: known if key.name == "holder" else 0),
         )
         assert placement is not None
         assert ledger.try_reserve(request_id, need, placement)
@@ -251,7 +253,7 @@ def test_the_choice_is_that_of_comparing_all_with_all(data: st.DataObject) -> No
     cached = data.draw(st.dictionaries(st.sampled_from(names), st.integers(0, 40), max_size=4))
     need = Need(prompt_tokens=data.draw(st.integers(1, 60)), max_new_tokens=20)
     placement = LeastLoaded().choose(
-        prefills, decodes, need, lambda key, dp_rank=0: cached.get(key.name, 0)
+        prefills, decodes, need, AskEach(lambda key, _: cached.get(key.name, 0))
     )
     expected = by_looking_at_all(prefills, decodes, need, cached)
     if expected is None:

@@ -148,3 +148,20 @@ def test_no_more_is_remembered_than_the_instance_has_blocks() -> None:
         assert index.known_blocks(KEY) == most
         index.take(KEY, told(*range(100, 200), sequence=2))
         assert index.known_blocks(KEY) == most
+
+
+def test_holders_are_those_that_have_anything_of_a_prompt() -> None:
+    first, second = keys_of(*PROMPT)
+    [elsewhere] = keys_of(*PROMPT[:BLOCK], first=1)
+    index = PrefixIndex()
+    stored = {"both": (first, second), "tail": (second,), "other dp rank": (elsewhere,), "none": ()}
+    for name, keys in stored.items():
+        made = holder(name)
+        index.join(replace(made, capacity=replace(made.capacity, dp=2)))
+        assert index.take(InstanceKey(name, 1), told(*keys))
+    cached = index.lookup(request(*PROMPT))
+    assert cached.holders() == {InstanceKey("both", 1), InstanceKey("other dp rank", 1)}
+    assert cached(InstanceKey("both", 1)) == 2 * BLOCK
+    assert cached(InstanceKey("other dp rank", 1)) == 0
+    assert cached(InstanceKey("other dp rank", 1), 1) == BLOCK
+    assert index.lookup(request(1)).holders() == set()
