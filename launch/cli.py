@@ -18,6 +18,7 @@ _COMMANDS = {
     "generate": ("Send a prompt and print the answer as it comes.", "launch.generate"),
     "status": ("Show pools, instances, blocks and requests.", "launch.status"),
     "token": ("Make tokens for clients and workers.", "launch.token"),
+    "plan": ("Choose layouts and pool sizes for a model and a load.", "launch.plan"),
     "demo": ("Serve the built-in model and check its answers.", "launch.demo"),
     "router": ("Run a router.", "router.__main__"),
     "prefill": ("Run a prefill instance that joins a router.", "prefill.__main__"),

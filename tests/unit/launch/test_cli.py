@@ -122,7 +122,7 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
         check=True,
         timeout=60,
     ).stdout
-    for name in ("serve", "router", "prefill", "decode", "generate", "status", "demo"):
+    for name in ("serve", "router", "prefill", "decode", "generate", "status", "plan", "demo"):
         assert f"\n  {name} " in output
     assert output.endswith("[]\n")
 
@@ -136,6 +136,7 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
         ("decode", ["MODEL", "--router", "--data-port"]),
         ("generate", ["{prompt}", "--max-new-tokens", "--temperature", "--chat / --raw", "--stop"]),
         ("status", ["--router", "--json", "--watch"]),
+        ("plan", ["MODEL", "--gpu", "--trace", "--ttft", "--json FILE"]),
         ("demo", ["--prompts", "--long-tokens"]),
     ],
 )
@@ -149,7 +150,8 @@ def test_workers_help_and_settings_load_no_torch() -> None:
     source = (
         "import sys\n"
         "from launch.cli import app\n"
-        "for args in (['prefill', '--help'], ['decode', '/m', '--print-config'], ['status']):\n"
+        "for args in (['prefill', '--help'], ['decode', '/m', '--print-config'], ['status'],\n"
+        "             ['plan', '--help']):\n"
         "    try: app(args)\n"
         "    except SystemExit: pass\n"
         "print('torch' in sys.modules)\n"
