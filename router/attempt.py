@@ -125,6 +125,7 @@ class Attempt:
         self._gives_up_with: ServiceError | None = None
         self._departure: Departure | None = None
         self.suspect: InstanceKey | None = None
+        self.past: Callable[[Tokens], bool] | None = None
 
     @property
     def decode_key(self) -> InstanceKey | None:
@@ -169,7 +170,7 @@ class Attempt:
             self._stats.decode_instance = decode_key.name
             self.suspect = decode_key
             self._decode = self._pools.decode(decode_key)
-            self._decode.attach(self._id, lambda event: self._inbox.put_nowait((None, event)))
+            self._decode.attach(self._id, self._hear)
         self.suspect = None
         self._began_at = self._clock()
         self._stats.prefill_instance = ""
@@ -202,6 +203,16 @@ class Attempt:
             self._inbox.put_nowait((None, Granted(grant)))
 
     # ---- what happens
+
+    def _hear(self, event: DecodeEvent) -> None:
+        """Takes in what decode tells."""
+        past = self.past
+        if past is not None and self._inbox.is_awaited and isinstance(event, Output):
+            is_plain = event.tokens.finish is None and self._has_output
+            if is_plain and self._departure is None and past(event.tokens):
+                self._note_output(event.tokens)
+                return
+        self._inbox.put_nowait((None, event))
 
     async def _next_event(self) -> tuple[PrefillLeg | None, Event]:
         if self._give_up_at is None:
@@ -238,8 +249,7 @@ class Attempt:
                     self._stats.second_token_s = self._clock() - self._first_at
                 self._has_output = True
                 self._give_up_at = None
-                self._tokens += len(tokens.token_ids)
-                self._admission.grow(self._id, self._tokens)
+                self._note_output(tokens)
                 return tokens
             case Transferred():
                 self._take_transferred(event)
@@ -261,6 +271,10 @@ class Attempt:
                 self.suspect = self._placement.decode if error.reason != PREEMPTED else None
                 raise error
         return None
+
+    def _note_output(self, tokens: Tokens) -> None:
+        self._tokens += len(tokens.token_ids)
+        self._admission.grow(self._id, self._tokens)
 
     def _take_first_token(self, event: FirstToken) -> Tokens | None:
         self._lose_hedge()

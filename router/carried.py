@@ -22,6 +22,7 @@ from router.events import (
     Sent,
     TransferLost,
 )
+from router.inbox import Inbox
 from router.ledger import InstanceKey
 from router.pools import Pools
 from router.prefill_leg import confirm_abort
@@ -66,7 +67,7 @@ class Carried:
         self._deadline = deadline
         self._clock = clock
         # What happens here, and at the instance that the sequence comes from.
-        self._inbox: asyncio.Queue[tuple[bool, DecodeEvent]] = asyncio.Queue()
+        self._inbox: Inbox[tuple[bool, DecodeEvent]] = Inbox()
         self._decode: DecodeLink | None = None
         self._source: Departure | None = None
         self._reserving: asyncio.Task[None] | None = None
@@ -79,6 +80,7 @@ class Carried:
         self._is_finished = False
         self._departure: Departure | None = None
         self.suspect: InstanceKey | None = None
+        self.past: Callable[[Tokens], bool] | None = None
 
     @property
     def decode_key(self) -> InstanceKey | None:
@@ -116,7 +118,7 @@ class Carried:
         source.divert(lambda event: self._inbox.put_nowait((False, event)))
         self.suspect = self._decode_key
         self._decode = self._pools.decode(self._decode_key)
-        self._decode.attach(self._id, lambda event: self._inbox.put_nowait((True, event)))
+        self._decode.attach(self._id, self._hear)
         self.suspect = None
         self._reserving = asyncio.create_task(
             self._reserve(self._decode, source, source.paused.ranks, request)
@@ -188,6 +190,15 @@ class Carried:
     def start(self) -> None:
         """Nothing is left to be begun."""
 
+    def _hear(self, event: DecodeEvent) -> None:
+        """Takes in what is told here."""
+        past = self.past
+        if past is not None and self._inbox.is_awaited and isinstance(event, Output):
+            is_plain = event.tokens.finish is None and self._has_output
+            if is_plain and self._departure is None and past(event.tokens):
+                return
+        self._inbox.put_nowait((True, event))
+
     async def next_tokens(self) -> Tokens | None:
         """Returns what was generated next; None where the sequence has paused, as asked.
 
@@ -238,8 +249,7 @@ class Carried:
         self._departure = None
 
     def _take_pending(self) -> list[DecodeEvent]:
-        pending = [self._inbox.get_nowait() for _ in range(self._inbox.qsize())]
-        return [event for is_here, event in pending if is_here]
+        return [event for is_here, event in self._inbox.take_all() if is_here]
 
     def close(self) -> None:
         """Gives everything back; what needs an answer from an instance goes on by itself."""

@@ -19,6 +19,11 @@ class Inbox(Generic[_Event]):
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the reader waits, and has nothing to look at."""
+        return not self._events and self._reader is not None and not self._reader.done()
+
     async def get(self) -> _Event:
         """Returns the next event; a reader that is cancelled takes none with it."""
         while not self._events:

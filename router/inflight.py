@@ -260,6 +260,14 @@ class Inflight:
         asks = _MOST_CARRIES
         carried: Carried | None = None
         departure: Departure | None = None
+
+        def past(tokens: Tokens) -> bool:
+            if run.may_stop or self._drains(attempt):
+                return False
+            self._give(tokens, run, emit)
+            return True
+
+        attempt.past = past
         try:
             while True:
                 tokens = await attempt.next_tokens()
@@ -281,6 +289,7 @@ class Inflight:
                     asks = asks - 1 if carried is not None else 0
                     departure = attempt.depart() if carried is not None else None
         finally:
+            attempt.past = None
             if carried is not None:
                 carried.close()
 

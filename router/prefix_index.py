@@ -35,7 +35,7 @@ class _Known:
 
     instance: Instance
     most_keys: int
-    # Instances with the same number name a prompt's blocks alike.
+    # Instances with the same number name a prompt's blocks alike, on as many dp ranks.
     naming: int
     sequence: int | None = None
     keys: set[int] = field(default_factory=set)
@@ -48,19 +48,26 @@ class PrefixIndex:
         """`max_keys` is what is remembered of one instance at most."""
         self._max_keys = max_keys
         self._known: dict[InstanceKey, _Known] = {}
-        self._namings: dict[tuple[bytes, int, int], int] = {}
+        self._namings: dict[tuple[bytes, int, int, int], int] = {}
+        # The keys of all that name blocks alike, by naming.
+        self._alike: dict[int, dict[InstanceKey, set[int]]] = {}
 
     def join(self, instance: Instance) -> None:
         """Takes an instance in, of which nothing is known yet; one without a seed never tells."""
         if instance.prefix_seed:
             most = min(instance.capacity.blocks, self._max_keys)
-            named = (instance.prefix_seed, instance.layout.cp, instance.capacity.block_size)
+            capacity, cp = instance.capacity, instance.layout.cp
+            named = (instance.prefix_seed, cp, capacity.block_size, capacity.dp)
             naming = self._namings.setdefault(named, len(self._namings))
-            self._known[instance.key] = _Known(instance=instance, most_keys=most, naming=naming)
+            known = _Known(instance=instance, most_keys=most, naming=naming)
+            self._known[instance.key] = known
+            self._alike.setdefault(naming, {})[instance.key] = known.keys
 
     def leave(self, key: InstanceKey) -> None:
         """Forgets an instance; unknown ones are no error."""
-        self._known.pop(key, None)
+        known = self._known.pop(key, None)
+        if known is not None:
+            del self._alike[known.naming][key]
 
     def take(self, key: InstanceKey, events: PrefixEvents) -> bool:
         """Takes in what an instance tells; False where messages before it are missing.
@@ -96,15 +103,21 @@ class PrefixIndex:
         The prompt is hashed block by block, once for all instances that name it alike, and only
         as far as somebody has it.
         """
-        return _Lookup(request, self._known)
+        return _Lookup(request, self._known, self._alike)
 
 
 class _Lookup(CachedTokens):
     """Of one request's prompt. Most of hundreds of instances have nothing of it."""
 
-    def __init__(self, request: ValidRequest, known: Mapping[InstanceKey, _Known]) -> None:
+    def __init__(
+        self,
+        request: ValidRequest,
+        known: Mapping[InstanceKey, _Known],
+        alike: Mapping[int, Mapping[InstanceKey, set[int]]],
+    ) -> None:
         self._request = request
         self._known = known
+        self._alike = alike
         self._chains: dict[tuple[int, int], _Chain] = {}
 
     def __call__(self, key: InstanceKey, dp_rank: int = 0) -> int:
@@ -115,18 +128,14 @@ class _Lookup(CachedTokens):
         return chain.tokens_in(known.keys) if chain.first in known.keys else 0
 
     def holders(self) -> AbstractSet[InstanceKey]:
-        firsts: dict[int, frozenset[int | None]] = {}
-        found = set()
-        for key, known in self._known.items():
-            if not known.keys:
+        found: set[InstanceKey] = set()
+        for alike in self._alike.values():
+            some = next(iter(alike), None)
+            if some is None:
                 continue
-            first = firsts.get(known.naming)
-            if first is None:
-                ranks = range(known.instance.capacity.dp)
-                first = frozenset(self._chain(known, rank).first for rank in ranks)
-                firsts[known.naming] = first
-            if not first.isdisjoint(known.keys):
-                found.add(key)
+            for dp_rank in range(self._known[some].instance.capacity.dp):
+                first = self._chain(self._known[some], dp_rank).first
+                found.update([key for key, keys in alike.items() if first in keys])
         return found
 
     def _chain(self, known: _Known, dp_rank: int) -> "_Chain":

@@ -83,6 +83,11 @@ class Progress:
         """The token that decode goes on from; there is one."""
         return self._given[-1]
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether the text may end the answer, and not the tokens alone."""
+        return bool(self._original.stop.strings)
+
     def push(self, tokens: Tokens) -> tuple[AnswerPart, float | None]:
         """Takes new tokens; returns what the client gets, and how long it waited after a move."""
         now = self._clock()

@@ -2,6 +2,7 @@
 over with its KV.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from router.departure import Departure
@@ -12,10 +13,13 @@ from router.request import Tokens
 class Try(Protocol):
     """One try at the pools: `start`, `next_tokens` until its end, `close` once at any point.
 
-    `suspect` names the instance that failed, where one did.
+    `suspect` names the instance that failed, where one did. Where there is a `past`, tokens that
+    are neither the first nor the last ones may go there while `next_tokens` waits, which then does
+    not return them: nobody has to wake up for them. It says whether it takes them.
     """
 
     suspect: InstanceKey | None
+    past: Callable[[Tokens], bool] | None
 
     @property
     def decode_key(self) -> InstanceKey | None:

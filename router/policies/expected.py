@@ -11,13 +11,7 @@ from math import inf
 from statistics import fmean
 from typing import NamedTuple
 
-from router.policies.fitting import (
-    beginnings,
-    fit,
-    is_short,
-    known_at_decode,
-    known_at_prefill,
-)
+from router.policies.fitting import Fitting, beginnings, fit
 from router.policies.least_loaded import first_done, roomiest
 from router.views import (
     UNKNOWN_LINK,
@@ -82,23 +76,22 @@ class Expected:
         need: Need,
         cached_tokens: CachedTokens,
     ) -> Placement | None:
-        fitting = fit(prefills, decodes, need)
+        fitting = fit(prefills, decodes, need, cached_tokens)
         if fitting is None:
             return None
-        able, roomy = fitting
-        cached = known_at_prefill(able, cached_tokens)
-        paired = _PAIRED if need.decodes and len(able) > 1 and len(roomy) > 1 else 1
-        firsts = self._firsts(able, need, cached, paired)
-        thens = _thens(roomy, need, cached_tokens, paired) if need.decodes else []
+        cached = fitting.known_at_prefill()
+        paired = _PAIRED if len(fitting.able) > 1 and len(fitting.roomy) > 1 else 1
+        firsts = self._firsts(fitting.able, need, cached, paired)
+        thens = _thens(fitting, paired) if need.decodes else []
         if thens:
             _, _, first, then = min(
                 (*_together(first, then, need), i, j)
                 for i, first in enumerate(firsts)
                 for j, then in enumerate(thens)
             )
-            return _placement(firsts[first], thens[then].view, need, cached)
-        decode = roomiest(roomy, cached_tokens) if need.decodes else None
-        return _placement(firsts[0], decode, need, cached)
+            return _placement(fitting, firsts[first], thens[then].view, cached)
+        decode = roomiest(fitting) if need.decodes else None
+        return _placement(fitting, firsts[0], decode, cached)
 
     def _firsts(
         self,
@@ -161,24 +154,18 @@ def _likely(
 
 
 def _placement(
-    first: _First, decode: DecodeView | None, need: Need, cached: Mapping[InstanceKey, int]
+    fitting: Fitting, first: _First, decode: DecodeView | None, cached: Mapping[InstanceKey, int]
 ) -> Placement:
-    return Placement(
-        prefill=first.view.key,
-        decode=decode.key if decode is not None else None,
-        cached_tokens=cached.get(first.view.key, 0),
-        cp_first=first.first if is_short(first.view, need) else None,
-        dp_rank=decode.dp_rank if decode is not None else 0,
-    )
+    cached_tokens = cached.get(first.view.key, 0)
+    return fitting.placement(first.view, decode, cached_tokens=cached_tokens, first=first.first)
 
 
-def _thens(
-    roomy: Sequence[DecodeView], need: Need, cached_tokens: CachedTokens, most: int
-) -> list[_Then]:
+def _thens(fitting: Fitting, most: int) -> list[_Then]:
     """Returns the decode instances that are best for a sequence, and all that know its prompt.
 
     None where none has said how fast it is.
     """
+    need, roomy = fitting.need, fitting.roomy
     known = next((speed for d in roomy if (speed := d.pace.speed) is not None), None)
     if known is None:
         return []
@@ -192,7 +179,7 @@ def _thens(
     else:
         likely = _likely(scores, roomy, most)
     # A beginning that is there already saves its transfer, and no more than that.
-    closer = dict.fromkeys(likely, 0) | dict(known_at_decode(roomy, cached_tokens))
+    closer = dict.fromkeys(likely, 0) | dict(fitting.known_at_decode())
     if inf in scores:
         closer |= {i: closer.get(i, 0) for i in order if scores[i] == inf}
     thens = [_then(roomy[i], need, held, known) for i, held in closer.items()]

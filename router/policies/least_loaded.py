@@ -3,13 +3,7 @@
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
-from router.policies.fitting import (
-    beginnings,
-    fit,
-    is_short,
-    known_at_decode,
-    known_at_prefill,
-)
+from router.policies.fitting import Fitting, beginnings, fit
 from router.views import CachedTokens, DecodeView, InstanceKey, Need, Placement, PrefillView
 
 _LOAD = attrgetter("load")
@@ -39,19 +33,14 @@ class LeastLoaded:
         need: Need,
         cached_tokens: CachedTokens,
     ) -> Placement | None:
-        fitting = fit(prefills, decodes, need)
+        fitting = fit(prefills, decodes, need, cached_tokens)
         if fitting is None:
             return None
-        able, roomy = fitting
-        cached = known_at_prefill(able, cached_tokens)
-        prefill, first = first_done(able, cached, need)
-        decode = roomiest(roomy, cached_tokens) if need.decodes else None
-        return Placement(
-            prefill=prefill.key,
-            decode=decode.key if decode is not None else None,
-            cached_tokens=cached.get(prefill.key, 0),
-            cp_first=first if is_short(prefill, need) else None,
-            dp_rank=decode.dp_rank if decode is not None else 0,
+        cached = fitting.known_at_prefill()
+        prefill, first = first_done(fitting.able, cached, need)
+        decode = roomiest(fitting) if need.decodes else None
+        return fitting.placement(
+            prefill, decode, cached_tokens=cached.get(prefill.key, 0), first=first
         )
 
 
@@ -88,12 +77,12 @@ def _first_prefills(
     return [idlest, *(p for p in able if p.key in cached or p.capacity.cp > 1)]
 
 
-def roomiest(roomy: Sequence[DecodeView], cached_tokens: CachedTokens) -> DecodeView:
+def roomiest(fitting: Fitting) -> DecodeView:
     """Returns the one with the most room, what is cached of the prompt counted as such."""
-    best = min(roomy, key=_LOAD)
+    best = min(fitting.roomy, key=_LOAD)
     least = best.load
-    for place, tokens in known_at_decode(roomy, cached_tokens):
-        view = roomy[place]
+    for place, tokens in fitting.known_at_decode():
+        view = fitting.roomy[place]
         load = (-view.room(tokens), *view.load[1:])
         if load < least:
             best, least = view, load

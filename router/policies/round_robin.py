@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TypeVar
 
-from router.policies.fitting import fit, is_short
+from router.policies.fitting import fit
 from router.views import CachedTokens, DecodeView, Need, Placement, PrefillView
 
 _View = TypeVar("_View", DecodeView, PrefillView)
@@ -27,21 +27,14 @@ class RoundRobin:
         need: Need,
         cached_tokens: CachedTokens,
     ) -> Placement | None:
-        fitting = fit(prefills, decodes, need)
+        fitting = fit(prefills, decodes, need, cached_tokens)
         if fitting is None:
             return None
-        able, roomy = fitting
-        self._prefill = prefill = _next(able, self._prefill)
+        self._prefill = prefill = _next(fitting.able, self._prefill)
         if need.decodes:
-            self._decode = _next(roomy, self._decode)
+            self._decode = _next(fitting.roomy, self._decode)
         decode = self._decode if need.decodes else None
-        return Placement(
-            prefill=prefill.key,
-            decode=decode.key if decode is not None else None,
-            cached_tokens=cached_tokens(prefill.key),
-            cp_first=0 if is_short(prefill, need) else None,
-            dp_rank=decode.dp_rank if decode is not None else 0,
-        )
+        return fitting.placement(prefill, decode, cached_tokens=cached_tokens(prefill.key))
 
 
 def _next(views: Sequence[_View], last: _View | None) -> _View:
