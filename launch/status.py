@@ -80,10 +80,21 @@ def render(status: Status) -> RenderableType:
         f" finished, {requests.refused} refused, {requests.aborted} aborted,"
         f" {requests.failed} failed, {requests.retried} retried"
     )
+    if requests.overcommitted:
+        head.append(_overcommit(status))
     parts: list[RenderableType] = [head, _instances(status.instances)]
     if any(instance.pairs for instance in status.instances):
         parts.append(_pairs(status.instances))
     return Group(*parts)
+
+
+def _overcommit(status: Status) -> str:
+    requests = status.requests
+    risk = max((instance.overcommit_risk for instance in status.instances), default=0.0)
+    return (
+        f"\novercommitted: {requests.outgrown} of {requests.overcommitted} reservations were"
+        f" outgrown; risk that an instance lacks blocks: {risk:.1%}"
+    )
 
 
 def _instances(instances: tuple[InstanceStatus, ...]) -> Table:

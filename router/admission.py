@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 
 from router.gate import Decision, Gate
-from router.ledger import Need, Placement
+from router.ledger import InstanceKey, Need, Placement
 from router.metrics import Metrics
 from router.queue import Waiting
 from service.errors import ServiceError
@@ -20,6 +20,7 @@ class Admission:
     def __init__(self, *, gate: Gate, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._gate = gate
         self.local = gate.local
+        self.learns_lengths = gate.lengths.is_on
         self._metrics = metrics
         self._clock = clock
         self._futures: dict[Waiting, asyncio.Future[Placement]] = {}
@@ -69,17 +70,34 @@ class Admission:
             if was_waiting:  # it was cancelled, and may have held others back
                 self._pump()
 
-    def has_room(self, need: Need) -> bool:
+    def has_room(self, tenant: str, need: Need) -> bool:
         """Whether a request could be placed this moment."""
-        return self._gate.has_room(need)
+        return self._gate.has_room(tenant, need)
 
     def place(self, waiting: Waiting) -> Placement | None:
         """Books room that is there this moment, past the queue; None where there is none."""
-        return self._gate.place(waiting, self._clock())
+        placement = self._gate.place(waiting, self._clock())
+        if placement is not None:
+            self._note_booked(waiting)
+        return placement
+
+    def _note_booked(self, waiting: Waiting) -> None:
+        if self._gate.is_overcommitted(waiting.request_id):
+            self._metrics.overcommitted()
 
     def grow(self, request_id: int, tokens: int) -> None:
         """A sequence at decode has come to so many tokens."""
-        self._gate.grow(request_id, tokens, self._clock())
+        if self._gate.grow(request_id, tokens, self._clock()):
+            self._metrics.outgrown()
+
+    def finished(self, tenant: str, need: Need, tokens: int, *, is_cut: bool) -> None:
+        """A whole answer has so many tokens; `is_cut`: it would have been longer."""
+        if need.sure_new_tokens < need.max_new_tokens:
+            self._gate.lengths.finished(tenant, tokens, is_cut=is_cut)
+
+    def overcommit_risks(self) -> dict[InstanceKey, float]:
+        """How likely the sequences are to need more than there is, where not all is booked."""
+        return self._gate.overcommit_risks()
 
     def end_prefill(self, request_id: int) -> None:
         self._gate.end_prefill(request_id, self._clock())
@@ -126,6 +144,7 @@ class Admission:
             if future.done():
                 continue  # its task was cancelled and has not run since; it gives back what it got
             if isinstance(decided, Placement):
+                self._note_booked(waiting)
                 future.set_result(decided)
             else:
                 future.set_exception(decided)

@@ -41,6 +41,7 @@ from router.prefill_leg import PrefillLeg, confirm_abort
 from router.request import Stats, Tokens, ValidRequest
 from router.reserving import PREEMPTED, refusal, reserve
 from router.tasks import Tasks
+from router.way import Way
 from service.errors import ServiceError, Unavailable
 
 # Where nobody takes over, decode may have had the whole of a lost transfer all the same.
@@ -82,8 +83,8 @@ class Attempt:
         self._admission = admission
         self._metrics = metrics
         self._tasks = tasks
-        self._stats = stats
         self._clock = clock
+        self._way = Way(stats, clock, goes_on=bool(request.output_tokens))
         self._hedging = hedging
         # What happens, and the leg it comes from or is meant for; None: it concerns the whole try.
         self._inbox: Inbox[tuple[PrefillLeg | None, Event]] = Inbox()
@@ -97,19 +98,17 @@ class Attempt:
             clock=clock,
             next_id=next_id,
             hedge_id=hedge_id,
-            transfer=placement.decode is not None,
+            decode=placement.decode,
             inbox=lambda leg, event: self._inbox.put_nowait((leg, event)),
         )
         self._leg: PrefillLeg | None = None
         # Its leg gets no grant before its token has come first: decode takes from one alone.
         self._hedge = Hedge(hedging, metrics, lambda: self._leg and self._legs.beside(self._leg))
-        self._began_at = 0.0
         self._decode: DecodeLink | None = None
         self._reserving: asyncio.Task[None] | None = None
         self._resuming: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
         self._first: Tokens | None = None
-        self._first_at = 0.0
         self._is_granted = False
         self._is_hedged = False  # what is resumed was not lost: another was faster
         self._is_local = placement.prefill is None
@@ -120,7 +119,6 @@ class Attempt:
         self._is_finished = False
         self._transfer_id: int | None = None
         self._lost_transfers: dict[int, ServiceError] = {}
-        self._lost: set[InstanceKey] = set()
         self._give_up_at: float | None = None
         self._gives_up_with: ServiceError | None = None
         self._departure: Departure | None = None
@@ -167,16 +165,15 @@ class Attempt:
         if prefill_key is not None:
             self._pools.prefill(prefill_key)
         if decode_key is not None:
-            self._stats.decode_instance = decode_key.name
+            self._way.decode_at(decode_key.name)
             self.suspect = decode_key
             self._decode = self._pools.decode(decode_key)
             self._decode.attach(self._id, self._hear)
         self.suspect = None
-        self._began_at = self._clock()
-        self._stats.prefill_instance = ""
+        self._way.begin()
         if prefill_key is not None:
             self._leg = self._legs.open(self._id, self._placement)
-            self._stats.prefill_instance = prefill_key.name
+            self._way.prefill_at(prefill_key.name)
             self._hedge.wait(self._uncached)
         if self._decode is not None:
             self._reserving = asyncio.create_task(self._reserve(self._decode, self._leg))
@@ -199,7 +196,7 @@ class Attempt:
             return
         if grant is not None:
             self._is_granted = True
-            self._stats.reserve_s = self._clock() - began_at
+            self._way.reserved(self._clock() - began_at)
             self._inbox.put_nowait((None, Granted(grant)))
 
     # ---- what happens
@@ -237,7 +234,7 @@ class Attempt:
             case FirstToken():
                 return self._take_first_token(event)
             case Granted(grant):
-                self._stats.decode_cached_tokens = grant.cached_tokens
+                self._way.granted(grant)
                 # One that came after its prefill instance was lost is replaced by a Regrant.
                 if self._leg is not None and self._leg.leg_id == self._id:
                     self._send_grant(self._leg, grant)
@@ -246,7 +243,8 @@ class Attempt:
                 self._take_regranted(grant)
             case Output(tokens):
                 if not self._has_output:
-                    self._stats.second_token_s = self._clock() - self._first_at
+                    self._way.second_token()
+                    self._legs.note_handed_over(self._leg)
                 self._has_output = True
                 self._give_up_at = None
                 self._note_output(tokens)
@@ -280,23 +278,22 @@ class Attempt:
         self._lose_hedge()
         if self._leg is not None:
             if self._leg.leg_id == self._id:
-                self._hedging.first_came(self._uncached, self._clock() - self._began_at)
-            self._pools.succeeded(self._leg.key)
+                self._hedging.first_came(self._uncached, self._way.seconds)
+            if self._is_transferred or event.tokens.finish is not None:
+                self._pools.succeeded(self._leg.key)  # else once decode has the KV
         self._admission.end_prefill(self._id if self._leg is None else self._leg.leg_id)
-        here = self._decode.instance.capacity if self._is_local and self._decode else None
         tokens = len(self._request.prompt_token_ids) - event.cached_tokens
-        self._admission.local.computed(tokens, event.prefill_s, here)
-        self._stats.queue_s += event.queue_s
-        self._stats.prefill_queue_s = event.queue_s
-        # Of the prompt's own computation, or of the first one here where another router's was lost.
-        if not (self._request.output_tokens and self._stats.prefill_s):
-            self._stats.prefill_s = event.prefill_s
-            self._stats.cached_tokens = event.cached_tokens
+        if self._leg is not None:
+            self._admission.local.computed_at_prefill(self._leg.key, tokens, event.prefill_s)
+        elif self._decode is not None:
+            here = self._decode.instance
+            self._admission.local.computed_at_decode(here, tokens, event.prefill_s)
+        self._way.computed(event)
         if self._first is not None:
             # The client has the first instance's; decode goes on from that one.
             return None
         self._first = event.tokens
-        self._first_at = self._clock()
+        self._way.first_token()
         self._has_output = self._is_local
         if event.tokens.finish is None:
             self._activate()
@@ -316,11 +313,9 @@ class Attempt:
         self._check_transfer()
 
     def _take_transferred(self, event: Transferred) -> None:
+        self._legs.note_handed_over(self._leg, event.handoff_s)
         self._is_transferred = True
-        self._admission.local.sent(event.handoff_s)
-        self._stats.kv_bytes = event.kv_bytes
-        self._stats.kv_transport = event.transport
-        self._stats.handoff_s = event.handoff_s
+        self._way.transferred(event)
 
     async def _await_transferred(self) -> None:
         """Gives the end of the transfer a moment to be told, for the request's stats."""
@@ -369,9 +364,10 @@ class Attempt:
         has_part = self._is_granted or self._first is not None or self._hedge.leg is not None
         if not error.retryable or not has_part:
             raise error
-        self._pools.suspect(leg.key)
-        self._pools.failed(leg.key)
-        self._lost.add(leg.key)
+        self._legs.note_lost(leg, error)
+        if self._legs.several_could_not_send:
+            self.suspect = self._placement.decode
+            raise error
         self._replace_leg(error)
 
     def _replace_leg(self, error: ServiceError) -> None:
@@ -380,7 +376,7 @@ class Attempt:
         self._leg = self._hedge.win()
         self._is_hedged = self._leg is not None
         if self._leg is not None:
-            self._stats.prefill_instance = self._leg.key.name
+            self._way.prefill_at(self._leg.key.name)
             if self._decode is None:
                 return
         self._transfer_id = None
@@ -394,8 +390,8 @@ class Attempt:
         assert self._decode is not None
         assert self._reserving is not None
         try:
-            self._leg = leg = self._leg or await self._legs.another(self._lost)
-            self._stats.prefill_instance = leg.key.name
+            self._leg = leg = self._leg or await self._legs.another()
+            self._way.prefill_at(leg.key.name)
             await asyncio.wait({self._reserving})
             if self._is_granted:  # else its failure ends the try
                 grant = await self._decode.regrant(

@@ -4,6 +4,10 @@ An instance of which too many of the last requests failed is opened: it gets not
 Then one request tries it, and closes it again where that goes well; each time that it does not, the
 next pause is longer. The last instance of a role that can be used is never opened: requests that
 may fail are better than none.
+
+A lost transfer is a failure of two instances, of which mostly one is to blame. It counts against
+the one whose transfers with others fail more often, if that is half of them at least; against
+neither as long as nothing tells them apart.
 """
 
 import random
@@ -11,9 +15,12 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 _Key = TypeVar("_Key", bound=Hashable)
+
+# Of the transfers with others, the part that has to be lost for a lost one to be one's own fault.
+_TO_BLAME = 0.5
 
 
 class State(Enum):
@@ -46,11 +53,20 @@ class BreakerSettings:
     jitter: float = 0.25
 
 
+class _End(NamedTuple, Generic[_Key]):
+    """How a request ended at an instance, or a transfer with a `partner`."""
+
+    moment: float
+    is_failure: bool
+    partner: _Key | None = None
+
+
 @dataclass
-class _Breaker:
+class _Breaker(Generic[_Key]):
     state: State = State.CLOSED
-    # Moments of the last ends, and whether they were failures.
-    ends: deque[tuple[float, bool]] = field(default_factory=deque)
+    # The last requests; those whose transfer was lost name the partner.
+    ends: deque[_End[_Key]] = field(default_factory=deque)
+    transfers: deque[_End[_Key]] = field(default_factory=deque)
     openings: int = 0
 
 
@@ -60,7 +76,7 @@ class Breakers(Generic[_Key]):
     def __init__(self, settings: BreakerSettings, rng: random.Random) -> None:
         self._settings = settings
         self._rng = rng
-        self._breakers: dict[_Key, _Breaker] = {}
+        self._breakers: dict[_Key, _Breaker[_Key]] = {}
 
     def state(self, key: _Key) -> State:
         breaker = self._breakers.get(key)
@@ -70,16 +86,31 @@ class Breakers(Generic[_Key]):
         """Returns how many instances are in a state, of those that any request ended at."""
         return sum(breaker.state is state for breaker in self._breakers.values())
 
-    def failed(self, key: _Key, now: float, *, has_others: Callable[[], bool]) -> float | None:
+    def transferred(self, source: _Key, target: _Key, now: float, *, is_failure: bool) -> None:
+        """Takes note of a transfer between two instances; it says nothing of a whole request."""
+        for key, partner in ((source, target), (target, source)):
+            self._note(self._of(key).transfers, _End(now, is_failure, partner))
+
+    def failed(
+        self,
+        key: _Key,
+        now: float,
+        *,
+        has_others: Callable[[], bool],
+        partner: _Key | None = None,
+    ) -> float | None:
         """Takes note of a failure. Returns the pause in seconds where that opens the instance.
 
-        `has_others` says whether its role has another instance to use.
+        `has_others` says whether its role has another instance to use. Where the failure is a lost
+        transfer, which `transferred` knows of already, `partner` was at its other end.
         """
-        breaker = self._breakers.setdefault(key, _Breaker())
-        self._note(breaker, now, True)
+        breaker = self._of(key)
+        self._note(breaker.ends, _End(now, True, partner))
         if breaker.state is State.OPEN:
             return None
-        if breaker.state is State.CLOSED and not self._fails_too_often(breaker):
+        if breaker.state is State.CLOSED and not self._fails_too_often(key, now):
+            return None
+        if partner is not None and self._is_to_blame(partner, key, now):
             return None
         if not has_others():
             return None
@@ -88,11 +119,11 @@ class Breakers(Generic[_Key]):
 
     def succeeded(self, key: _Key, now: float) -> bool:
         """Takes note of a request that went well; returns whether that closes the instance."""
-        breaker = self._breakers.setdefault(key, _Breaker())
-        self._note(breaker, now, False)
+        breaker = self._of(key)
+        self._note(breaker.ends, _End(now, False))
         if breaker.state is not State.HALF_OPEN:
             return False
-        self._breakers[key] = _Breaker()
+        self._breakers[key] = _Breaker(transfers=breaker.transfers)
         return True
 
     def half_open(self, key: _Key) -> bool:
@@ -111,23 +142,48 @@ class Breakers(Generic[_Key]):
         """The instance has gone."""
         self._breakers.pop(key, None)
 
-    def _note(self, breaker: _Breaker, now: float, is_failure: bool) -> None:
-        breaker.ends.append((now, is_failure))
-        while (
-            len(breaker.ends) > self._settings.last
-            or breaker.ends[0][0] < now - self._settings.window_s
-        ):
-            breaker.ends.popleft()
+    def _of(self, key: _Key) -> _Breaker[_Key]:
+        return self._breakers.setdefault(key, _Breaker())
 
-    def _fails_too_often(self, breaker: _Breaker) -> bool:
-        failures = sum(is_failure for _, is_failure in breaker.ends)
+    def _note(self, ends: deque[_End[_Key]], end: _End[_Key]) -> None:
+        ends.append(end)
+        while (
+            len(ends) > self._settings.last or ends[0].moment < end.moment - self._settings.window_s
+        ):
+            ends.popleft()
+
+    def _fails_too_often(self, key: _Key, now: float) -> bool:
+        """What was lost with others to blame says nothing of this one."""
+        counted = [
+            end.is_failure
+            for end in self._of(key).ends
+            if end.partner is None or self._is_to_blame(key, end.partner, now)
+        ]
         return (
             self._settings.share > 0
-            and len(breaker.ends) >= self._settings.least
-            and failures >= self._settings.share * len(breaker.ends)
+            and len(counted) >= self._settings.least
+            and sum(counted) >= self._settings.share * len(counted)
         )
 
-    def _pause_s(self, breaker: _Breaker) -> float:
+    def _is_to_blame(self, key: _Key, partner: _Key, now: float) -> bool:
+        """Whether transfers that are lost between two are this one's fault, and not the other's."""
+        share = self._lost_with_others(key, partner, now)
+        return share >= _TO_BLAME and share > self._lost_with_others(partner, key, now)
+
+    def _lost_with_others(self, key: _Key, partner: _Key, now: float) -> float:
+        """What part of an instance's transfers with all but one partner is lost.
+
+        As if there had been one more of either kind, so that where nothing is known it is a half.
+        """
+        since = now - self._settings.window_s
+        lost = [
+            end.is_failure
+            for end in self._of(key).transfers
+            if end.partner != partner and end.moment >= since
+        ]
+        return (sum(lost) + 1) / (len(lost) + 2)
+
+    def _pause_s(self, breaker: _Breaker[_Key]) -> float:
         pause_s = min(
             self._settings.longest_pause_s, self._settings.pause_s * 2.0**breaker.openings
         )

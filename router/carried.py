@@ -72,6 +72,7 @@ class Carried:
         self._source: Departure | None = None
         self._reserving: asyncio.Task[None] | None = None
         self._last_token_id = 0
+        self._tokens = 0
         self._is_granted = False
         self._sent: Sent | None = None
         # Tokens that came before it was certain that all is here.
@@ -107,6 +108,7 @@ class Carried:
         """
         self._source = source
         self._last_token_id = last_token_id
+        self._tokens = len(request.prompt_token_ids) + 1  # and the last one
         assert source.paused is not None
         found, wanted = source.paused.tokens, len(request.prompt_token_ids)
         if found != wanted:
@@ -196,6 +198,7 @@ class Carried:
         if past is not None and self._inbox.is_awaited and isinstance(event, Output):
             is_plain = event.tokens.finish is None and self._has_output
             if is_plain and self._departure is None and past(event.tokens):
+                self._note_output(event.tokens)
                 return
         self._inbox.put_nowait((True, event))
 
@@ -208,10 +211,15 @@ class Carried:
             tokens = self._early.popleft() if self._early else self._heard(*await self._inbox.get())
             if tokens is not None:
                 self._has_output = True
+                self._note_output(tokens)
                 self._is_finished = tokens.finish is not None
                 return tokens
             if self._departure is not None and self._departure.paused is not None:
                 return None
+
+    def _note_output(self, tokens: Tokens) -> None:
+        self._tokens += len(tokens.token_ids)
+        self._admission.grow(self._id, self._tokens)
 
     def _heard(self, is_here: bool, event: DecodeEvent) -> Tokens | None:
         if not is_here:

@@ -1,6 +1,6 @@
 """Owns the router's settings: names, bounds, defaults. Imports nothing heavy."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -60,6 +60,17 @@ class RouterConfig(BaseModel):
         allow_inf_nan=False,
         description="Ask a second prefill instance once a first token takes so many times as long"
         " as usual; 0 is off.",
+    )
+    reserve: Literal["fixed", "expected"] = Field(
+        default="fixed",
+        description="What is booked at decode instances with --kv-overcommit: room for as much"
+        " output as that says, or for what the tenant's own answers come to.",
+    )
+    reserve_quantile: float = Field(
+        default=0.9,
+        ge=0.5,
+        le=0.99,
+        description="With --reserve expected, the part of answers that keep to what is booked.",
     )
     breaker_share: float = Field(
         default=0.5,

@@ -5,6 +5,27 @@ from dataclasses import dataclass
 from router.request import Tokens
 from service.errors import ServiceError
 
+# What either end says of a transfer that is lost, of which the other end may be the cause.
+TRANSFER_LOST = frozenset(
+    {
+        "AckTimeout",
+        "ChecksumMismatch",
+        "ConnectionRefused",
+        "CreditStalled",
+        "GrantExpired",
+        "GrantRefused",
+        "LayoutMismatch",
+        "ManifestMismatch",
+        "PeerLost",
+        "ProtocolViolation",
+        "StaleEpoch",
+        "StaleRead",
+        "TransferAborted",
+        "TransferClosed",
+        "UnknownPeer",
+    }
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grant:

@@ -4,13 +4,15 @@ Pure: time is handed in, what is decided is handed back, and `admission` acts on
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from router.fairness import BrokenCap, FairShares, Tenants, Usage
 from router.forecast import Forecast, Load, Owed
-from router.ledger import Ledger, Need, Placement
+from router.ledger import InstanceKey, Ledger, Need, Placement
 from router.local_prefill import LocalPrefill
+from router.output_lengths import OutputLengths
+from router.overcommit import Held, risks
 from router.policy import RoutingPolicy
 from router.queue import AdmissionQueue, QueueFull, Waiting
 from router.room import Misfits, Room
@@ -32,6 +34,8 @@ class _Holding:
     placement: Placement
     owed_tokens: int
     tokens: int
+    # What its sequence has come to, prompt and all.
+    came_to: int
     began_at: float
     since: float
     charged: float
@@ -63,9 +67,11 @@ class Gate:
         grace_s: float,
         refuses_early: bool,
         local: LocalPrefill | None = None,
+        lengths: OutputLengths | None = None,
     ) -> None:
         self._ledger = ledger
         self.local = local or LocalPrefill(0)
+        self.lengths = lengths or OutputLengths()
         self._policy = policy
         self._tenants = tenants
         self._shares = FairShares(tenants)
@@ -100,6 +106,7 @@ class Gate:
         if not waiting.patient:
             self._check_places(waiting, now)
         waiting.came_at = now
+        waiting.need = self.lengths.expect(waiting.tenant, waiting.need)
         waiting.room_tokens = self._room_tokens(waiting.need)
         waiting.hold_s = self._hold_s(waiting)
         is_new = not (waiting.resumes or waiting.again)
@@ -212,13 +219,15 @@ class Gate:
             self._newcomers = None
         self.queue.discard(waiting)
 
-    def has_room(self, need: Need) -> bool:
+    def has_room(self, tenant: str, need: Need) -> bool:
         """Whether a request could be placed this moment."""
+        need = self.lengths.expect(tenant, need)
         waiting = Waiting(request_id=0, need=need, priority=0, start_by=0.0)
         return self._room(0.0).place(waiting) is not None
 
     def place(self, waiting: Waiting, now: float) -> Placement | None:
         """Books room that is there this moment, past the queue; None where there is none."""
+        waiting.need = self.lengths.expect(waiting.tenant, waiting.need)
         placement = self._room(now).place(waiting)
         if placement is not None:
             self._book(waiting, placement, now)
@@ -252,6 +261,7 @@ class Gate:
             placement=placement,
             owed_tokens=owed_tokens,
             tokens=tokens,
+            came_to=need.prompt_tokens,
             began_at=now,
             since=now,
             charged=charged,
@@ -265,13 +275,46 @@ class Gate:
             self._forecast.prefill_began(placement.prefill, now)
         self.local.began(placement, need)
 
-    def grow(self, request_id: int, tokens: int, now: float) -> None:
-        """A sequence at decode has come to so many tokens."""
-        self._ledger.grow(request_id, tokens)
+    def is_overcommitted(self, request_id: int) -> bool:
+        """Whether a request that has been booked may come to more than that."""
+        holding, room = self._holdings[request_id], self._ledger.room_of(request_id)
+        need = holding.waiting.need
+        return need.decodes and room is not None and room < need.total_tokens
+
+    def grow(self, request_id: int, tokens: int, now: float) -> bool:
+        """A sequence at decode has come to so many tokens.
+
+        Returns whether that is the first time that they are more than was booked for it.
+        """
+        has_outgrown = self._ledger.grow(request_id, tokens)
         holding = self._holdings.get(request_id)
+        if holding is None:
+            return has_outgrown
+        holding.came_to = tokens
         room = self._ledger.room_of(request_id)
-        if holding is not None and room is not None and room > holding.tokens:
+        if room is not None and room > holding.tokens:
             holding.hold(room, now)
+        return has_outgrown
+
+    def overcommit_risks(self) -> dict[InstanceKey, float]:
+        """How likely the sequences are to need more than there is, where not all is booked."""
+        promises = self._ledger.promises()
+        if not promises:
+            return {}
+        return risks(self._at_decode(), promises, self.lengths)
+
+    def _at_decode(self) -> Iterator[Held]:
+        # Metrics are read in another thread while requests come and go.
+        for holding in list(self._holdings.values()):
+            placement, waiting = holding.placement, holding.waiting
+            if placement.decode is not None:
+                yield Held(
+                    key=placement.decode,
+                    dp_rank=placement.dp_rank,
+                    tenant=waiting.tenant,
+                    need=waiting.need,
+                    tokens=holding.came_to,
+                )
 
     def end_prefill(self, request_id: int, now: float) -> None:
         """Prefill owes this request nothing any more; no error where it never did."""
@@ -327,6 +370,7 @@ class Gate:
     def instances_changed(self, now: float) -> None:
         """To be called after every change of the ledger's instances."""
         self._room_came_back()
+        self.local.keep(self._ledger.keys())
         prefills = self._ledger.prefills()
         for role, views in (("prefill", prefills), ("decode", self._ledger.decodes())):
             if views:

@@ -15,6 +15,7 @@ from router.admission import Admission
 from router.attempt import Attempt
 from router.carried import Carried
 from router.departure import Departure
+from router.events import TRANSFER_LOST
 from router.hedging import Hedging
 from router.ledger import InstanceKey, Need, Placement
 from router.membership import Model
@@ -22,7 +23,7 @@ from router.metrics import Metrics
 from router.pools import Pools, model_changed
 from router.progress import TRY_BITS, Progress
 from router.queue import Waiting
-from router.request import AnswerPart, Resumed, Stats, Tokens, ValidRequest
+from router.request import AnswerPart, Finish, Resumed, Stats, Tokens, ValidRequest
 from router.reserving import PREEMPTED
 from router.tasks import Tasks
 from router.tries import Try
@@ -49,7 +50,7 @@ _MOST_CARRIES = 3
 # since from there on the router knows.
 _DRAINS = ("DRAINING", "DRAINED")
 # What is said where others have the room: the instance does its work.
-_NO_FAULTS = ("SEQUENCES_FULL", "KV_BLOCKS_FULL", "PREFILL_QUEUE_FULL", "NO_RUN_STREAM")
+_NO_FAULTS = frozenset({"SEQUENCES_FULL", "KV_BLOCKS_FULL", "PREFILL_QUEUE_FULL", "NO_RUN_STREAM"})
 _RETRY_BACKOFF_S = 0.05
 # How many tokens of an answer that another router began are gone over at once.
 _REPLAY_TOKENS = 256
@@ -299,7 +300,16 @@ class Inflight:
         if pause_s is not None:
             self._metrics.paused(pause_s, run.way)
         emit(part)
-        return part.finish is not None
+        if part.finish is None:
+            return False
+        request = run.request
+        self._admission.finished(
+            request.tenant,
+            request.need,
+            part.completion_tokens,
+            is_cut=part.finish is Finish.LENGTH,
+        )
+        return True
 
     def _drains(self, attempt: Try) -> bool:
         """Whether a try's decode instance drains that has given tokens."""
@@ -311,7 +321,9 @@ class Inflight:
     def _room_elsewhere(self, job: Job, run: Progress) -> Carried | None:
         """Books room for a sequence at another decode instance, if there is any this moment."""
         need = run.continuation.need
-        if need.max_new_tokens < _WORTH_MOVING_TOKENS or not self._admission.has_room(need):
+        if need.max_new_tokens < _WORTH_MOVING_TOKENS or not self._admission.has_room(
+            run.request.tenant, need
+        ):
             return None
         request_id = run.begin_carry()
         if request_id is None:
@@ -354,7 +366,7 @@ class Inflight:
         self._pools.suspect(key)
         if error.reason in _DRAINS:
             self._pools.note_drain(key)
-        elif error.reason not in _NO_FAULTS:
+        elif error.reason not in _NO_FAULTS | TRANSFER_LOST:
             self._pools.failed(key)
 
     # ---- the end of a try

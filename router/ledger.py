@@ -6,6 +6,7 @@ no I/O and does not decide: `policy` picks a place, the ledger holds it.
 """
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from router.views import (
     Pace,
     Placement,
     PrefillView,
+    Promise,
     owed,
 )
 
@@ -208,6 +210,10 @@ class Ledger:
                 del places[request_id]
         self._forget_views()
 
+    def keys(self) -> AbstractSet[InstanceKey]:
+        """All instances, those that get nothing new as well."""
+        return self._decodes.keys() | self._prefills.keys()
+
     def set_draining(self, key: InstanceKey) -> None:
         """From here on the instance keeps what it has and gets nothing new."""
         for accounts in (self._decodes, self._prefills):
@@ -311,6 +317,14 @@ class Ledger:
         )
         return [view] if account.takes_new else []
 
+    def promises(self) -> dict[InstanceKey, Promise]:
+        """What may be booked at the instances whose sequences may come to more than was booked."""
+        return {
+            key: Promise(capacity=account.capacity, blocks=tuple(account.credit))
+            for key, account in list(self._decodes.items())
+            if account.capacity.expected_output_tokens
+        }
+
     def reserved_blocks(self, key: InstanceKey) -> int:
         return self._decodes[key].total if key in self._decodes else 0
 
@@ -384,19 +398,22 @@ class Ledger:
         else:  # that was the one that it took
             views.forget()
 
-    def grow(self, request_id: int, tokens: int) -> None:
+    def grow(self, request_id: int, tokens: int) -> bool:
         """Books what decode has taken for a sequence that has come to so many tokens.
 
         It may be more than there is, since blocks that sequences share are booked for each. Does
-        nothing where decode reserves all at first.
+        nothing where decode reserves all at first. Returns whether that is the first time that the
+        sequence has come to more than was booked.
         """
         key = self._decode_of.get(request_id)
         if key is None:
-            return
+            return False
         account = self._decodes[key]
         overcommits = account.capacity.expected_output_tokens > 0
+        has_outgrown = request_id in account.outgrown
         if overcommits and account.grow(request_id, account.capacity.blocks_for(tokens)):
             self._decode_views.changed(key)
+        return not has_outgrown and request_id in account.outgrown
 
     def end_prefill(self, request_id: int) -> bool:
         """Prefill owes this request nothing any more; returns whether it did until now."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 
 from router.admission import Admission
-from router.events import PrefillEvent
+from router.events import TRANSFER_LOST, PrefillEvent
 from router.ledger import InstanceKey, Need, Placement
 from router.metrics import Metrics
 from router.pools import Pools
@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 class Legs:
     """Opens and closes the legs of one try; what happens at them goes to `inbox`.
 
+    They send to `decode`; None: there is nothing to send.
     `next_id` gives the id for another leg, or None where there have been enough, and `hedge_id`
     that for one beside the first.
     """
@@ -38,7 +39,7 @@ class Legs:
         clock: Callable[[], float],
         next_id: Callable[[], int | None],
         hedge_id: Callable[[], int | None],
-        transfer: bool,
+        decode: InstanceKey | None,
         inbox: Callable[[PrefillLeg, PrefillEvent], None],
     ) -> None:
         self._request = request
@@ -50,8 +51,11 @@ class Legs:
         self._clock = clock
         self._next_id = next_id
         self._hedge_id = hedge_id
-        self._transfer = transfer
+        self._decode = decode
         self._inbox = inbox
+        self._lost: set[InstanceKey] = set()
+        self._could_not_send: set[InstanceKey] = set()
+        self._handed_over: PrefillLeg | None = None
 
     def remaining_s(self) -> float:
         return max(0.001, self._deadline - self._clock())
@@ -66,18 +70,18 @@ class Legs:
             link,
             self._request,
             cp_first=cp_first(link.instance, self._request) if first is None else first,
-            transfer=self._transfer,
+            transfer=self._decode is not None,
             remaining_s=self.remaining_s(),
             inbox=self._inbox,
         )
 
-    async def another(self, avoid: AbstractSet[InstanceKey]) -> PrefillLeg:
-        """Waits for room at another instance, rather than at one to avoid; raises ServiceError."""
+    async def another(self) -> PrefillLeg:
+        """Waits for room at an instance, rather than at one that was lost; raises ServiceError."""
         leg_id = self._next_id()
         if leg_id is None:
             raise Unavailable("no more tries", reason="RETRIES_EXHAUSTED")
         try:
-            placement = await self._admission.admit(self._waiting(leg_id, avoid))
+            placement = await self._admission.admit(self._waiting(leg_id, self._lost))
             self._metrics.placed(placement.cached_tokens)
             return self.open(leg_id, placement)
         except BaseException:
@@ -114,6 +118,31 @@ class Legs:
             avoid=frozenset(avoid),
             resumes=True,
         )
+
+    def note_handed_over(self, leg: PrefillLeg | None, handoff_s: float | None = None) -> None:
+        """Decode has all that a leg was to send, maybe so long after the end of its compute."""
+        if leg is None or self._decode is None:
+            return
+        if handoff_s is not None:
+            self._admission.local.sent(leg.key, handoff_s)
+        if leg is not self._handed_over:
+            self._handed_over = leg
+            self._pools.handed_over(leg.key, self._decode)
+
+    def note_lost(self, leg: PrefillLeg, error: ServiceError) -> None:
+        """A leg has failed, or what it sends is lost on the way."""
+        self._lost.add(leg.key)
+        self._pools.suspect(leg.key)
+        if error.reason in TRANSFER_LOST and self._decode is not None:
+            self._could_not_send.add(leg.key)
+            self._pools.lost_transfer(leg.key, self._decode)
+        else:
+            self._pools.failed(leg.key)
+
+    @property
+    def several_could_not_send(self) -> bool:
+        """Whether what legs at different instances sent to this decode instance was lost."""
+        return len(self._could_not_send) > 1
 
     def close(self, leg: PrefillLeg, *, is_finished: bool) -> None:
         """Gives back what a leg holds; its instance's word on that is waited for elsewhere."""

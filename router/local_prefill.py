@@ -5,16 +5,18 @@ KV is sent. Computed at decode it waits for nothing but other such prompts, and 
 its pieces make the steps of the sequences that run there longer. So there is a bound on what may be
 computed there of a prompt, and below it the way is taken that is expected to be done first.
 
-What either takes is learned from first tokens. While nothing is known of a way it is tried, and one
-that looks worse is tried again after a while.
+What either takes is learned from first tokens, of each instance; what is not known of one is taken
+to be as with the others. While nothing is known of a way it is tried, and one that looks worse is
+tried again after a while.
 """
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
+from router.membership import Instance
 from router.views import (
     CachedTokens,
-    Capacity,
     DecodeView,
     InstanceKey,
     Need,
@@ -92,6 +94,32 @@ def is_local(work: Work, costs: Costs, max_tokens: int) -> bool:
     return here is None or here < there
 
 
+class _Learned:
+    """A mean of each instance, which begins as that of all."""
+
+    def __init__(self) -> None:
+        self._of_all: float | None = None
+        self._own: dict[InstanceKey, float] = {}
+
+    def of(self, key: InstanceKey | None) -> float | None:
+        return self._own.get(key, self._of_all) if key is not None else self._of_all
+
+    def add(self, key: InstanceKey, value: float) -> None:
+        self._own[key] = _mean(self.of(key), value)
+        self._of_all = _mean(self._of_all, value)
+
+    def look_better(self) -> None:
+        """Forget a part of it: each instance as much of its own as is its share of the work."""
+        for key in self._own:
+            self._own[key] *= 1 - _FORGETTING / len(self._own)
+        if self._of_all is not None:
+            self._of_all *= 1 - _FORGETTING
+
+    def keep(self, keys: AbstractSet[InstanceKey]) -> None:
+        """Forget all other instances."""
+        self._own = {key: value for key, value in self._own.items() if key in keys}
+
+
 class LocalPrefill:
     """Turns a policy's placements into local ones, and learns what the two ways take.
 
@@ -101,7 +129,10 @@ class LocalPrefill:
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
-        self._costs = Costs()
+        self._prefill_token_s = _Learned()
+        self._prefill_s = _Learned()
+        self._handoff_s = _Learned()
+        self._local_step_s = _Learned()
         self._owed: dict[InstanceKey, int] = {}
 
     @property
@@ -138,7 +169,8 @@ class LocalPrefill:
             local=need.prompt_tokens - cached,
             local_step=decode.capacity.local_prefill_tokens,
         )
-        if not is_local(work, self._costs, self._max_tokens):
+        costs = self.costs(placement.prefill, placement.decode)
+        if not is_local(work, costs, self._max_tokens):
             return placement
         return replace(placement, prefill=None, cached_tokens=cached, cp_first=None)
 
@@ -193,52 +225,48 @@ class LocalPrefill:
 
     # ---- what it takes
 
-    @property
-    def costs(self) -> Costs:
-        return self._costs
+    def costs(self, prefill: InstanceKey | None, decode: InstanceKey | None) -> Costs:
+        """Returns what is known of two instances; None: of all."""
+        return Costs(
+            prefill_token_s=self._prefill_token_s.of(prefill),
+            prefill_s=self._prefill_s.of(prefill),
+            handoff_s=self._handoff_s.of(prefill),
+            local_step_s=self._local_step_s.of(decode),
+        )
 
-    def computed_at_prefill(self, tokens: int, seconds: float) -> None:
+    def keep(self, keys: AbstractSet[InstanceKey]) -> None:
+        """Forget what all other instances take."""
+        for learned in (
+            self._prefill_token_s,
+            self._prefill_s,
+            self._handoff_s,
+            self._local_step_s,
+        ):
+            learned.keep(keys)
+
+    def computed_at_prefill(self, key: InstanceKey, tokens: int, seconds: float) -> None:
         """Take note of a first token from prefill, for which so many tokens were computed."""
-        costs = self._costs
         if tokens >= _TELLING_TOKENS:
-            token_s = _mean(costs.prefill_token_s, seconds / tokens)
-            self._costs = replace(costs, prefill_token_s=token_s)
+            self._prefill_token_s.add(key, seconds / tokens)
         elif tokens > 0:
-            self._costs = replace(
-                costs,
-                prefill_s=_mean(costs.prefill_s, seconds),
-                local_step_s=_less(costs.local_step_s),
-            )
+            self._prefill_s.add(key, seconds)
+            self._local_step_s.look_better()
 
-    def sent(self, seconds: float) -> None:
-        """Take note that all of a prompt's KV came to decode so long after it was computed."""
-        self._costs = replace(self._costs, handoff_s=_mean(self._costs.handoff_s, seconds))
+    def sent(self, key: InstanceKey, seconds: float) -> None:
+        """Take note that all of a prompt's KV came from prefill so long after it was computed."""
+        self._handoff_s.add(key, seconds)
 
-    def computed(self, tokens: int, seconds: float, here: Capacity | None) -> None:
-        """A prompt's tokens were computed at prefill, or `here` at decode."""
-        if here is None:
-            self.computed_at_prefill(tokens, seconds)
-        else:
-            self.computed_at_decode(-(-tokens // max(1, here.local_prefill_tokens)), seconds)
-
-    def computed_at_decode(self, steps: int, seconds: float) -> None:
-        """Take note of a first token from decode, which took so many steps."""
+    def computed_at_decode(self, instance: Instance, tokens: int, seconds: float) -> None:
+        """Take note of a first token from decode, for which so many tokens were computed."""
+        steps = -(-tokens // max(1, instance.capacity.local_prefill_tokens))
         if steps > 0:
-            costs = self._costs
-            self._costs = replace(
-                costs,
-                local_step_s=_mean(costs.local_step_s, seconds / steps),
-                prefill_s=_less(costs.prefill_s),
-                handoff_s=_less(costs.handoff_s),
-            )
+            self._local_step_s.add(instance.key, seconds / steps)
+            self._prefill_s.look_better()
+            self._handoff_s.look_better()
 
 
 def _mean(before: float | None, value: float) -> float:
     return value if before is None else before + _WEIGHT * (value - before)
-
-
-def _less(value: float | None) -> float | None:
-    return None if value is None else value * (1 - _FORGETTING)
 
 
 def _find(decodes: Iterable[DecodeView], placement: Placement) -> DecodeView | None:

@@ -62,6 +62,8 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.outcomes: Tally[str] = Tally()
         self.retries = 0
+        self.overcommitted_count = 0
+        self.outgrown_count = 0
         self._requests = Counter(
             "twinpool_router_requests", "Requests by outcome.", ["outcome"], registry=registry
         )
@@ -121,6 +123,16 @@ class Metrics:
         )
         for state in State:
             self._breakers.labels(state.value)
+        self._overcommitted = Counter(
+            "twinpool_router_overcommitted_reservations",
+            "Reservations of less than a request may come to.",
+            registry=registry,
+        )
+        self._outgrown = Counter(
+            "twinpool_router_outgrown_reservations",
+            "Of those, the ones whose sequence came to more than was reserved.",
+            registry=registry,
+        )
         self._pause_s = Histogram(
             "twinpool_router_move_pause_seconds",
             "Last token before a move to the first one after it.",
@@ -279,6 +291,16 @@ class Metrics:
 
     def breaker(self, state: State) -> None:
         self._breakers.labels(state.value).inc()
+
+    def overcommitted(self) -> None:
+        """Counts a reservation of less than its request may come to."""
+        self.overcommitted_count += 1
+        self._overcommitted.inc()
+
+    def outgrown(self) -> None:
+        """Counts such a reservation that turned out to be too small."""
+        self.outgrown_count += 1
+        self._outgrown.inc()
 
     def paused(self, seconds: float, way: str) -> None:
         self._pause_s.labels(way).observe(seconds)

@@ -99,12 +99,31 @@ class Pools:
 
     # ---- how requests end at an instance
 
-    def failed(self, key: InstanceKey) -> None:
-        """Takes note of a request that failed there through no fault of the client's."""
+    def lost_transfer(self, prefill: InstanceKey, decode: InstanceKey) -> None:
+        """Takes note that KV did not get from one instance to the other; who is to blame is open.
+
+        Where one of them has gone, it was that.
+        """
+        if prefill in self._prefills and decode in self._decodes:
+            self._breakers.transferred(prefill, decode, self._clock(), is_failure=True)
+            self.failed(prefill, partner=decode)
+            self.failed(decode, partner=prefill)
+
+    def handed_over(self, prefill: InstanceKey, decode: InstanceKey) -> None:
+        """Takes note that prefill has done its part: decode has the KV."""
+        if prefill in self._prefills and decode in self._decodes:
+            self._breakers.transferred(prefill, decode, self._clock(), is_failure=False)
+            self.succeeded(prefill)
+
+    def failed(self, key: InstanceKey, *, partner: InstanceKey | None = None) -> None:
+        """Takes note of a request that failed there through no fault of the client's.
+
+        Or else, where `partner` was at the other end of a transfer, through its fault.
+        """
         if key not in self._prefills and key not in self._decodes:
             return
         pause_s = self._breakers.failed(
-            key, self._clock(), has_others=lambda: self._has_others(key)
+            key, self._clock(), has_others=lambda: self._has_others(key), partner=partner
         )
         if pause_s is not None:
             _log.warning("%s fails too often: it gets nothing for %.1f s", key.name, pause_s)
@@ -201,9 +220,19 @@ class Pools:
             instance.capacity.blocks,
             instance.capacity.block_size,
         )
+        self._warn_of_whole_reservations(instance)
         self._connect(member)
         self._changed(instance.role)
         return member, replaced
+
+    def _warn_of_whole_reservations(self, instance: Instance) -> None:
+        overcommits = instance.role is Role.PREFILL or instance.capacity.expected_output_tokens
+        if self._admission.learns_lengths and not overcommits:
+            _log.warning(
+                "%s reserves room for all of max_new_tokens, so --reserve expected has no effect"
+                " there: start it with --kv-overcommit",
+                instance.key.name,
+            )
 
     def leave(self, member: Member, why: str) -> None:
         """Takes an instance out; everything that runs there is told at once. Repeats do nothing."""

@@ -5,7 +5,7 @@ Wire messages end here; what they mean for the pools is `membership` and `pools`
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from twinpool.v1 import common_pb2, kv_pb2, worker_pb2, worker_pb2_grpc
@@ -18,7 +18,7 @@ from router.hello import (
     instance_from_wire,
     prefix_events_from_wire,
 )
-from router.ledger import Ledger
+from router.ledger import InstanceKey, Ledger
 from router.membership import Instance, Member, Model, Pair, Role
 from router.pools import Pools
 from router.wire import speed_to_wire
@@ -80,6 +80,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         heartbeats_missed: int,
         clock: Callable[[], float],
         request_counts: Callable[[], worker_pb2.RequestCounts],
+        risks: Callable[[], Mapping[InstanceKey, float]],
     ) -> None:
         self._router_id = router_id
         self._version = version
@@ -90,6 +91,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         self._heartbeats_missed = heartbeats_missed
         self._clock = clock
         self._request_counts = request_counts
+        self._risks = risks
         self._started_at = clock()
         self._sessions: dict[Member, _Session] = {}
         pools.on_decodes_changed = self._tell_peers
@@ -271,16 +273,19 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
     ) -> worker_pb2.GetStatusResponse:
         """Says what the router knows of the pools."""
         model = self._pools.members.model
+        risks = self._risks()
         return worker_pb2.GetStatusResponse(
             router_id=self._router_id,
             version=self._version,
             uptime_s=self._clock() - self._started_at,
             model=_model_to_wire(model) if model is not None else None,
-            instances=[self._status(member) for member in self._pools.members.all()],
+            instances=[self._status(member, risks) for member in self._pools.members.all()],
             requests=self._request_counts(),
         )
 
-    def _status(self, member: Member) -> worker_pb2.InstanceStatus:
+    def _status(
+        self, member: Member, risks: Mapping[InstanceKey, float]
+    ) -> worker_pb2.InstanceStatus:
         instance, credit = member.instance, member.credit
         return worker_pb2.InstanceStatus(
             name=instance.key.name,
@@ -294,6 +299,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
                 max_sequences=instance.capacity.max_sequences,
                 max_sequence_tokens=instance.capacity.max_sequence_tokens,
                 dp=instance.capacity.dp,
+                expected_output_tokens=instance.capacity.expected_output_tokens,
             ),
             blocks=worker_pb2.BlockCounts(**dataclasses.asdict(member.heartbeat.blocks)),
             running=member.heartbeat.running,
@@ -309,6 +315,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
                 credit.sequences if credit is not None else instance.capacity.max_sequences
             ),
             speed=speed_to_wire(member.heartbeat.speed),
+            overcommit_risk=risks.get(instance.key, 0.0),
         )
 
 

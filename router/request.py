@@ -113,6 +113,12 @@ class Stop:
     token_ids: tuple[int, ...]
     ignore_eos: bool
 
+    @property
+    def least_new_tokens(self) -> int:
+        """Tokens that are sure to be generated."""
+        ends_early = self.strings or self.token_ids or not self.ignore_eos
+        return self.min_new_tokens if ends_early else self.max_new_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidRequest:
@@ -140,6 +146,8 @@ class ValidRequest:
         return Need(
             prompt_tokens=len(self.prompt_token_ids),
             max_new_tokens=self.stop.max_new_tokens - self.output_tokens,
+            generated_tokens=self.output_tokens,
+            sure_new_tokens=max(0, self.stop.least_new_tokens - self.output_tokens),
             # The first token of what goes on has come long ago.
             ttft_s=inf if self.output_tokens else self.ttft_s,
             tpot_s=self.tpot_s,

@@ -21,24 +21,24 @@ class Misfits:
 
     def __init__(self) -> None:
         self._tried: set[Waiting] = set()
-        # What has not fitted anywhere, as (prompt, new) tokens, without what needs as much of both
-        # as another, which does not fit either.
-        self._least: list[tuple[int, int]] = []
+        # What has not fitted anywhere, as (prompt, new, expected) tokens, without what needs as
+        # much of each as another, which does not fit either.
+        self._least: list[tuple[int, int, int]] = []
 
     def __contains__(self, waiting: Waiting) -> bool:
         if waiting in self._tried:
             return True
-        prompt, new = waiting.need.prompt_tokens, waiting.need.max_new_tokens
-        return any(prompt >= least[0] and new >= least[1] for least in self._least)
+        size = _size(waiting.need)
+        return any(_is_as_large(size, least) for least in self._least)
 
     def add(self, waiting: Waiting, *, is_telling: bool = True) -> None:
         """`is_telling`: what needs as much does not fit either."""
         self._tried.add(waiting)
         if waiting.avoid or not is_telling:
             return  # it may not have been tried everywhere
-        prompt, new = waiting.need.prompt_tokens, waiting.need.max_new_tokens
-        self._least = [least for least in self._least if least[0] < prompt or least[1] < new]
-        self._least.append((prompt, new))
+        size = _size(waiting.need)
+        self._least = [least for least in self._least if not _is_as_large(least, size)]
+        self._least.append(size)
 
 
 class Room:
@@ -88,6 +88,14 @@ class Room:
 
     def fits_ever(self, need: Need) -> bool:
         return self._ledger.fits_ever(need)
+
+
+def _size(need: Need) -> tuple[int, int, int]:
+    return need.prompt_tokens, need.max_new_tokens, need.expected_new_tokens
+
+
+def _is_as_large(size: tuple[int, int, int], least: tuple[int, int, int]) -> bool:
+    return size[0] >= least[0] and size[1] >= least[1] and size[2] >= least[2]
 
 
 def _preferred(views: Sequence[_View], avoid: frozenset[InstanceKey]) -> Sequence[_View]:

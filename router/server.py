@@ -23,6 +23,7 @@ from router.inflight import Inflight
 from router.ledger import InstanceKey, Ledger
 from router.local_prefill import LocalPrefill
 from router.metrics import Metrics
+from router.output_lengths import OutputLengths
 from router.policies import POLICIES
 from router.pools import Pools
 from router.proof import Proofs
@@ -59,6 +60,9 @@ class Router:
             grace_s=config.restart_grace_s,
             refuses_early=config.refuse_early,
             local=LocalPrefill(config.local_prefill_max),
+            lengths=OutputLengths(
+                config.reserve_quantile if config.reserve == "expected" else None
+            ),
         )
         self.admission = Admission(gate=gate, metrics=self.metrics, clock=clock)
         breakers = Breakers[InstanceKey](
@@ -117,6 +121,7 @@ class Router:
             heartbeats_missed=config.heartbeats_missed,
             clock=clock,
             request_counts=self._request_counts,
+            risks=self.admission.overcommit_risks,
         )
         self.server = Server(
             "router",
@@ -159,6 +164,8 @@ class Router:
             aborted=outcomes["aborted"],
             failed=outcomes["failed"],
             retried=self.metrics.retries,
+            overcommitted=self.metrics.overcommitted_count,
+            outgrown=self.metrics.outgrown_count,
         )
 
     def _watch_levels(self) -> None:
@@ -184,6 +191,11 @@ class Router:
                 "free": lambda: sum(d.free_blocks for d in ledger.decodes()),
                 "held": lambda: sum(d.capacity.dp_blocks - d.free_blocks for d in ledger.decodes()),
             },
+        )
+        self.metrics.watch(
+            "overcommit_risk",
+            "Highest of all decode instances' probabilities of lacking blocks for what they have.",
+            lambda: max(admission.overcommit_risks().values(), default=0.0),
         )
         self.metrics.watch(
             "ledger_free_blocks",

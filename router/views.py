@@ -29,7 +29,8 @@ class Capacity:
     """What an instance said it can hold. A block is a grain of tokens on each of `cp` ranks.
 
     Each of `dp` ranks has as many of the blocks, and a sequence is on one of them. Decode reserves
-    room for `expected_output_tokens` at first, and takes more when needed; 0: for all there may be.
+    room for `expected_output_tokens` at first, and takes more when needed; 0: for all there may be,
+    whatever a request is expected to come to.
     A token's keys and values are `token_bytes`, 0 where that is not known.
     It computes `local_prefill_tokens` of prompts in a step at most; 0: it computes none.
     """
@@ -53,10 +54,13 @@ class Capacity:
         return -(-tokens // self.block_size)
 
     def blocks_at_first(self, need: "Need") -> int:
-        """Returns what decode reserves for a request; what was generated before is prompt."""
+        """Returns what is booked for a request; what was generated before is prompt.
+
+        That is never less than what decode reserves at first.
+        """
         new = need.max_new_tokens
         if self.expected_output_tokens:
-            new = min(new, self.expected_output_tokens)
+            new = min(new, max(self.expected_output_tokens, need.expected_new_tokens))
         return self.blocks_for(need.prompt_tokens + new)
 
     @cached_property
@@ -81,14 +85,27 @@ class Capacity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Promise:
+    """The blocks that may be booked at a decode instance, by dp rank."""
+
+    capacity: Capacity
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Need:
     """What one request asks of the pools, in tokens, and what its answer should keep to.
 
+    Of the prompt, the last `generated_tokens` are answer already. Of what is new, `sure_new_tokens`
+    are sure to come, and it is expected to be no more than `expected_new_tokens`; 0: nothing is.
     The first token should come in `ttft_s` from now, each one after it in `tpot_s`.
     """
 
     prompt_tokens: int
     max_new_tokens: int
+    generated_tokens: int = 0
+    sure_new_tokens: int = 0
+    expected_new_tokens: int = 0
     ttft_s: float = inf
     tpot_s: float = inf
 

@@ -219,7 +219,8 @@ class InstanceStatus:
     """One instance as the router sees it; `role` is prefill or decode.
 
     `known_prefix_blocks` are those of its prefix cache that the router routes by. While it is
-    `connecting`, the router gives it nothing.
+    `connecting`, the router gives it nothing. `overcommit_risk` is the probability that its
+    sequences need more blocks than the router may reserve, if none ended before the others.
     """
 
     name: str
@@ -236,12 +237,17 @@ class InstanceStatus:
     heartbeat_age_s: float
     ledger_reserved: int
     known_prefix_blocks: int
+    overcommit_risk: float
     pairs: tuple[KvPair, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestCounts:
-    """Requests of a router: those it has now, and totals since its start."""
+    """Requests of a router: those it has now, and totals since its start.
+
+    `overcommitted` counts reservations at decode of less than a request may come to, and `outgrown`
+    those of them that turned out to be too small.
+    """
 
     queued: int
     running: int
@@ -250,6 +256,8 @@ class RequestCounts:
     aborted: int
     failed: int
     retried: int
+    overcommitted: int
+    outgrown: int
 
 
 @dataclass(frozen=True, kw_only=True)

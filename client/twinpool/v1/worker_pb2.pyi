@@ -767,6 +767,7 @@ class InstanceStatus(_message.Message):
     CREDIT_BLOCKS_FIELD_NUMBER: _builtins.int
     CREDIT_SEQUENCES_FIELD_NUMBER: _builtins.int
     SPEED_FIELD_NUMBER: _builtins.int
+    OVERCOMMIT_RISK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     epoch: _builtins.int
     role: _common_pb2.Role.ValueType
@@ -788,6 +789,10 @@ class InstanceStatus(_message.Message):
     the instance gives no credits, that is all.
     """
     credit_sequences: _builtins.int
+    overcommit_risk: _builtins.float
+    """How likely the sequences that this router has here are to need more blocks than it may reserve,
+    if none ended before the others; 0 where all that they may come to is reserved.
+    """
     @_builtins.property
     def capacity(self) -> Global___Capacity: ...
     @_builtins.property
@@ -819,10 +824,11 @@ class InstanceStatus(_message.Message):
         credit_blocks: _builtins.int = ...,
         credit_sequences: _builtins.int = ...,
         speed: Global___StepSpeed | None = ...,
+        overcommit_risk: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "capacity", b"capacity", "speed", b"speed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "connecting", b"connecting", "credit_blocks", b"credit_blocks", "credit_sequences", b"credit_sequences", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "known_prefix_blocks", b"known_prefix_blocks", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "pairs", b"pairs", "role", b"role", "running", b"running", "speed", b"speed", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "connecting", b"connecting", "credit_blocks", b"credit_blocks", "credit_sequences", b"credit_sequences", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "known_prefix_blocks", b"known_prefix_blocks", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "overcommit_risk", b"overcommit_risk", "pairs", b"pairs", "role", b"role", "running", b"running", "speed", b"speed", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -839,6 +845,8 @@ class RequestCounts(_message.Message):
     ABORTED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     RETRIED_FIELD_NUMBER: _builtins.int
+    OVERCOMMITTED_FIELD_NUMBER: _builtins.int
+    OUTGROWN_FIELD_NUMBER: _builtins.int
     queued: _builtins.int
     running: _builtins.int
     finished: _builtins.int
@@ -846,6 +854,9 @@ class RequestCounts(_message.Message):
     aborted: _builtins.int
     failed: _builtins.int
     retried: _builtins.int
+    overcommitted: _builtins.int
+    """Reservations at decode of less than a request may come to, and those of them that it outgrew."""
+    outgrown: _builtins.int
     def __init__(
         self,
         *,
@@ -856,10 +867,12 @@ class RequestCounts(_message.Message):
         aborted: _builtins.int = ...,
         failed: _builtins.int = ...,
         retried: _builtins.int = ...,
+        overcommitted: _builtins.int = ...,
+        outgrown: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborted", b"aborted", "failed", b"failed", "finished", b"finished", "queued", b"queued", "refused", b"refused", "retried", b"retried", "running", b"running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborted", b"aborted", "failed", b"failed", "finished", b"finished", "outgrown", b"outgrown", "overcommitted", b"overcommitted", "queued", b"queued", "refused", b"refused", "retried", b"retried", "running", b"running"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -62,12 +62,14 @@ class Membership(worker_pb2_grpc.MembershipServicer):
         status = worker_pb2.GetStatusResponse(router_id="router-1", version="0.1.0", uptime_s=61)
         status.model.name = "tiny"
         status.requests.finished = 12
+        status.requests.overcommitted, status.requests.outgrown = 8, 3
         for name, role in (("decode-0", ROLE_DECODE), ("prefill-0", ROLE_PREFILL)):
             blocks = worker_pb2.BlockCounts(
                 total=100, free=77, cached=5, used=15, reserved=2, quarantined=1
             )
             status.instances.add(name=name, role=role, layout="tp1", blocks=blocks)
         status.instances[0].draining = True
+        status.instances[0].overcommit_risk = 0.0321
         status.instances[0].pairs.add(
             peer="decode-x",
             transport="tcp",
@@ -254,6 +256,8 @@ async def test_status_shows_instances_blocks_and_requests(
     lines = result.stdout.splitlines()
     assert "model tiny" in result.stdout
     assert "12 finished" in result.stdout
+    assert "3 of 8 reservations were outgrown" in result.stdout
+    assert "lacks blocks: 3.2%" in result.stdout
     prefill = next(line for line in lines if "prefill-0" in line)
     decode = next(line for line in lines if "decode-0" in line)
     assert lines.index(prefill) < lines.index(decode)

@@ -220,6 +220,7 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
         self.send_failure: worker_pb2.TransferLost | None = None
         # Says nothing of what it has sent.
         self.is_mute = False
+        self.loses_transfers = False
         self._transfer_ids = itertools.count(1)
         self._streams: dict[str, asyncio.Queue[worker_pb2.DecodeRunResponse | None]] = {}
         self._activated: dict[int, asyncio.Future[None]] = {}
@@ -515,7 +516,11 @@ class FakePrefill(FakeInstance, worker_pb2_grpc.PrefillServicer):
             await self.transfer_gate.wait()
             if self.fail_transfer:
                 raise WorkFailed("the peer is lost", reason="PeerLost", retryable=True)
-            self._decode_named(grant.instance).complete(grant.transfer_id)
+            decode = self._decode_named(grant.instance)
+            if decode.loses_transfers:
+                decode.lose(grant.transfer_id)
+                await asyncio.Event().wait()
+            decode.complete(grant.transfer_id)
             done = worker_pb2.Transferred(
                 bytes=4096, messages=1, transport="fake/memory", handoff_s=0.125
             )

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from router.fairness import ANYONE, Tenants, Usage
 from router.gate import Decision, Gate
 from router.ledger import Capacity, InstanceKey, Ledger, Need, Placement
+from router.output_lengths import OutputLengths
 from router.policies.least_loaded import LeastLoaded
 from router.queue import Waiting
 from service.errors import ServiceError
@@ -24,9 +25,12 @@ NAMES = st.sampled_from(["", "small", "large"])
 class AdmissionWalk(RuleBasedStateMachine):
     """A gate, and beside it the plainest account of what it should know."""
 
-    @initialize(overcommits=st.booleans(), refuses_early=st.booleans())
-    def begin(self, overcommits: bool, refuses_early: bool) -> None:
+    @initialize(overcommits=st.booleans(), refuses_early=st.booleans(), learns=st.booleans())
+    def begin(self, overcommits: bool, refuses_early: bool, learns: bool) -> None:
         self.overcommits = overcommits
+        self.learns = learns
+        # What decode has taken for each sequence, in tokens: it never asks the ledger.
+        self.come_to: dict[int, int] = {}
         self.ledger = Ledger(max_prefill_requests=5)
         self.gate = Gate(
             ledger=self.ledger,
@@ -41,6 +45,7 @@ class AdmissionWalk(RuleBasedStateMachine):
             max_bypasses=MAX_BYPASSES,
             grace_s=2.0,
             refuses_early=refuses_early,
+            lengths=OutputLengths(0.9 if learns else None),
         )
         self.now = 0.0
         self.epoch = 0
@@ -89,6 +94,8 @@ class AdmissionWalk(RuleBasedStateMachine):
         new=st.integers(1, 60),
         priority=st.integers(-1, 1),
         patience_s=st.integers(1, 50),
+        generated=st.sampled_from([0, 0, 5, 40]),
+        sure=st.sampled_from([0, 0, 3, 60]),
         again=st.sampled_from([False, False, False, True]),
         resumes=st.sampled_from([False, False, False, True]),
     )
@@ -99,13 +106,20 @@ class AdmissionWalk(RuleBasedStateMachine):
         new: int,
         priority: int,
         patience_s: int,
+        generated: int,
+        sure: int,
         again: bool,
         resumes: bool,
     ) -> None:
         self.next_id += 1
         waiting = Waiting(
             request_id=self.next_id,
-            need=Need(prompt_tokens=prompt, max_new_tokens=new),
+            need=Need(
+                prompt_tokens=prompt,
+                max_new_tokens=new,
+                generated_tokens=min(generated, prompt - 1),
+                sure_new_tokens=min(sure, new),
+            ),
             priority=priority,
             tenant=tenant,
             start_by=self.now + patience_s,
@@ -156,7 +170,18 @@ class AdmissionWalk(RuleBasedStateMachine):
         if self.running:
             request_id = data.draw(st.sampled_from(sorted(self.running)))
             most = self.running[request_id].need.total_tokens
-            self.gate.grow(request_id, min(tokens, most), self.now)
+            tokens = min(tokens, most)
+            booked = self.ledger.room_of(request_id)
+            has_outgrown = self.gate.grow(request_id, tokens, self.now)
+            if self.ledger.room_of(request_id):
+                self.come_to[request_id] = max(tokens, self.come_to.get(request_id, 0))
+            # Nobody is said to have outgrown a booking who has kept to it.
+            assert not (has_outgrown and booked is not None and tokens <= booked)
+
+    @rule(tenant=NAMES, lengths=st.lists(st.integers(1, 60), max_size=30), is_cut=st.booleans())
+    def answers_are_finished(self, tenant: str, lengths: list[int], is_cut: bool) -> None:
+        for tokens in lengths:
+            self.gate.lengths.finished(tenant, tokens, is_cut=is_cut)
 
     @rule(data=st.data())
     def request_ends(self, data: st.DataObject) -> None:
@@ -214,9 +239,25 @@ class AdmissionWalk(RuleBasedStateMachine):
     def accounts_balance(self) -> None:
         if hasattr(self, "gate"):
             self.ledger.check_integrity()
+            self.check_bookings()
             self.gate.queue.check_integrity()
             assert set(self.gate.queue) == set(self.waiting.values())
             assert all(w.start_by > self.now for w in self.waiting.values())
+
+    def check_bookings(self) -> None:
+        """What decode has is booked, and no more than all; so is the least it reserves at first."""
+        for request_id, waiting in self.running.items():
+            need, room = waiting.need, self.ledger.room_of(request_id)
+            assert need.expected_new_tokens <= need.max_new_tokens
+            assert need.expected_new_tokens == 0 or self.learns
+            if room:
+                assert room >= self.come_to.get(request_id, 0)
+                assert room >= need.prompt_tokens + min(8, need.max_new_tokens)
+                assert room < need.total_tokens + 16
+                assert self.overcommits or room >= need.total_tokens
+        found = self.gate.overcommit_risks()
+        assert all(0 <= risk <= 1 for risk in found.values())
+        assert self.overcommits or not found
 
     @invariant()
     def tenants_use_what_they_have_open(self) -> None:

@@ -102,3 +102,99 @@ def test_what_is_forgotten_is_closed(opened: bool) -> None:
     found.forget("a")
     assert found.state("a") is State.CLOSED
     assert not found.half_open("a")
+
+
+# ---- transfers
+
+
+class Fleet:
+    """Instances that transfer to each other, told as the router tells of them."""
+
+    def __init__(self, *bad: str) -> None:
+        self.found = breakers()
+        self.bad = bad
+
+    def transfer(self, source: str, target: str, now: float = 0.0) -> None:
+        is_failure = source in self.bad or target in self.bad
+        self.found.transferred(source, target, now, is_failure=is_failure)
+        if not is_failure:
+            self.found.succeeded(source, now)
+            self.found.succeeded(target, now)
+            return
+        for key, partner in ((source, target), (target, source)):
+            self.found.failed(key, now, has_others=lambda: True, partner=partner)
+
+    def open(self) -> set[str]:
+        return {key for key in ("p1", "p2", "d1", "d2") if self.found.state(key) is State.OPEN}
+
+
+@pytest.mark.parametrize("bad", ["p1", "d1"])
+def test_lost_transfers_open_the_one_that_loses_them_with_all_others(bad: str) -> None:
+    fleet = Fleet(bad)
+    for source, target in [("p1", "d1"), ("p1", "d2"), ("p2", "d1"), ("p2", "d2")] * 4:
+        fleet.transfer(source, target)
+    assert fleet.open() == {bad}
+
+
+@pytest.mark.parametrize("bad", ["p1", "d1"])
+def test_only_partner_is_to_blame_where_it_does_well_with_nobody(bad: str) -> None:
+    """One role has a single instance: what it does with the other one speaks for it."""
+    fleet = Fleet(bad)
+    only = "d2" if bad == "p1" else "p2"
+    others = ("p1", "p2") if bad == "p1" else ("d1", "d2")
+    for _ in range(4):
+        for other in others:
+            fleet.transfer(*((other, only) if bad == "p1" else (only, other)))
+    assert fleet.open() == {bad}
+
+
+def test_nobody_is_opened_while_nothing_tells_who_is_to_blame() -> None:
+    fleet = Fleet("p1")
+    for _ in range(6):
+        fleet.transfer("p1", "d1")
+    assert fleet.open() == set()
+    fleet.transfer("p2", "d1")
+    fleet.transfer("p1", "d1")
+    assert fleet.open() == {"p1"}
+
+
+def test_way_between_two_that_is_cut_opens_neither() -> None:
+    fleet = Fleet()
+    for _ in range(4):
+        fleet.transfer("p1", "d2")
+        fleet.transfer("p2", "d1")
+        fleet.bad = ("p1",)
+        fleet.transfer("p1", "d1")
+        fleet.bad = ()
+    assert fleet.open() == set()
+
+
+def test_evidence_counts_no_longer_than_failures() -> None:
+    fleet = Fleet("p1")
+    fleet.transfer("p2", "d1")
+    for _ in range(6):
+        fleet.transfer("p1", "d1", now=20.0)
+    assert fleet.open() == set()
+
+
+def test_other_failures_need_no_partner() -> None:
+    fleet = Fleet()
+    fleet.transfer("p1", "d1")
+    for _ in range(4):
+        fleet.found.failed("p1", 0.0, has_others=lambda: True)
+    assert fleet.open() == {"p1"}
+
+
+def test_one_that_is_tried_is_not_opened_for_a_bad_partner() -> None:
+    fleet = Fleet("p1")
+    for _ in range(4):
+        for source, target in (("p1", "d1"), ("p1", "d2"), ("p2", "d1"), ("p2", "d2")):
+            fleet.transfer(source, target)
+    fail_d1 = [fleet.found.failed("d1", 0.0, has_others=lambda: True) for _ in range(8)]
+    assert any(fail_d1)
+    assert fleet.found.half_open("d1")
+    fleet.transfer("p1", "d1")
+    assert fleet.found.state("d1") is State.HALF_OPEN
+    assert fleet.found.half_open("p1")
+    fleet.transfer("p1", "d2")
+    assert fleet.found.state("p1") is State.OPEN

@@ -3,6 +3,7 @@
 import asyncio
 
 import grpc
+import pytest
 
 from router.breaker import BreakerSettings, State
 from router.ledger import InstanceKey
@@ -125,4 +126,30 @@ async def test_open_instance_is_used_again_where_the_others_leave() -> None:
         await until(lambda: usable(system) == {"a"})
         assert system.router.pools.is_up(InstanceKey("a", bad.epoch))
         assert await answer(system) == "hello"
+        await system.settled()
+
+
+def suspended(system: System) -> set[str]:
+    """Instances that failures have left out, and that have not been tried again since."""
+    breakers = system.router.pools._breakers
+    return {
+        i.name
+        for i in system.instances
+        if breakers.state(InstanceKey(i.name, i.epoch)) is State.OPEN
+    }
+
+
+@pytest.mark.parametrize("bad", ["p1", "d1"])
+async def test_lost_transfers_open_the_instance_that_is_bad_alone(bad: str) -> None:
+    slow = BreakerSettings(least=3, last=8, pause_s=1000.0, longest_pause_s=1000.0)
+    async with running(breaker=slow, policy="round-robin") as system:
+        prefills = {name: await system.add_prefill(name) for name in ("p1", "p2")}
+        decodes = {name: await system.add_decode(name) for name in ("d1", "d2")}
+        if bad == "p1":
+            prefills[bad].fail_transfer = True
+        else:
+            decodes[bad].loses_transfers = True
+        for _ in range(40):
+            assert await answer(system) == "hello"
+        assert suspended(system) == {bad}
         await system.settled()

@@ -4,15 +4,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
+from twinpool.v1 import worker_pb2
 
 from router.fairness import Tenants
 from router.gate import Gate
 from router.ledger import Ledger
 from router.local_prefill import Costs, LocalPrefill, Work, disaggregated_s, is_local, local_s
+from router.membership import Instance
 from router.policies.least_loaded import LeastLoaded
 from router.queue import Waiting
 from router.views import AskEach, CachedTokens, Capacity, InstanceKey, Need, Placement
 from service.errors import Unavailable
+from tests.unit.router.test_membership import instance
 
 PREFILL, DECODE, OTHER = (InstanceKey(name, 1) for name in ("prefill", "decode", "other"))
 CAPACITY = Capacity(blocks=100, block_size=16, max_sequences=8, max_sequence_tokens=1600)
@@ -20,6 +23,18 @@ COMPUTES = replace(CAPACITY, local_prefill_tokens=32)
 MOST = 64
 KNOWN = Costs(prefill_token_s=0.001, prefill_s=0.010, handoff_s=0.005, local_step_s=0.010)
 WORK = Work(owed=0, prefill=30, local_owed=0, local=30, local_step=32)
+
+
+def decode(name: str = "decode") -> Instance:
+    """One that computes 32 tokens of prompts in a step."""
+    wire = worker_pb2.Capacity(
+        blocks=100,
+        block_size=16,
+        max_sequences=8,
+        max_sequence_tokens=1600,
+        local_prefill_tokens=32,
+    )
+    return instance(name=name, epoch=1, capacity=wire)
 
 
 def cached(tokens: Mapping[InstanceKey, int] = {}) -> CachedTokens:
@@ -77,9 +92,9 @@ class System:
 
     def learn(self) -> None:
         """Prefill takes long, decode does not."""
-        self.local.computed_at_prefill(20, 0.1)
-        self.local.sent(0.1)
-        self.local.computed_at_decode(1, 0.001)
+        self.local.computed_at_prefill(PREFILL, 20, 0.1)
+        self.local.sent(PREFILL, 0.1)
+        self.local.computed_at_decode(decode(), 20, 0.001)
 
     def place(self, prompt: int, new: int = 8, **tokens: int) -> Placement | None:
         self._next_id += 1
@@ -182,35 +197,79 @@ def test_full_prefill_holds_up_no_prompt_that_decode_may_compute() -> None:
 
 def test_waiting_prompts_make_decode_look_worse() -> None:
     system = System()
-    system.local.computed_at_prefill(20, 0.010)
-    system.local.sent(0.010)
-    system.local.computed_at_decode(1, 0.009)
+    system.local.computed_at_prefill(PREFILL, 20, 0.010)
+    system.local.sent(PREFILL, 0.010)
+    system.local.computed_at_decode(decode(), 20, 0.009)
     ways = [system.place(30) for _ in range(4)]
     assert [way is not None and way.prefill is None for way in ways] == [True, True, False, False]
 
 
 def test_way_that_looks_worse_is_tried_again() -> None:
     local = LocalPrefill(MOST)
-    local.computed_at_prefill(20, 0.001)
-    local.sent(0.001)
-    local.computed_at_decode(1, 1.0)
+    local.computed_at_prefill(PREFILL, 20, 0.001)
+    local.sent(PREFILL, 0.001)
+    local.computed_at_decode(decode(), 20, 1.0)
     asked = 0
-    while not is_local(WORK, local.costs, MOST):
-        local.computed_at_prefill(20, 0.001)
-        local.sent(0.001)
+    while not is_local(WORK, local.costs(PREFILL, DECODE), MOST):
+        local.computed_at_prefill(PREFILL, 20, 0.001)
+        local.sent(PREFILL, 0.001)
         asked += 1
     assert 100 < asked < 1000
-    local.computed_at_decode(1, 0.0001)
+    local.computed_at_decode(decode(), 20, 0.0001)
     asked = 0
-    while is_local(WORK, local.costs, MOST):
-        local.computed_at_decode(1, 0.0001)
+    while is_local(WORK, local.costs(PREFILL, DECODE), MOST):
+        local.computed_at_decode(decode(), 20, 0.0001)
         asked += 1
     assert 50 < asked < 1000
 
 
+def test_bad_instance_is_tried_no_more_often_for_there_being_good_ones() -> None:
+    local = LocalPrefill(MOST)
+    local.computed_at_prefill(PREFILL, 20, 0.001)
+    local.sent(PREFILL, 0.001)
+    names = [f"decode-{number}" for number in range(10)]
+    for name in names:
+        local.computed_at_decode(decode(name), 20, 1.0)
+    asked = 0
+    while not is_local(WORK, local.costs(PREFILL, InstanceKey(names[0], 1)), MOST):
+        local.computed_at_prefill(PREFILL, 20, 0.001)
+        asked += 1
+    assert asked > 1000
+
+
 def test_long_prompts_tell_the_rate_and_short_ones_the_time() -> None:
     local = LocalPrefill(MOST)
-    local.computed_at_prefill(1000, 2.0)
-    assert local.costs == Costs(prefill_token_s=0.002)
-    local.computed_at_prefill(10, 0.5)
-    assert local.costs == Costs(prefill_token_s=0.002, prefill_s=0.5)
+    local.computed_at_prefill(PREFILL, 1000, 2.0)
+    assert local.costs(PREFILL, DECODE) == Costs(prefill_token_s=0.002)
+    local.computed_at_prefill(PREFILL, 10, 0.5)
+    assert local.costs(PREFILL, DECODE) == Costs(prefill_token_s=0.002, prefill_s=0.5)
+
+
+def test_instance_begins_with_what_others_take_and_goes_its_own_way() -> None:
+    local = LocalPrefill(MOST)
+    slow = InstanceKey("slow", 1)
+    for _ in range(50):
+        local.computed_at_prefill(PREFILL, 1000, 1.0)
+        local.sent(PREFILL, 0.01)
+        local.computed_at_decode(decode(), 64, 0.2)
+    others = Costs(prefill_token_s=0.001, handoff_s=0.01, local_step_s=0.1)
+    assert local.costs(PREFILL, DECODE).local_step_s == pytest.approx(0.1)
+    assert local.costs(slow, OTHER).prefill_token_s == pytest.approx(others.prefill_token_s)
+    for _ in range(50):
+        local.computed_at_prefill(slow, 1000, 4.0)
+        local.computed_at_decode(decode("other"), 32, 0.4)
+    assert local.costs(slow, OTHER).prefill_token_s == pytest.approx(0.004, rel=0.05)
+    assert local.costs(slow, OTHER).local_step_s == pytest.approx(0.4, rel=0.05)
+    assert local.costs(PREFILL, DECODE).prefill_token_s == pytest.approx(0.001)
+    assert local.costs(PREFILL, DECODE).local_step_s == pytest.approx(0.1)
+
+
+def test_instance_that_has_gone_is_forgotten() -> None:
+    system = System()
+    system.local.computed_at_prefill(PREFILL, 1000, 3.0)
+    system.local.computed_at_prefill(OTHER, 1000, 1.0)
+    system.local.computed_at_prefill(OTHER, 1000, 1.0)
+    system.gate.instances_changed(1.0)
+    of_all = system.local.costs(None, None)
+    assert system.local.costs(OTHER, None) == of_all
+    assert system.local.costs(PREFILL, None) != of_all
