@@ -207,14 +207,32 @@ class Admission:
             self._run(record)
             return True
 
+    def look_again(self, request_id: int) -> bool:
+        """Look up a prompt once more of which nothing is computed; whether its blocks are others.
+
+        They are where more of it is known by now than when it was reserved.
+        """
+        with self._lock:
+            record = self._by_request[request_id]
+            prefixes, reservation = self._of(record), record.reservation
+            shared = len(record.blocks) - len(record.own_blocks)
+            taken = prefixes.take_again(
+                reservation.known_ids, reservation.cache_salt, record.blocks, shared
+            )
+            if taken is None:
+                return False
+            prefixes.pool.mark_used(taken.blocks)
+            record.blocks, record.own_blocks = taken.blocks, taken.blocks[taken.shared :]
+            record.cached_tokens = record.computed_tokens = taken.tokens
+            return True
+
     def computed(self, request_id: int, tokens: int) -> SequenceRecord:
         """Note that a step has computed more tokens of a prompt; the sequence."""
         with self._lock:
             record = self._by_request[request_id]
             record.computed_tokens += tokens
-            if not record.missing_tokens:
-                record.kv_complete = True
-                self._remember(record)
+            record.kv_complete = not record.missing_tokens
+            self._remember(record)
             return record
 
     def complete(self, transfer_id: int) -> SequenceRecord | None:

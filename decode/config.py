@@ -60,6 +60,17 @@ class DecodeConfig(RanksConfig):
         description="Prompt tokens that a step of a dp rank computes at most, of short or mostly"
         " cached prompts that a router has computed here; 0 takes none of them.",
     )
+    colocated: bool = Field(
+        default=False,
+        description="Compute the prompts of all requests here, in chunks beside other tokens: such"
+        " instances are all that their router needs.",
+    )
+    chunk_tokens: int = Field(
+        default=512,
+        ge=1,
+        description="With --colocated, tokens of a step of a dp rank at most: one for each sequence"
+        " that runs, then prompts'. More is sooner for prompts, fewer for the others.",
+    )
     prefix_cache: bool = Field(
         default=True,
         description="Keep the KV of ended sequences while there is room, for prompts that begin"
@@ -82,6 +93,30 @@ class DecodeConfig(RanksConfig):
                 " or --balance-interval-s 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _has_one_bound_on_prompts(self) -> Self:
+        if self.colocated and "local_prefill_tokens" in self.model_fields_set:
+            raise ValueError(
+                f"--local-prefill-tokens: found {self.local_prefill_tokens} with --colocated, where"
+                " --chunk-tokens is the bound; leave it out"
+            )
+        if not self.colocated and "chunk_tokens" in self.model_fields_set:
+            raise ValueError(
+                f"--chunk-tokens: found {self.chunk_tokens} without --colocated; add that, or set"
+                " --local-prefill-tokens"
+            )
+        if self.colocated and self.chunk_tokens <= self.max_batch:
+            raise ValueError(
+                f"--chunk-tokens: found {self.chunk_tokens}, which the sequences of --max-batch"
+                f" {self.max_batch} may take alone; raise it, or lower --max-batch"
+            )
+        return self
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of prompts, in a step of a dp rank at most; 0: none are computed here."""
+        return self.chunk_tokens if self.colocated else self.local_prefill_tokens
 
     @property
     def role(self) -> str:

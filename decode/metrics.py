@@ -59,7 +59,7 @@ class Metrics:
         )
         self._cached_tokens = Counter(
             "twinpool_decode_cached_tokens",
-            "Prompt tokens that were not sent: their KV was here from earlier requests.",
+            "Prompt tokens not sent, nor computed here: their KV was here from earlier requests.",
             registry=registry,
         )
         self._cached_bytes = Counter(
@@ -83,7 +83,7 @@ class Metrics:
         self._sent_bytes.inc(sent_bytes)
 
     def cached(self, tokens: int) -> None:
-        """Take note of a reservation and of how many of its prompt's tokens are here already."""
+        """Take note of a prompt and of how many of its tokens were here already."""
         self._cached_tokens.inc(tokens)
         self._cached_bytes.inc(tokens * self._token_bytes)
 
@@ -105,6 +105,9 @@ class Metrics:
         self._step_s.observe(step.seconds)
         if tokens:  # else the step had pieces of prompts alone
             self._batch.observe(tokens)
-        self._prompt_tokens.inc(step.prompt_tokens)
+        if step.prompt_tokens:
+            self._prompt_tokens.inc(step.prompt_tokens)
+            firsts = [token.first for of_router in step.tokens.values() for token in of_router]
+            self.cached(sum(first.cached_tokens for first in firsts if first is not None))
         self._tokens.inc(tokens)
         self._grown_blocks.inc(step.grown_blocks)

@@ -64,6 +64,22 @@ class Prefixes:
             tokens.append(0)
         return self._cache.acquire(tokens, prefix_salt(self._dp_rank, cache_salt), num_blocks)
 
+    def take_again(
+        self, prompt: Sequence[int], cache_salt: bytes, held: Sequence[int], shared: int
+    ) -> Acquired | None:
+        """Exchange a sequence's blocks where more of them may be `shared` by now; None: they stay.
+
+        Nothing may have been written to them, and the prompt's last token is left to be computed.
+        """
+        if self._cache is None:
+            return None
+        tokens, salt = array("I", prompt), prefix_salt(self._dp_rank, cache_salt)
+        if len(self._cache.match(tokens, salt)) <= shared:
+            return None
+        # What is given back is enough for what is taken: nobody else comes in between.
+        self.pool.release(held)
+        return self._cache.acquire(tokens, salt, len(held))
+
     def remember(
         self, prompt: Sequence[int], output: Sequence[int], cache_salt: bytes, blocks: Sequence[int]
     ) -> None:

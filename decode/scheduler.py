@@ -5,11 +5,13 @@ tensors, threads or block ids: its caller says which sequences have no room for 
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
 Step = tuple[tuple[int, ...], ...]  # request ids, of each dp rank
+# A prompt is about to be begun with; returns how many of its tokens are to be computed.
+Enter = Callable[[int], int]
 
 # How many times as much of prompts a step may have where there is nothing else in it.
 _ALONE = 4
@@ -35,25 +37,40 @@ class Scheduler:
     the pieces are short bounds how much longer the others' tokens take for it. The first of the
     prompts is first: nothing is gained by all of them being late.
 
+    Where all prompts are computed here, a step has a bound as a whole, `step_tokens`: the sequences
+    that decode come first, each with a token, and prompts get what is left.
+
     Args:
         max_batch: Sequences of one dp rank that are stepped with at most.
         dp: How many dp ranks there are; each sequence is one's.
         depth: How many steps may be under way at once.
         prompt_tokens: Of prompts, in a step of one dp rank at most; a few times as many where no
             sequence would get its token later for it.
+        step_tokens: Of a step of one dp rank at most, whatever they are of; above `max_batch`, or
+            prompts might wait for ever. Where it is given, `prompt_tokens` has no say.
     """
 
     def __init__(
-        self, *, max_batch: int, dp: int = 1, depth: int = 1, prompt_tokens: int = 1
+        self,
+        *,
+        max_batch: int,
+        dp: int = 1,
+        depth: int = 1,
+        prompt_tokens: int = 1,
+        step_tokens: int | None = None,
     ) -> None:
+        assert step_tokens is None or step_tokens > max_batch
         self._max_batch = max_batch
         self._depth = depth
         self._prompt_tokens = prompt_tokens
+        self._step_tokens = step_tokens
         self._shares = [_Share() for _ in range(dp)]
         self._dp_rank_of: dict[int, int] = {}
         # What is to be computed yet of prompts, and the pieces that are under way.
         self._missing: dict[int, int] = {}
         self._pieces: dict[int, int] = {}
+        # Prompts that have had no piece yet.
+        self._unbegun: set[int] = set()
 
     def add(self, request_id: int, dp_rank: int = 0, missing_tokens: int = 0) -> None:
         """A sequence may step: all of its KV but that of `missing_tokens` is here.
@@ -64,6 +81,7 @@ class Scheduler:
         self._shares[dp_rank].waiting[request_id] = None
         if missing_tokens:
             self._missing[request_id] = missing_tokens
+            self._unbegun.add(request_id)
 
     def remove(self, request_id: int) -> None:
         """A sequence has ended, wherever it is; not while a step with it is under way."""
@@ -73,6 +91,7 @@ class Scheduler:
             for group in (share.waiting, share.running, share.idle):
                 group.pop(request_id, None)
             self._missing.pop(request_id, None)
+            self._unbegun.discard(request_id)
 
     @property
     def running(self) -> int:
@@ -89,20 +108,17 @@ class Scheduler:
         """Sequences in the batches that are in no step under way."""
         return [request_id for share in self._shares for request_id in share.idle]
 
-    def schedule(self, without: Collection[int] = ()) -> Step:
+    def schedule(self, without: Collection[int] = (), enter: Enter | None = None) -> Step:
         """The next step, which is under way from here on; empty where nothing can step now.
 
         Of each dp rank, those whose latest step is longest ago, `without` those that have to wait.
+        `enter` is asked about each prompt once, when its first piece is due: others may have
+        computed some of it since it was added.
         """
         for share in self._shares:
             self._join(share)
-        room = self._prompt_tokens
-        if self._missing and not any(self._decoding(share) for share in self._shares):
-            room *= _ALONE
-        step = tuple(
-            (*self._begin(share, without), *self._begin_pieces(share, without, room))
-            for share in self._shares
-        )
+        most = self._most_of_prompts()
+        step = tuple(self._fill(share, without, most, enter) for share in self._shares)
         return step if any(step) else ()
 
     def piece(self, request_id: int) -> int:
@@ -128,6 +144,19 @@ class Scheduler:
             request_id, _ = share.waiting.popitem(last=False)
             share.running[request_id] = share.idle[request_id] = None
 
+    def _most_of_prompts(self) -> int:
+        if self._step_tokens is not None:
+            return self._step_tokens
+        is_alone = self._missing and not any(self._decoding(share) for share in self._shares)
+        return self._prompt_tokens * (_ALONE if is_alone else 1)
+
+    def _fill(
+        self, share: _Share, without: Collection[int], most: int, enter: Enter | None
+    ) -> tuple[int, ...]:
+        decoding = tuple(self._begin(share, without))
+        room = most if self._step_tokens is None else most - len(decoding)
+        return (*decoding, *self._begin_pieces(share, without, room, enter))
+
     def _begin(self, share: _Share, without: Collection[int]) -> Iterable[int]:
         most = -(-self._decoding(share) // self._depth)
         able = (r for r in share.idle if r not in without and r not in self._missing)
@@ -139,10 +168,16 @@ class Scheduler:
         running = share.running
         return len(running) - sum(request_id in running for request_id in self._missing)
 
-    def _begin_pieces(self, share: _Share, without: Collection[int], room: int) -> Iterable[int]:
-        for request_id, missing in self._missing.items():
+    def _begin_pieces(
+        self, share: _Share, without: Collection[int], room: int, enter: Enter | None
+    ) -> Iterable[int]:
+        for request_id in self._missing:
             if room and request_id in share.idle and request_id not in without:
-                piece = self._pieces[request_id] = min(room, missing)
+                if request_id in self._unbegun:
+                    self._unbegun.remove(request_id)
+                    if enter is not None:
+                        self._missing[request_id] = enter(request_id)
+                piece = self._pieces[request_id] = min(room, self._missing[request_id])
                 room -= piece
                 del share.idle[request_id]
                 yield request_id

@@ -316,7 +316,6 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                 "prompt_token_ids", found=found, hint=f"give them, each below {most}"
             )
         record = self._reserve(self._reservation(request))
-        self._metrics.cached(record.cached_tokens)
         self._compute.add(record)
         if self._admission.begin(record.request_id):
             self._worker.ready(record.request_id)

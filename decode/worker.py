@@ -240,7 +240,8 @@ class Worker:
         """Begin a step, if there may be another one and there is a sequence for it."""
         if self._under_way == self._compute.depth:
             return False
-        batch = self._scheduler.schedule(self._grow() if self._admission.overcommits else ())
+        lacking = self._grow() if self._admission.overcommits else ()
+        batch = self._scheduler.schedule(lacking, self._enter)
         if not batch:
             return False
         began_s = self._clock()
@@ -263,6 +264,14 @@ class Worker:
             ),
         )
         return True
+
+    def _enter(self, request_id: int) -> int:
+        """Share what others have computed of a prompt since it came; return what it misses then."""
+        record = self._admission.running(request_id)
+        if self._admission.look_again(request_id):
+            self._compute.remove(request_id)
+            self._compute.add(record)
+        return record.missing_tokens
 
     def _row(self, request_id: int, now: float) -> Row:
         record = self._admission.running(request_id)

@@ -97,10 +97,18 @@ class ClusterConfig(BaseModel):
     port: int = Field(
         default=9000, ge=0, le=65535, description="Port of the router; 0 takes a free one."
     )
+    colocated: bool = Field(
+        default=False,
+        description="Start instances that both prefill and decode, in chunks beside other tokens,"
+        " instead of one for each.",
+    )
+    replicas: int = Field(
+        default=1, ge=1, le=64, description="With --colocated, how many of them to start."
+    )
     threads: int = Field(
         default_factory=default_threads,
         ge=1,
-        description="Threads that compute in each of prefill and decode.",
+        description="Threads that compute in each instance; its part of the cores unless given.",
     )
     restart: bool = Field(default=True, description="Start a role again when it dies.")
     start_timeout_s: float = Field(
@@ -126,9 +134,25 @@ class ClusterConfig(BaseModel):
         check_security(self)
         return self
 
+    @model_validator(mode="after")
+    def _has_replicas_of_what_can_have_some(self) -> Self:
+        if self.replicas > 1 and not self.colocated:
+            raise ValueError(
+                f"--replicas: found {self.replicas} without --colocated; add that, or start more"
+                " instances with `twinpool prefill` and `twinpool decode`"
+            )
+        return self
+
+    @property
+    def instance_threads(self) -> int:
+        """Threads of each instance: the given number, or its part of the cores."""
+        if self.colocated and "threads" not in self.model_fields_set:
+            return default_threads(self.replicas)
+        return self.threads
+
 
 class Cluster:
-    """A router, a prefill and a decode instance as child processes of this one.
+    """A router and its instances as child processes of this one.
 
     `say` gets every line for the user, the children's own included.
     """
@@ -171,7 +195,12 @@ class Cluster:
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._config.start_timeout_s):
-                status = await wait_until_ready(self.address, self._say, self._security)
+                status = await wait_until_ready(
+                    self.address,
+                    self._say,
+                    self._security,
+                    colocated=self._config.replicas if self._config.colocated else 0,
+                )
         except TimeoutError as exc:
             raise ChildFailed(
                 f"not ready after {self._config.start_timeout_s:g} s: see the lines above, or give"
@@ -188,9 +217,9 @@ def _cancel(task: "asyncio.Task[None]") -> None:
 
 
 async def wait_until_ready(
-    address: str, say: Callable[[str], None], security: Security = PLAIN
+    address: str, say: Callable[[str], None], security: Security = PLAIN, *, colocated: int = 0
 ) -> GetStatusResponse:
-    """Returns the router's status once it has a prefill and a decode instance.
+    """Returns the router's status once nothing is missing (see `missing_roles`).
 
     Raises `ChildFailed` where it refuses the token.
     """
@@ -201,7 +230,7 @@ async def wait_until_ready(
             missing, status = "the router", GetStatusResponse()
             try:
                 status = await stub.GetStatus(GetStatusRequest(), timeout=_CALL_TIMEOUT_S)
-                missing = missing_roles(status)
+                missing = missing_roles(status, colocated=colocated)
             except grpc.aio.AioRpcError as exc:
                 error = from_rpc_error(exc)
                 if isinstance(error, Unauthenticated | PermissionDenied):
@@ -214,15 +243,21 @@ async def wait_until_ready(
             await asyncio.sleep(_POLL_S)
 
 
-def missing_roles(status: GetStatusResponse) -> str:
-    """Names the roles that no instance has, in words; empty when a request can be served."""
+def missing_roles(status: GetStatusResponse, *, colocated: int = 0) -> str:
+    """Names the roles that no instance has, in words; empty when a request can be served.
+
+    Where instances are to be colocated, so many of them are needed.
+    """
     usable = [one for one in status.instances if not (one.draining or one.connecting)]
+    if colocated:
+        found = sum(one.capacity.colocated for one in usable)
+        return f"{colocated - found} of {colocated} colocated" if found < colocated else ""
     present = {instance.role for instance in usable}
     return " and ".join(name for role, name in _NAMES.items() if role not in present)
 
 
 def child_specs(config: ClusterConfig, router_port: int) -> list[ChildSpec]:
-    """Returns the command lines of the three roles.
+    """Returns the command lines of the router and of the instances.
 
     The router is stopped first: it finishes the open requests while the others still work.
     """
@@ -237,17 +272,23 @@ def child_specs(config: ClusterConfig, router_port: int) -> list[ChildSpec]:
     )
     instance: tuple[str, ...] = (
         *("--router", join_address(_reachable(config.host), router_port)),
-        *("--threads", str(config.threads)),
+        *("--threads", str(config.instance_threads)),
     )
     if config.model == builtin.MODEL_DIR:
         instance += ("--served-model-name", "builtin")
-    env = {**os.environ, **thread_env(config.threads), **import_env()}
+    env = {**os.environ, **thread_env(config.instance_threads), **import_env()}
     # A prompt is a long piece of work, and running sequences would feel it with every token.
     env.setdefault("TWINPOOL_PREFILL_NICE", _PREFILL_NICE)
-    specs = [_spec("router", (*router, *shared), env, stop_order=0)]
+    specs = [_spec("router", "router", (*router, *shared), env, stop_order=0)]
+    model, common = str(config.model), (*instance, *shared)
+    if config.colocated:
+        for name in (f"colocated-{number}" for number in range(config.replicas)):
+            arguments = (model, "--name", name, "--colocated", *common)
+            specs.append(_spec(name, "decode", arguments, env, stop_order=1))
+        return specs
     for role in ("prefill", "decode"):
-        arguments = (str(config.model), "--name", f"{role}-0", *instance, *shared)
-        specs.append(_spec(role, arguments, env, stop_order=1))
+        arguments = (model, "--name", f"{role}-0", *common)
+        specs.append(_spec(role, role, arguments, env, stop_order=1))
     return specs
 
 
@@ -260,11 +301,11 @@ def _flags(config: ClusterConfig, *names: str) -> tuple[str, ...]:
 
 
 def _spec(
-    role: str, arguments: tuple[str, ...], env: dict[str, str], *, stop_order: int
+    name: str, role: str, arguments: tuple[str, ...], env: dict[str, str], *, stop_order: int
 ) -> ChildSpec:
     # -P: a folder called "router" where the user happens to be must not be taken for ours.
     argv = (sys.executable, "-P", "-m", role, *arguments)
-    return ChildSpec(name=role, argv=argv, env=env, stop_order=stop_order)
+    return ChildSpec(name=name, argv=argv, env=env, stop_order=stop_order)
 
 
 def import_env() -> dict[str, str]:

@@ -26,6 +26,7 @@ app = launcher(
     "serve",
     ClusterConfig,
     start,
-    help="Serve a model on this machine: starts a router, a prefill and a decode instance,"
-    " restarts them when they die, and stops them all at the end.",
+    help="Serve a model on this machine: starts a router, a prefill and a decode instance (or, with"
+    " --colocated, instances that do both), restarts them when they die, and stops them all at the"
+    " end.",
 )

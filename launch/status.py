@@ -119,7 +119,7 @@ def _instances(instances: tuple[InstanceStatus, ...]) -> Table:
         age = f"{instance.heartbeat_age_s:.1f} s ago"
         style = "red" if instance.heartbeat_age_s > _STALE_AFTER_S else ""
         table.add_row(
-            instance.role,
+            "colocated" if instance.capacity.colocated else instance.role,
             name,
             instance.address,
             instance.layout,

@@ -84,7 +84,6 @@ class Attempt:
         self._metrics = metrics
         self._tasks = tasks
         self._clock = clock
-        self._way = Way(stats, clock, goes_on=bool(request.output_tokens))
         self._hedging = hedging
         # What happens, and the leg it comes from or is meant for; None: it concerns the whole try.
         self._inbox: Inbox[tuple[PrefillLeg | None, Event]] = Inbox()
@@ -112,6 +111,7 @@ class Attempt:
         self._is_granted = False
         self._is_hedged = False  # what is resumed was not lost: another was faster
         self._is_local = placement.prefill is None
+        self._way = Way(stats, clock, goes_on=bool(request.output_tokens), is_local=self._is_local)
         self._is_activated = self._is_local  # decode knows the first token, which is its own
         self._has_output = False
         self._tokens = len(request.prompt_token_ids) + 1  # with the first one, of prefill

@@ -103,6 +103,7 @@ class Gate:
         """
         if waiting.start_by <= now:
             raise DeadlineExceeded
+        waiting.need = self._ledger.asked(waiting.need)
         if not waiting.patient:
             self._check_places(waiting, now)
         waiting.came_at = now
@@ -397,7 +398,7 @@ class Gate:
 
     def _missing_role(self, waiting: Waiting, now: float) -> str | None:
         need = waiting.need
-        for role in ("prefill", "decode") if need.decodes else ("prefill",):
+        for role in self._roles(need):
             since = self._absent_since[role]
             if since is not None and since + self._grace_s <= now:
                 if role == "prefill" and self.local.can_do_without(
@@ -408,8 +409,12 @@ class Gate:
         return None
 
     def _is_complete(self, need: Need) -> bool:
-        roles = ("prefill", "decode") if need.decodes else ("prefill",)
-        return all(self._absent_since[role] is None for role in roles)
+        return all(self._absent_since[role] is None for role in self._roles(need))
+
+    def _roles(self, need: Need) -> tuple[str, ...]:
+        if self._ledger.is_colocated:
+            return ("decode",)
+        return ("prefill", "decode") if need.decodes else ("prefill",)
 
     # ---- what clients are told
 

@@ -44,7 +44,7 @@ def instance_from_wire(hello: worker_pb2.InstanceHello) -> Instance:
         address=hello.address,
         model=_model(hello.model),
         layout=_layout(hello, role),
-        capacity=_capacity(hello.capacity, hello.layout),
+        capacity=_capacity(hello.capacity, hello.layout, role),
         data_token=hello.data_token,
         version=hello.version,
         prefix_seed=_prefix_seed(hello.prefix_seed),
@@ -158,7 +158,7 @@ def _prefix_seed(seed: bytes) -> bytes:
     return seed
 
 
-def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity:
+def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout, role: Role) -> Capacity:
     for name in ("blocks", "block_size", "max_sequences", "max_sequence_tokens"):
         value = getattr(message, name)
         _require(value > 0, f"hello.capacity.{name}", value, "a number above 0 is needed")
@@ -188,6 +188,12 @@ def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity
         message.blocks,
         f"as many for each of {dp} dp ranks are needed",
     )
+    _require(
+        not message.colocated or (role is Role.DECODE and message.local_prefill_tokens > 0),
+        "hello.capacity.colocated",
+        f"a {role.value} instance with local_prefill_tokens {message.local_prefill_tokens}",
+        "a decode instance that computes prompts is needed",
+    )
     return Capacity(
         blocks=message.blocks,
         block_size=message.block_size,
@@ -198,6 +204,7 @@ def _capacity(message: worker_pb2.Capacity, layout: kv_pb2.KvLayout) -> Capacity
         expected_output_tokens=message.expected_output_tokens,
         token_bytes=_token_bytes(layout),
         local_prefill_tokens=message.local_prefill_tokens,
+        colocated=message.colocated,
     )
 
 

@@ -7,7 +7,7 @@ no I/O and does not decide: `policy` picks a place, the ledger holds it.
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from router.kept_views import KeptViews
@@ -174,6 +174,8 @@ class Ledger:
         self._max_prefill_requests = max_prefill_requests
         self._decodes: dict[InstanceKey, _DecodeAccount] = {}
         self._prefills: dict[InstanceKey, _PrefillAccount] = {}
+        # Whether instances compute their own prompts: as the last that came, also once it has gone.
+        self.is_colocated = False
         self._decode_of: dict[int, InstanceKey] = {}
         self._prefill_of: dict[int, InstanceKey] = {}
         self._decode_views = KeptViews(self._views_of_decode, _room_of, len(DecodeRoom._fields))
@@ -188,11 +190,13 @@ class Ledger:
     def add_decode(self, key: InstanceKey, capacity: Capacity) -> None:
         self._check_new(key)
         self._decodes[key] = _DecodeAccount(capacity)
+        self.is_colocated = capacity.colocated
         self._forget_views()
 
     def add_prefill(self, key: InstanceKey, capacity: Capacity) -> None:
         self._check_new(key)
         self._prefills[key] = _PrefillAccount(capacity)
+        self.is_colocated = False
         self._forget_views()
 
     def _check_new(self, key: InstanceKey) -> None:
@@ -335,7 +339,9 @@ class Ledger:
         return self._largest_request
 
     def largest_prompt_tokens(self) -> int:
-        """The longest prompt that some prefill instance could ever hold."""
+        """The longest prompt that some instance that computes prompts could ever hold."""
+        if self.is_colocated:
+            return self.largest_request_tokens()
         if self._largest_prompt is None:
             self._largest_prompt = _largest(self._prefills)
         return self._largest_prompt
@@ -345,6 +351,12 @@ class Ledger:
         if need.prompt_tokens > self.largest_prompt_tokens():
             return False
         return not need.decodes or need.total_tokens <= self.largest_request_tokens()
+
+    def asked(self, need: Need) -> Need:
+        """Returns a need as the instances of now have it."""
+        if need.colocated is self.is_colocated:
+            return need
+        return replace(need, colocated=self.is_colocated)
 
     # ---- reservations
 

@@ -171,13 +171,15 @@ class Members:
     def join(self, instance: Instance, now: float) -> tuple[Member, Member | None]:
         """Takes an instance in; returns its member and the one it replaces.
 
-        Raises Incompatible for a stale epoch and for another model, naming what differs.
+        Raises Incompatible for a stale epoch, another model and what is colocated beside what is
+        not, naming what differs.
         """
         old = self._members.get(instance.key.name)
         self._check_epoch(instance, old)
         others = [m for m in self._members.values() if m is not old]
         if others:
             check_same_model(instance, others[0].instance)
+            _check_same_way(instance, others[0].instance)
         if not others or self._model is None:
             self._model = instance.model
         member = Member(instance, seen_at=now)
@@ -240,3 +242,16 @@ def check_same_model(instance: Instance, other: Instance) -> None:
                 "with the same settings on all instances",
                 reason="MODEL_MISMATCH",
             )
+
+
+def _check_same_way(instance: Instance, other: Instance) -> None:
+    if instance.capacity.colocated is not other.capacity.colocated:
+        found, there = (
+            f"{'colocated' if i.capacity.colocated else i.role.value} instance {i.key.name!r}"
+            for i in (instance, other)
+        )
+        raise Incompatible(
+            f"{found} came to a router that has {there}: colocated instances do all the work of"
+            " their requests; give them a router of their own",
+            reason="COLOCATED_MISMATCH",
+        )

@@ -300,6 +300,7 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
                 max_sequence_tokens=instance.capacity.max_sequence_tokens,
                 dp=instance.capacity.dp,
                 expected_output_tokens=instance.capacity.expected_output_tokens,
+                colocated=instance.capacity.colocated,
             ),
             blocks=worker_pb2.BlockCounts(**dataclasses.asdict(member.heartbeat.blocks)),
             running=member.heartbeat.running,

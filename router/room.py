@@ -5,6 +5,7 @@ from dataclasses import replace
 from math import inf
 from typing import TypeVar
 
+from router import colocated
 from router.ledger import DecodeView, InstanceKey, Ledger, Need, Placement, PrefillView
 from router.local_prefill import LocalPrefill
 from router.policy import RoutingPolicy
@@ -66,13 +67,16 @@ class Room:
         prefills = _preferred(self._prefills, waiting.avoid)
         decodes = _preferred(self._decodes, waiting.avoid)
         need, cached_tokens = self._need_now(waiting), waiting.cached_tokens
-        placement = self._local.choose(
-            self._policy.choose(prefills, decodes, need, cached_tokens),
-            prefills,
-            decodes,
-            need,
-            cached_tokens,
-        )
+        if need.colocated:
+            placement = colocated.choose(self._policy, decodes, need, cached_tokens)
+        else:
+            placement = self._local.choose(
+                self._policy.choose(prefills, decodes, need, cached_tokens),
+                prefills,
+                decodes,
+                need,
+                cached_tokens,
+            )
         if placement is None:
             # Where only prefill is missing, decode may have more of another prompt, and fit it.
             is_telling = not self._local.is_on or not any(view.fits(need) for view in decodes)
@@ -81,7 +85,7 @@ class Room:
 
     def _need_now(self, waiting: Waiting) -> Need:
         """Its wait so far is a part of the time to its first token."""
-        need, waited_s = waiting.need, self._now - waiting.came_at
+        need, waited_s = self._ledger.asked(waiting.need), self._now - waiting.came_at
         if need.ttft_s == inf or not waiting.is_queued:
             return need
         return replace(need, ttft_s=max(_LEAST_SLACK_S, need.ttft_s - waited_s))

@@ -32,7 +32,8 @@ class Capacity:
     room for `expected_output_tokens` at first, and takes more when needed; 0: for all there may be,
     whatever a request is expected to come to.
     A token's keys and values are `token_bytes`, 0 where that is not known.
-    It computes `local_prefill_tokens` of prompts in a step at most; 0: it computes none.
+    It computes `local_prefill_tokens` of prompts in a step at most; 0: it computes none. One that
+    is `colocated` computes those of all its sequences.
     """
 
     blocks: int
@@ -44,6 +45,7 @@ class Capacity:
     expected_output_tokens: int = 0
     token_bytes: int = 0
     local_prefill_tokens: int = 0
+    colocated: bool = False
 
     @cached_property
     def dp_blocks(self) -> int:
@@ -96,9 +98,11 @@ class Promise:
 class Need:
     """What one request asks of the pools, in tokens, and what its answer should keep to.
 
+
     Of the prompt, the last `generated_tokens` are answer already. Of what is new, `sure_new_tokens`
     are sure to come, and it is expected to be no more than `expected_new_tokens`; 0: nothing is.
-    The first token should come in `ttft_s` from now, each one after it in `tpot_s`.
+    The first token should come in `ttft_s` from now, each one after it in `tpot_s`. Where instances
+    are `colocated` all of it is asked of one.
     """
 
     prompt_tokens: int
@@ -108,6 +112,7 @@ class Need:
     expected_new_tokens: int = 0
     ttft_s: float = inf
     tpot_s: float = inf
+    colocated: bool = False
 
     @property
     def total_tokens(self) -> int:
@@ -116,7 +121,7 @@ class Need:
     @property
     def decodes(self) -> bool:
         """Whether a decode instance takes part; the first token comes from prefill alone."""
-        return self.max_new_tokens > 1
+        return self.max_new_tokens > 1 or self.colocated
 
 
 class CachedTokens(ABC):

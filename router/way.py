@@ -9,11 +9,16 @@ from router.request import Stats
 class Way:
     """One try's; what earlier tries of the request took is in `stats` already."""
 
-    def __init__(self, stats: Stats, clock: Callable[[], float], *, goes_on: bool) -> None:
-        """`goes_on`: the prompt ends with tokens that were generated before."""
+    def __init__(
+        self, stats: Stats, clock: Callable[[], float], *, goes_on: bool, is_local: bool
+    ) -> None:
+        """`goes_on`: the prompt ends with tokens that were generated before; `is_local`: it is
+        computed at decode.
+        """
         self._stats = stats
         self._clock = clock
         self._goes_on = goes_on
+        self._is_local = is_local
         self._began_at = 0.0
         self._first_at = 0.0
 
@@ -38,13 +43,16 @@ class Way:
         self._stats.reserve_s = seconds
 
     def granted(self, grant: Grant) -> None:
-        self._stats.decode_cached_tokens = grant.cached_tokens
+        if not self._is_local:  # else more may be known when it is begun with
+            self._stats.decode_cached_tokens = grant.cached_tokens
 
     def computed(self, event: FirstToken) -> None:
         """Note how the prompt came to a first token."""
         stats = self._stats
         stats.queue_s += event.queue_s
         stats.prefill_queue_s = event.queue_s
+        if self._is_local:
+            stats.decode_cached_tokens = event.cached_tokens
         # Of the prompt's own computation, or of the first one here where another router's was lost.
         if not (self._goes_on and stats.prefill_s):
             stats.prefill_s = event.prefill_s

@@ -246,6 +246,7 @@ def make_hello(
     expected_output_tokens: int = 0,
     credits: bool = False,
     local_prefill_tokens: int = 0,
+    colocated: bool = False,
 ) -> worker_pb2.InstanceHello:
     """What the instance tells routers; `data_addresses` is where its ranks take KV, if they do."""
     return worker_pb2.InstanceHello(
@@ -263,6 +264,7 @@ def make_hello(
             dp=model.part.layout.dp,
             expected_output_tokens=expected_output_tokens,
             local_prefill_tokens=local_prefill_tokens,
+            colocated=colocated,
         ),
         data_token=data_token,
         version=server_version(),

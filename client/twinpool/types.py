@@ -178,12 +178,13 @@ class ModelStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What an instance can hold."""
+    """What an instance can hold. One that is `colocated` computes its prompts itself."""
 
     blocks: int
     block_size: int
     max_sequences: int
     max_sequence_tokens: int
+    colocated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,6 +209,6 @@ def _together(first: _First, then: _Then, need: Need) -> tuple[float, float]:
     lacking = (need.prompt_tokens - then.held_tokens) * first.view.capacity.token_bytes
     transfer_s = lacking / (way.bytes_per_s or _ASSUMED_BYTES_PER_S)
     handoff_s = max(0.0, transfer_s - first.compute_s) + way.rtt_s
-    new = need.max_new_tokens - 1
+    new = max(1, need.max_new_tokens - 1)  # the first one is prefill's, unless it is all
     late = max(0.0, (then.step_s + handoff_s / new) / (_MARGIN * need.tpot_s) - 1)
     return first.late + late, first.cost_s + handoff_s + new * then.cost_s

@@ -214,6 +214,7 @@ class Capacity(_message.Message):
     DP_FIELD_NUMBER: _builtins.int
     EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     LOCAL_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    COLOCATED_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
     block_size: _builtins.int
     """Tokens of a block of the whole instance: with context parallelism a multiple of the layout's."""
@@ -230,6 +231,10 @@ class Capacity(_message.Message):
     """Prompt tokens that a decode instance computes in a step at most, where it is asked to compute a
     prompt itself; 0: it does not.
     """
+    colocated: _builtins.bool
+    """A decode instance that computes the prompts of all its sequences: it goes with no prefill
+    instance, nor with decode instances that need one.
+    """
     def __init__(
         self,
         *,
@@ -240,10 +245,11 @@ class Capacity(_message.Message):
         dp: _builtins.int = ...,
         expected_output_tokens: _builtins.int = ...,
         local_prefill_tokens: _builtins.int = ...,
+        colocated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "dp", b"dp", "expected_output_tokens", b"expected_output_tokens", "local_prefill_tokens", b"local_prefill_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_sequences", b"max_sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "blocks", b"blocks", "colocated", b"colocated", "dp", b"dp", "expected_output_tokens", b"expected_output_tokens", "local_prefill_tokens", b"local_prefill_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_sequences", b"max_sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,3 +28,25 @@ def test_experts_that_move_under_a_sum_by_place_are_not_deterministic() -> None:
         DecodeConfig.model_validate(asked)
     DecodeConfig.model_validate({**asked, "dispatch": "padded"})
     DecodeConfig.model_validate({**asked, "balance_interval_s": 0})
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"colocated": True, "local_prefill_tokens": 16}, "--chunk-tokens is the bound"),
+        ({"chunk_tokens": 256}, "found 256 without --colocated"),
+        ({"colocated": True, "chunk_tokens": 64}, "--max-batch 64 may take alone"),
+    ],
+)
+def test_bounds_on_prompts_that_do_not_go_together_are_refused(
+    asked: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DecodeConfig.model_validate({"model": MODEL, **asked})
+
+
+def test_prompts_are_bounded_by_what_is_computed_here() -> None:
+    assert DecodeConfig(model=MODEL).prompt_tokens == 32
+    assert DecodeConfig(model=MODEL, colocated=True).prompt_tokens == 512
+    asked = {"model": MODEL, "colocated": True, "chunk_tokens": 8, "max_batch": 7}
+    assert DecodeConfig.model_validate(asked).prompt_tokens == 8

@@ -220,11 +220,32 @@ def test_prompt_that_is_computed_here_is_shared_as_soon_as_it_is() -> None:
     admission = make()
     first = reserve_local(admission, 1, PROMPT)
     assert (first.missing_tokens, first.transfer.over.done()) == (10, True)
-    assert admission.computed(1, 6).missing_tokens == 4
     assert reserve_local(admission, 2, PROMPT).cached_tokens == 0
+    assert admission.computed(1, 6).missing_tokens == 4
+    assert reserve_local(admission, 4, PROMPT).cached_tokens == 4
     admission.computed(1, 4)
     assert reserve_local(admission, 3, PROMPT).cached_tokens == 8
-    for request_id in (1, 2, 3):
+    for request_id in (1, 2, 3, 4):
+        admission.end(request_id)
+        admission.check_integrity()
+    assert admission.counts().available == BLOCKS
+
+
+def test_prompt_that_has_waited_shares_what_was_computed_meanwhile() -> None:
+    admission = make()
+    first, second = (reserve_local(admission, request_id, PROMPT) for request_id in (1, 2))
+    own = list(second.blocks)
+    assert not admission.look_again(2)
+    assert second.blocks == own
+    admission.computed(1, 9)
+    assert admission.look_again(2)
+    assert not admission.look_again(2)
+    assert (second.cached_tokens, second.missing_tokens) == (8, 2)
+    assert (second.blocks[:2], len(second.blocks)) == (first.blocks[:2], len(own))
+    assert second.own_blocks == second.blocks[2:]
+    assert admission.counts().used == 2 * len(own) - 2
+    admission.computed(2, 2)
+    for request_id in (1, 2):
         admission.end(request_id)
         admission.check_integrity()
     assert admission.counts().available == BLOCKS

@@ -118,16 +118,69 @@ def test_prompt_of_a_sequence_that_must_not_step_is_not_computed() -> None:
     assert scheduler.schedule() == ((1,),)
 
 
+def test_step_as_a_whole_has_a_bound_where_all_prompts_are_computed_here() -> None:
+    scheduler = Scheduler(max_batch=6, step_tokens=8)
+    for request_id in (1, 2, 3):
+        scheduler.add(request_id)
+    for request_id, missing in ((4, 7), (5, 4), (6, 9)):
+        scheduler.add(request_id, missing_tokens=missing)
+    steps = []
+    for _ in range(5):
+        step = scheduler.schedule()
+        steps.append([(r, scheduler.piece(r)) for r in step[0]])
+        scheduler.finished(step)
+    running = [(1, 0), (2, 0), (3, 0)]
+    assert steps == [
+        [*running, (4, 5)],
+        [*running, (4, 2), (5, 3)],
+        [*running, (4, 0), (5, 1), (6, 3)],
+        [*running, (4, 0), (5, 0), (6, 3)],
+        [*running, (4, 0), (5, 0), (6, 3)],
+    ]
+
+
+def test_chunk_is_no_larger_where_nothing_else_runs() -> None:
+    scheduler = Scheduler(max_batch=4, step_tokens=8)
+    scheduler.add(1, missing_tokens=90)
+    scheduler.schedule()
+    assert scheduler.piece(1) == 8
+
+
+def test_prompt_is_asked_about_once_when_its_first_piece_is_due() -> None:
+    scheduler = Scheduler(max_batch=4, step_tokens=8)
+    scheduler.add(1, missing_tokens=12)
+    scheduler.add(2, missing_tokens=30)
+    missing, asked, pieces = {1: 12, 2: 3}, [], []
+
+    def enter(request_id: int) -> int:
+        asked.append(request_id)
+        return missing[request_id]
+
+    for _ in range(3):
+        step = scheduler.schedule(enter=enter)
+        pieces.append((list(asked), scheduler.piece(1), scheduler.piece(2)))
+        scheduler.finished(step)
+    assert pieces == [([1], 8, 0), ([1, 2], 4, 3), ([1, 2], 0, 0)]
+
+
 class Random(RuleBasedStateMachine):
     """Every sequence steps as long as it is there, in one step at a time, and none is forgotten."""
 
+    depth = 2
+
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(max_batch=3, dp=2, depth=2, prompt_tokens=4)
+        self.scheduler = self.make()
         self.alive: dict[int, int] = {}
         self.missing: dict[int, int] = {}
         self.under_way: list[Step] = []
         self.next_id = 0
+
+    def make(self) -> Scheduler:
+        return Scheduler(max_batch=3, dp=2, depth=2, prompt_tokens=4)
+
+    def check_pieces(self, dp_rank: int, pieces: dict[int, int]) -> None:
+        assert sum(pieces.values()) <= 16
 
     @rule(dp_rank=st.integers(0, 1), missing=st.integers(0, 9))
     def add(self, dp_rank: int, missing: int) -> None:
@@ -146,7 +199,7 @@ class Random(RuleBasedStateMachine):
 
     @rule()
     def schedule(self) -> None:
-        if len(self.under_way) == 2:
+        if len(self.under_way) == self.depth:
             return
         step = self.scheduler.schedule()
         stepping = {r for other in self.under_way for of_rank in other for r in of_rank}
@@ -155,7 +208,7 @@ class Random(RuleBasedStateMachine):
             assert not stepping.intersection(of_rank)
             assert all(self.alive[r] == dp_rank for r in of_rank)
             pieces = {r: self.scheduler.piece(r) for r in of_rank}
-            assert sum(pieces.values()) <= 16
+            self.check_pieces(dp_rank, pieces)
             assert all((piece > 0) is (self.missing[r] > 0) for r, piece in pieces.items())
             assert all(piece <= self.missing[r] for r, piece in pieces.items())
         if step:
@@ -178,3 +231,27 @@ class Random(RuleBasedStateMachine):
 
 TestRandom = Random.TestCase
 TestRandom.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class RandomColocated(Random):
+    """No step is over its bound, none waits for prompts that decodes, and the first are first."""
+
+    depth = 1
+
+    def make(self) -> Scheduler:
+        return Scheduler(max_batch=3, dp=2, step_tokens=5)
+
+    def check_pieces(self, dp_rank: int, pieces: dict[int, int]) -> None:
+        assert sum(max(1, piece) for piece in pieces.values()) <= 5
+        batch = [r for r, rank in self.alive.items() if rank == dp_rank][:3]
+        prompts = [r for r in batch if self.missing[r] > 0]
+        begun = [r for r in prompts if r in pieces]
+        assert {r for r in batch if r not in prompts} <= pieces.keys()
+        assert begun == prompts[: len(begun)]
+        assert bool(begun) is bool(prompts)
+        # All but the last of them have all that they lack.
+        assert all(pieces[r] == self.missing[r] for r in begun[:-1])
+
+
+TestRandomColocated = RandomColocated.TestCase
+TestRandomColocated.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -220,10 +220,18 @@ async def test_regrant_of_a_prompt_that_is_computed_here_is_refused(system: Syst
 async def test_first_token_of_a_prompt_that_was_computed_here_tells_of_it(system: System) -> None:
     first = First(cached_tokens=4, queue_s=0.25, prefill_s=0.5)
     tokens = [Token(7, Sampled(token_id=5), "stop", first), Token(8, Sampled(token_id=6), None)]
-    system.service.emit(
-        Step(tokens={"r": tokens}, seconds=0.0, forward_s=0.0, sample_s=0.0, gap_s=0.0, wait_s=0.0)
+    step = Step(
+        tokens={"r": tokens},
+        seconds=0.0,
+        forward_s=0.0,
+        sample_s=0.0,
+        gap_s=0.0,
+        wait_s=0.0,
+        prompt_tokens=6,
     )
+    system.service.emit(step)
     message = await system.next_message()
+    assert (system.sample("prompt_tokens"), system.sample("cached_tokens")) == (6, 4)
     [told] = message.first_tokens
     assert told == worker_pb2.LocalFirstToken(
         request_id=7,

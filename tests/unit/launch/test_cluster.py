@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 from twinpool.v1.common_pb2 import ROLE_DECODE, ROLE_PREFILL
-from twinpool.v1.worker_pb2 import GetStatusResponse, InstanceStatus
+from twinpool.v1.worker_pb2 import Capacity, GetStatusResponse, InstanceStatus
 
 from launch import builtin
 from launch.cluster import ClusterConfig, child_specs, free_port, missing_roles
+from service.threads import default_threads
 
 ROOT = Path(__file__).parents[3]
 
@@ -272,6 +273,39 @@ def test_readiness_needs_both_pools_and_no_drain() -> None:
     assert missing_roles(GetStatusResponse(instances=[prefill, draining])) == "decode"
     assert missing_roles(GetStatusResponse(instances=[prefill, connecting])) == "decode"
     assert missing_roles(GetStatusResponse(instances=[prefill, decode])) == ""
+
+
+def test_readiness_of_colocated_instances_needs_all_of_them() -> None:
+    one = InstanceStatus(role=ROLE_DECODE, capacity=Capacity(colocated=True))
+    connecting = InstanceStatus(role=ROLE_DECODE, capacity=one.capacity, connecting=True)
+    assert missing_roles(GetStatusResponse(), colocated=2) == "2 of 2 colocated"
+    some = GetStatusResponse(instances=[one, connecting])
+    assert missing_roles(some, colocated=2) == "1 of 2 colocated"
+    assert missing_roles(some, colocated=1) == ""
+
+
+def test_colocated_instances_are_all_that_is_started_beside_the_router() -> None:
+    config = ClusterConfig(model=Path("/m"), colocated=True, replicas=2, threads=3)
+    router, *instances = child_specs(config, 9123)
+    assert router.name == "router"
+    assert [spec.name for spec in instances] == ["colocated-0", "colocated-1"]
+    for spec in instances:
+        line = " ".join(spec.argv)
+        assert f"-m decode /m --name {spec.name} --colocated --router 127.0.0.1:9123" in line
+        assert spec.env["OMP_NUM_THREADS"] == "3"
+
+
+def test_cores_are_divided_among_replicas_unless_threads_are_given() -> None:
+    for replicas in (1, 2):
+        config = ClusterConfig(colocated=True, replicas=replicas)
+        assert config.instance_threads == default_threads(replicas)
+    assert ClusterConfig().instance_threads == default_threads()
+    assert ClusterConfig(colocated=True, threads=5).instance_threads == 5
+
+
+def test_replicas_of_split_roles_are_refused() -> None:
+    with pytest.raises(ValidationError, match="--replicas: found 2 without --colocated"):
+        ClusterConfig(replicas=2)
 
 
 def test_free_ports_can_be_bound() -> None:

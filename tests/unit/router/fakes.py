@@ -100,6 +100,7 @@ class FakeInstance:
         prefixes: PrefixSource | None = None,
         expected_output_tokens: int = 0,
         local_prefill_tokens: int = 0,
+        colocated: bool = False,
         security: Security = PLAIN,
     ) -> None:
         self.name = name
@@ -113,6 +114,7 @@ class FakeInstance:
             max_sequence_tokens=16 * blocks,
             expected_output_tokens=expected_output_tokens,
             local_prefill_tokens=local_prefill_tokens,
+            colocated=colocated,
         )
         self.model = model_description or model()
         self.layout = layout()
@@ -276,11 +278,16 @@ class FakeDecode(FakeInstance, worker_pb2_grpc.DecodeServicer):
             del self.held[request_id]
             self._say(request.router_id, worker_pb2.DecodeRunResponse(failures=[failure]))
             return
+        finish = common_pb2.FINISH_REASON_UNSPECIFIED
+        if given + 1 == request.stop.max_new_tokens:
+            finish = LENGTH
         if self.stops_at_once:
+            finish = STOP
+        if finish:
             del self.held[request_id]
         first = worker_pb2.FirstToken(
             token_id=self.answer[given % len(self.answer)],
-            finish_reason=STOP if self.stops_at_once else common_pb2.FINISH_REASON_UNSPECIFIED,
+            finish_reason=finish,
             prefill_s=0.25,
             cached_tokens=self.cached_tokens,
         )

@@ -216,3 +216,34 @@ def test_name_of_the_model_is_that_of_the_first() -> None:
     members = joined(instance(), second)
     assert members.model is not None
     assert members.model.name == "echo"
+
+
+ALONE = worker_pb2.Capacity(
+    blocks=10,
+    block_size=16,
+    max_sequences=2,
+    max_sequence_tokens=100,
+    local_prefill_tokens=32,
+    colocated=True,
+)
+
+
+def test_colocated_instances_share_a_router_with_their_like_alone() -> None:
+    alone = joined(instance(name="a", capacity=ALONE), instance(name="b", capacity=ALONE))
+    for role, name in ((common_pb2.ROLE_PREFILL, "prefill"), (common_pb2.ROLE_DECODE, "decode")):
+        other = instance(name="c", role=role)
+        with pytest.raises(Incompatible, match=f"{name} instance 'c' came to .* colocated inst"):
+            alone.join(other, now=0.0)
+        with pytest.raises(Incompatible, match=f"colocated instance 'a' .* {name} instance 'c'"):
+            joined(other).join(instance(name="a", capacity=ALONE), now=0.0)
+
+
+@pytest.mark.parametrize("change", ["role", "tokens"])
+def test_instance_that_cannot_be_colocated_is_refused(change: str) -> None:
+    capacity = worker_pb2.Capacity()
+    capacity.CopyFrom(ALONE)
+    role = common_pb2.ROLE_PREFILL if change == "role" else common_pb2.ROLE_DECODE
+    if change == "tokens":
+        capacity.local_prefill_tokens = 0
+    with pytest.raises(InvalidRequest, match=r"hello\.capacity\.colocated"):
+        instance(role=role, capacity=capacity)
