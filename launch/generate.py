@@ -23,6 +23,9 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens to generate at most; the router's default if unset.")
     ] = None,
+    model: Annotated[
+        str, typer.Option(help="Name of the model; needed only where the router serves several.")
+    ] = "",
     temperature: Annotated[float | None, typer.Option(help="0 is greedy, the default.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Smallest set of this probability.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Only the k most likely tokens.")] = None,
@@ -62,6 +65,7 @@ def generate(
         top_k=top_k,
         seed=seed,
         stop=stop or None,
+        model=model,
         timeout_s=timeout,
     )
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -75,7 +79,9 @@ def generate(
             server_name=tls_server_name,
             token_file=token_file,
         ) as client:
-            use_chat = chat if chat is not None else system is not None or _has_template(client)
+            use_chat = (
+                chat if chat is not None else system is not None or _has_template(client, model)
+            )
             stream = client.generate(_prompt(text, system) if use_chat else text, **options)
             if as_json:
                 print(_as_json(list(stream)), flush=True)
@@ -102,8 +108,8 @@ def _print_text(stream: Stream) -> None:
         print(flush=True)
 
 
-def _has_template(client: Client) -> bool:
-    return client.describe().has_chat_template
+def _has_template(client: Client, model: str) -> bool:
+    return client.describe(model=model).has_chat_template
 
 
 def _prompt(text: str, system: str | None) -> Prompt:

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from twinpool import Client, InstanceStatus, Status, TwinpoolError
+from twinpool import Client, InstanceStatus, RequestCounts, Status, TwinpoolError
 
 from launch.connection import TlsCa, TlsCert, TlsKey, TlsServerName, TokenFile, UseTls, connect
 from launch.console import table_console
@@ -66,26 +66,37 @@ def status(
 
 def render(status: Status) -> RenderableType:
     """Returns the status as lines and a table, one row for each instance."""
-    requests = status.requests
-    model = status.model
     head = Text()
     head.append(f"router {status.router_id}, {status.version}, up {status.uptime_s:.0f} s\n")
-    head.append(
-        f"model {model.name} ({model.architecture}, {model.dtype}, {model.max_model_len} tokens)\n"
-        if model is not None
-        else "no model: no instance has registered\n"
-    )
-    head.append(
+    for model in status.models:
+        head.append(
+            f"model {model.name} ({model.architecture}, {model.dtype}, {model.max_model_len}"
+            " tokens)\n"
+        )
+        if len(status.models) > 1:
+            head.append(f"  {_counts(model.requests)}\n")
+        if not model.ready:
+            head.append("  not ready: instances of both roles are needed\n", style="red")
+    if not status.models:
+        head.append("no model: no instance has registered\n")
+    for missing in status.missing:
+        head.append(f"missing: {missing.role} instance at {missing.address}\n", style="red")
+    head.append(_counts(status.requests))
+    if status.requests.overcommitted:
+        head.append(_overcommit(status))
+    has_models = len(status.models) > 1
+    parts: list[RenderableType] = [head, _instances(status.instances, has_models)]
+    if any(instance.pairs for instance in status.instances):
+        parts.append(_pairs(status.instances))
+    return Group(*parts)
+
+
+def _counts(requests: RequestCounts) -> str:
+    return (
         f"requests: {requests.running} running, {requests.queued} queued; {requests.finished}"
         f" finished, {requests.refused} refused, {requests.aborted} aborted,"
         f" {requests.failed} failed, {requests.retried} retried"
     )
-    if requests.overcommitted:
-        head.append(_overcommit(status))
-    parts: list[RenderableType] = [head, _instances(status.instances)]
-    if any(instance.pairs for instance in status.instances):
-        parts.append(_pairs(status.instances))
-    return Group(*parts)
 
 
 def _overcommit(status: Status) -> str:
@@ -97,8 +108,11 @@ def _overcommit(status: Status) -> str:
     )
 
 
-def _instances(instances: tuple[InstanceStatus, ...]) -> Table:
+def _instances(instances: tuple[InstanceStatus, ...], has_models: bool) -> Table:
+    """Returns a row for each instance; with its model where there are several."""
     table = Table(title="KV blocks", title_justify="left")
+    if has_models:
+        table.add_column("model")
     table.add_column("pool")
     table.add_column("instance")
     table.add_column("address")
@@ -107,7 +121,7 @@ def _instances(instances: tuple[InstanceStatus, ...]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("waiting", justify="right")
     table.add_column("heartbeat", justify="right")
-    for instance in sorted(instances, key=lambda one: (one.role != "prefill", one.name)):
+    for instance in sorted(instances, key=_order):
         blocks = instance.blocks
         numbers = (
             *(blocks.free, blocks.cached, blocks.reserved, blocks.used),
@@ -119,6 +133,7 @@ def _instances(instances: tuple[InstanceStatus, ...]) -> Table:
         age = f"{instance.heartbeat_age_s:.1f} s ago"
         style = "red" if instance.heartbeat_age_s > _STALE_AFTER_S else ""
         table.add_row(
+            *([instance.model] if has_models else []),
             "colocated" if instance.capacity.colocated else instance.role,
             name,
             instance.address,
@@ -127,6 +142,10 @@ def _instances(instances: tuple[InstanceStatus, ...]) -> Table:
             Text(age, style=style),
         )
     return table
+
+
+def _order(instance: InstanceStatus) -> tuple[str, bool, str]:
+    return instance.model, instance.role != "prefill", instance.name
 
 
 def _pairs(instances: tuple[InstanceStatus, ...]) -> Table:

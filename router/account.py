@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from router.access_log import AccessEntry, AccessLog
 from router.inflight import Job
-from router.metrics import Hops, Metrics
+from router.metrics import Hops, Metrics, Outcomes
 from router.request import AnswerPart, Finish, Stats
 from service.security.access import current_caller
 from service.trace import current_trace
@@ -18,13 +18,16 @@ _FINISHED_REASONS = {"aborted": "abort", "failed": "error"}
 
 
 class Account:
-    """One call; `stats` are filled in by whoever does its work, `end` is called once."""
+    """One call; `stats` are filled in by whoever does its work, `end` is called once.
+
+    One that ends before its model is known counts among the `unplaced`.
+    """
 
     def __init__(
         self,
         method: str,
         *,
-        metrics: Metrics,
+        unplaced: Outcomes,
         log: AccessLog | None,
         clock: Callable[[], float],
         wall_s: Callable[[], float] = time.time,
@@ -40,7 +43,8 @@ class Account:
             tenant=caller.tenant if caller is not None else "",
             trace_id=trace.trace_id if trace is not None else "",
         )
-        self._metrics = metrics
+        self._unplaced = unplaced
+        self._metrics: Metrics | None = None
         self._log = log
         self._clock = clock
         self._wall_s = wall_s
@@ -48,13 +52,18 @@ class Account:
         self._last_at = 0.0
         self._finish: Finish | None = None
 
+    def enter(self, model: str, metrics: Metrics) -> None:
+        """From here on the request counts among those of a model."""
+        self.entry.model = model
+        self._metrics = metrics
+        metrics.began()
+
     def admit(self, job: Job) -> None:
         """Takes note of a request that was checked."""
         entry, request = self.entry, job.request
         entry.request_id = job.shown_id
         entry.tenant = request.tenant
         entry.priority = request.priority
-        entry.model = job.model.name
         entry.prompt_tokens = len(request.prompt_token_ids)
         if job.resumed is not None:
             entry.resumed_tokens = len(job.resumed.output_token_ids)
@@ -62,6 +71,7 @@ class Account:
 
     def give(self, part: AnswerPart) -> None:
         """Takes note of a part of the answer that is about to go to the client."""
+        assert self._metrics is not None, "only a model's request is answered"
         now = self._clock()
         new = len(part.token_ids)
         if self._first_at is None:
@@ -78,13 +88,19 @@ class Account:
     def end(self) -> None:
         """Counts a request that has ended as `outcome` says, and writes its line."""
         now = self._clock()
+        if self._metrics is None:
+            self._unplaced.ended(self.outcome)
+        else:
+            self._count_end(self._metrics, now)
+        self.write(now)
+
+    def _count_end(self, metrics: Metrics, now: float) -> None:
         if self._finish is not None:
-            self._count_finished(now)
+            self._count_finished(metrics, now)
         finished_reason = _FINISHED_REASONS.get(self.outcome)
         if self.outcome == "finished" and self._finish is not None:
             finished_reason = self._finish.value
-        self._metrics.ended(self.outcome, finished_reason)
-        self.write(now)
+        metrics.ended(self.outcome, finished_reason)
 
     def write(self, now: float) -> None:
         """Writes the line of a call that ends at `now`."""
@@ -115,12 +131,12 @@ class Account:
         gaps = self.entry.output_tokens - self.entry.resumed_tokens - 1
         return (self._last_at - (self._first_at or 0.0)) / gaps if gaps > 0 else 0.0
 
-    def _count_finished(self, now: float) -> None:
+    def _count_finished(self, metrics: Metrics, now: float) -> None:
         entry, stats = self.entry, self.stats
-        self._metrics.tokens(entry.prompt_tokens, entry.output_tokens)
+        metrics.tokens(entry.prompt_tokens, entry.output_tokens)
         if entry.resumed_tokens:
             return  # what came before is another router's to time
-        self._metrics.finished(
+        metrics.finished(
             e2e_s=now - self.began_at,
             tpot_s=self._mean_gap_s() if entry.output_tokens > 1 else None,
             handoff_s=stats.handoff_s if entry.output_tokens > 1 else None,
@@ -129,7 +145,7 @@ class Account:
             return  # the times are of more than one try
         handed_over = entry.output_tokens > 1
         first_step_s = max(0.0, stats.second_token_s - stats.handoff_s)
-        self._metrics.hops(
+        metrics.hops(
             Hops(
                 queue=stats.admit_s,
                 reserve=stats.reserve_s if handed_over else None,

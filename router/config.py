@@ -2,11 +2,12 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from router.fairness import Tenants
 from router.policies import PolicyName
 from router.validate import Caps
+from service.addresses import check_distinct, is_address, split_list
 from service.logs import LogLevel
 from service.security.settings import (
     TlsCa,
@@ -32,8 +33,19 @@ class RouterConfig(BaseModel):
     port: int = Field(
         default=9000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
     )
+    prefill: tuple[str, ...] = Field(
+        default=(),
+        description="host:port of a prefill instance; repeat it or separate them by commas. Those"
+        " alone may then register, and status says which are missing. Any may unless it is given.",
+    )
+    decode: tuple[str, ...] = Field(default=(), description="The same for decode instances.")
+    max_models: int = Field(
+        default=16, ge=1, description="Models that instances may come with; one more is refused."
+    )
     max_queue: int = Field(
-        default=1024, ge=1, description="Requests that may wait for room; more are refused."
+        default=1024,
+        ge=1,
+        description="Requests to a model that may wait for room; more are refused.",
     )
     max_queue_wait_s: float = Field(
         default=60.0,
@@ -84,21 +96,22 @@ class RouterConfig(BaseModel):
     )
     tenant_weight: dict[str, Weight] = Field(
         default_factory=dict,
-        description="Share of the KV room, while others wait, of a tenant, or of * for any other;"
-        " 1 where none is given.",
+        description="Share of each model's KV room, while others wait, of a tenant, or of * for any"
+        " other; 1 where none is given.",
     )
     max_tenant_requests: dict[str, Cap] = Field(
         default_factory=dict,
-        description="Open requests of a tenant, or of * for any other, at most.",
+        description="Open requests of a tenant, or of * for any other, to a model at most.",
     )
     max_tenant_queued: dict[str, Cap] = Field(
         default_factory=dict,
-        description="Requests of a tenant, or of * for any other, that may wait for room at most.",
+        description="Requests of a tenant, or of * for any other, that may wait for room of a model"
+        " at most.",
     )
     max_tenant_tokens: dict[str, Cap] = Field(
         default_factory=dict,
-        description="Tokens that open requests of a tenant, or of * for any other, may come to"
-        " hold room for at most.",
+        description="Tokens that open requests of a tenant, or of * for any other, to a model may"
+        " come to hold room for at most.",
     )
     max_prefill_requests: int = Field(
         default=256, ge=1, description="Requests given to one prefill instance at once."
@@ -162,6 +175,19 @@ class RouterConfig(BaseModel):
         default="",
         description="File that gets a JSON line for each request at its end, or - for stdout.",
     )
+
+    @field_validator("prefill", "decode", mode="before")
+    @classmethod
+    def _split_instances(cls, instances: object) -> object:
+        return split_list(instances)
+
+    @field_validator("prefill", "decode")
+    @classmethod
+    def _are_addresses(cls, instances: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(map(is_address, instances)):
+            raise ValueError("must be host:port, as the instance says where it is called")
+        check_distinct(instances, "instance")
+        return instances
 
     @model_validator(mode="after")
     def _has_whole_tls(self) -> Self:

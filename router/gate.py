@@ -459,7 +459,7 @@ class Gate:
 
 def _no_instance(role: str) -> Unavailable:
     return Unavailable(
-        f"no {role} instance is registered with this router",
+        f"no {role} instance of the model is registered with this router",
         reason="NO_INSTANCE",
         retry_after_s=RETRY_AFTER_S,
     )

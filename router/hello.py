@@ -18,6 +18,8 @@ _ROLES = {common_pb2.ROLE_PREFILL: Role.PREFILL, common_pb2.ROLE_DECODE: Role.DE
 _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DTYPES = tuple(_ELEMENT_BYTES)
 _MAX_NAME_CHARS = 128
+# A folder's name may be as long; what is shown in metrics and errors is to be bounded.
+_MAX_MODEL_CHARS = 256
 _MAX_SHARDS = 4096
 _MAX_SEED_BYTES = 256
 # What a heartbeat may tell of; the rest is left out.
@@ -129,7 +131,13 @@ def _pair(message: worker_pb2.KvPair) -> Pair:
 
 
 def _model(message: worker_pb2.ModelDescription) -> Model:
-    for name in ("name", "fingerprint", "architecture", "assets_digest"):
+    _require(
+        1 <= len(message.name) <= _MAX_MODEL_CHARS and message.name.isprintable(),
+        "hello.model.name",
+        repr(message.name[:_MAX_NAME_CHARS]),
+        f"1 to {_MAX_MODEL_CHARS} printable characters are needed: set --served-model-name",
+    )
+    for name in ("fingerprint", "architecture", "assets_digest"):
         value = getattr(message, name)
         _require(bool(value), f"hello.model.{name}", "empty", "it must be set")
     _require_dtype("hello.model.dtype", message.dtype)

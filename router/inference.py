@@ -16,12 +16,12 @@ from twinpool.v1 import inference_pb2, inference_pb2_grpc
 from router.access_log import AccessLog
 from router.account import Account
 from router.callers import Callers, caps_of, owned_by
-from router.inflight import Inflight, Job
-from router.ledger import Ledger
+from router.group import ModelGroup
+from router.groups import Groups
+from router.inflight import Job
 from router.membership import Model
-from router.metrics import Metrics
+from router.metrics import Outcomes
 from router.outbox import Outbox
-from router.pools import Pools
 from router.proof import Proofs
 from router.request import (
     MessagesPrompt,
@@ -35,7 +35,6 @@ from router.validate import (
     Caps,
     ModelLimits,
     check,
-    check_model_name,
     check_prompt,
     check_resume,
     with_terms,
@@ -66,10 +65,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self,
         *,
         version: str,
-        pools: Pools,
-        ledger: Ledger,
-        inflight: Inflight,
-        metrics: Metrics,
+        groups: Groups,
+        unplaced: Outcomes,
         caps: Caps,
         default_timeout_s: float,
         clock: Callable[[], float],
@@ -77,10 +74,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         proofs: Proofs | None = None,
     ) -> None:
         self._version = version
-        self._pools = pools
-        self._ledger = ledger
-        self._inflight = inflight
-        self._metrics = metrics
+        self._groups = groups
+        self._unplaced = unplaced
         self._caps = caps
         self._default_timeout_s = default_timeout_s
         self._clock = clock
@@ -112,8 +107,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self.open_requests += 1
         self._idle.clear()
         try:
+            group = self._group(request.model)
+            account.enter(group.name, group.metrics)
             with self._callers.admitted(current_caller()):
-                await self._generate(request, context, account)
+                await self._generate(group, request, context, account)
             account.outcome = "finished"
         except ServiceError as exc:
             account.outcome, account.reason = _outcome_of(exc), exc.reason
@@ -128,14 +125,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 self._idle.set()
 
     async def _generate(
-        self, request: inference_pb2.GenerateRequest, context: Any, account: Account
+        self,
+        group: ModelGroup,
+        request: inference_pb2.GenerateRequest,
+        context: Any,
+        account: Account,
     ) -> None:
         deadline = account.began_at + self._allowed_s(context)
-        model, tokenizer = await self._served_model()
-        checked, resumed = await self._check(request, model, tokenizer)
+        model, tokenizer = await _served(group)
+        checked, resumed = await self._check(request, group, model, tokenizer)
         job = Job(
-            request_id=self._inflight.new_request_id(),
-            request=self._inflight.with_seed(checked),
+            request_id=group.inflight.new_request_id(),
+            request=group.inflight.with_seed(checked),
             model=model,
             tokenizer=tokenizer,
             deadline=deadline,
@@ -143,7 +144,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
         account.admit(job)
         outbox = Outbox()
-        life = asyncio.create_task(self._inflight.serve(job, account.stats, outbox.put))
+        life = asyncio.create_task(group.inflight.serve(job, account.stats, outbox.put))
         life.add_done_callback(lambda _: outbox.close())
         try:
             await self._relay(job, account, outbox, context)
@@ -167,7 +168,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await context.write(message)
 
     def _account(self, method: str) -> Account:
-        return Account(method, metrics=self._metrics, log=self._access_log, clock=self._clock)
+        return Account(method, unplaced=self._unplaced, log=self._access_log, clock=self._clock)
 
     @contextmanager
     def _asked(self, method: str) -> Iterator[None]:
@@ -189,67 +190,51 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Describe(
         self, request: inference_pb2.DescribeRequest, context: Any
     ) -> inference_pb2.DescribeResponse:
-        """Says which model is served and what a request may ask for."""
+        """Says what a request to a model may ask for."""
         with self._asked("Describe"):
-            model, tokenizer = await self._served_model()
-            check_model_name(request.model, self._limits(model, tokenizer))
+            group = self._group(request.model)
+            model, tokenizer = await _served(group)
             return inference_pb2.DescribeResponse(
                 model=model.name,
                 architecture=model.architecture,
-                max_model_len=self._pools.members.max_model_len,
+                max_model_len=group.pools.members.max_model_len,
                 vocab_size=model.vocab_size,
                 has_chat_template=tokenizer.has_chat_template,
-                max_request_tokens=self._ledger.largest_request_tokens(),
+                max_request_tokens=group.ledger.largest_request_tokens(),
                 version=self._version,
             )
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Any
+    ) -> inference_pb2.ListModelsResponse:
+        """Says which models are served."""
+        with self._asked("ListModels"):
+            self._check_serves()
+            models = [_listed(group) for group in self._groups.all()]
+            return inference_pb2.ListModelsResponse(models=models)
 
     async def CountTokens(
         self, request: inference_pb2.CountTokensRequest, context: Any
     ) -> inference_pb2.CountTokensResponse:
         """Counts the tokens a prompt has after template and tokenizer."""
         with self._asked("CountTokens"):
-            model, tokenizer = await self._served_model()
-            limits = self._limits(model, tokenizer)
-            check_model_name(request.model, limits)
+            group = self._group(request.model)
+            model, tokenizer = await _served(group)
+            limits = _limits(group, model, tokenizer)
             prompt = check_prompt(prompt_from_wire(request.prompt), limits, self._caps)
             tokens = await self._tokenize(prompt, tokenizer)
             return inference_pb2.CountTokensResponse(tokens=len(tokens))
 
     # ---- shared by the calls
 
-    async def _served_model(self) -> tuple[Model, Tokenizer]:
-        """Returns the model and its tokenizer; waits a moment for files that are on their way."""
+    def _group(self, model: str) -> ModelGroup:
+        """Returns where a model is served. Raises as `Groups.for_request`."""
+        self._check_serves()
+        return self._groups.for_request(model)
+
+    def _check_serves(self) -> None:
         if self._is_draining:
             raise Unavailable("this router is stopping: use another one", reason="ROUTER_STOPS")
-        model = self._pools.members.model
-        if model is None:
-            raise Unavailable(
-                "no instance is registered with this router",
-                reason="NO_INSTANCE",
-                retry_after_s=1.0,
-            )
-        tokenizer = self._pools.tokenizers.get(model.assets_digest)
-        if tokenizer is None:
-            try:
-                async with asyncio.timeout(_ASSETS_TIMEOUT_S):
-                    tokenizer = await self._pools.tokenizers.wait(model.assets_digest)
-            except TimeoutError as exc:
-                raise Unavailable(
-                    "no instance has sent the model's tokenizer yet",
-                    reason="NO_TOKENIZER",
-                    retry_after_s=1.0,
-                ) from exc
-        return model, tokenizer
-
-    def _limits(self, model: Model, tokenizer: Tokenizer) -> ModelLimits:
-        return ModelLimits(
-            model=model.name,
-            vocab_size=model.vocab_size,
-            max_model_len=self._pools.members.max_model_len,
-            known_roles=ROLES if tokenizer.has_chat_template else None,
-            largest_prompt=self._ledger.largest_prompt_tokens() or None,
-            largest_request=self._ledger.largest_request_tokens() or None,
-        )
 
     async def _tokenize(self, prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Raises InvalidRequest for a prompt that template or tokenizer refuse."""
@@ -277,15 +262,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             raise InvalidRequest(field, "a prompt that cannot be used", str(exc)) from exc
 
     async def _check(
-        self, request: inference_pb2.GenerateRequest, model: Model, tokenizer: Tokenizer
+        self,
+        request: inference_pb2.GenerateRequest,
+        group: ModelGroup,
+        model: Model,
+        tokenizer: Tokenizer,
     ) -> tuple[ValidRequest, Resumed | None]:
         """Checks a request and tokenizes it. Raises InvalidRequest, or Refused if it never fits."""
         given = input_from_wire(request)
         if given.resume is not None:
             given = with_terms(given, given.resume)
         caller = current_caller()
-        limits = self._limits(model, tokenizer)
-        check_model_name(given.model, limits)
+        limits = _limits(group, model, tokenizer)
         prompt = check_prompt(given.prompt, limits, self._caps)
         token_ids = await self._tokenize(prompt, tokenizer)
         caps = caps_of(caller, self._caps)
@@ -302,6 +290,43 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def _allowed_s(self, context: Any) -> float:
         remaining_s: float | None = context.time_remaining()
         return self._default_timeout_s if remaining_s is None else remaining_s
+
+
+async def _served(group: ModelGroup) -> tuple[Model, Tokenizer]:
+    """Returns a model and its tokenizer; waits a moment for files that are on their way."""
+    model, tokenizers = group.model, group.pools.tokenizers
+    tokenizer = tokenizers.get(model.assets_digest)
+    if tokenizer is None:
+        try:
+            async with asyncio.timeout(_ASSETS_TIMEOUT_S):
+                tokenizer = await tokenizers.wait(model.assets_digest)
+        except TimeoutError as exc:
+            raise Unavailable(
+                "no instance has sent the model's tokenizer yet",
+                reason="NO_TOKENIZER",
+                retry_after_s=1.0,
+            ) from exc
+    return model, tokenizer
+
+
+def _limits(group: ModelGroup, model: Model, tokenizer: Tokenizer) -> ModelLimits:
+    return ModelLimits(
+        vocab_size=model.vocab_size,
+        max_model_len=group.pools.members.max_model_len,
+        known_roles=ROLES if tokenizer.has_chat_template else None,
+        largest_prompt=group.ledger.largest_prompt_tokens() or None,
+        largest_request=group.ledger.largest_request_tokens() or None,
+    )
+
+
+def _listed(group: ModelGroup) -> inference_pb2.ServedModel:
+    return inference_pb2.ServedModel(
+        name=group.name,
+        architecture=group.model.architecture,
+        max_model_len=group.pools.members.max_model_len,
+        max_request_tokens=group.ledger.largest_request_tokens(),
+        ready=group.is_whole,
+    )
 
 
 def _outcome_of(error: ServiceError) -> str:

@@ -1,4 +1,7 @@
-"""Owns the router's metrics; knows the registry and nothing of what is measured."""
+"""Owns the metrics of one model's requests; knows the registry and nothing of what is measured.
+
+That there are several models, `model_metrics` knows.
+"""
 
 from collections import Counter as Tally
 from collections.abc import Callable, Mapping
@@ -56,19 +59,31 @@ class Hops:
     decode_first_step: float | None
 
 
-class Metrics:
-    """Counts, times and levels of one router, kept for its own status as well."""
+class Outcomes:
+    """How requests ended: those of one model, or those that came to none."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.outcomes: Tally[str] = Tally()
-        self.retries = 0
-        self.overcommitted_count = 0
-        self.outgrown_count = 0
+        self.counts: Tally[str] = Tally()
         self._requests = Counter(
             "twinpool_router_requests", "Requests by outcome.", ["outcome"], registry=registry
         )
         for outcome in OUTCOMES:
             self._requests.labels(outcome)
+
+    def ended(self, outcome: str) -> None:
+        self.counts[outcome] += 1
+        self._requests.labels(outcome).inc()
+
+
+class Metrics:
+    """Counts, times and levels of one model's requests, kept for the router's status as well."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.open_requests = 0
+        self.retries = 0
+        self.overcommitted_count = 0
+        self.outgrown_count = 0
+        self._outcomes = Outcomes(registry)
         self._retries = Counter(
             "twinpool_router_retries", "Requests started over.", registry=registry
         )
@@ -230,11 +245,6 @@ class Metrics:
         )
         for reason in FINISHED_REASONS:
             self._success.labels(reason)
-        self._lost_lines = Counter(
-            "twinpool_router_access_log_lost_lines",
-            "Lines of the access log that could not be written.",
-            registry=registry,
-        )
         self._tokens = Counter(
             "twinpool_router_tokens", "Tokens of finished requests.", ["kind"], registry=registry
         )
@@ -257,16 +267,21 @@ class Metrics:
         for state, read in states.items():
             gauge.labels(state).set_function(read)
 
+    @property
+    def outcomes(self) -> Tally[str]:
+        """How many requests have ended in which way."""
+        return self._outcomes.counts
+
+    def began(self) -> None:
+        """Counts a request that has come; `ended` is to follow."""
+        self.open_requests += 1
+
     def ended(self, outcome: str, finished_reason: str | None = None) -> None:
         """Counts a request's end; `finished_reason` where it is one of vLLM's."""
-        self.outcomes[outcome] += 1
-        self._requests.labels(outcome).inc()
+        self.open_requests -= 1
+        self._outcomes.ended(outcome)
         if finished_reason is not None:
             self._success.labels(finished_reason).inc()
-
-    def lost_line(self) -> None:
-        """Counts a line of the access log that was not written."""
-        self._lost_lines.inc()
 
     def retried(self) -> None:
         self.retries += 1

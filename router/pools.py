@@ -1,4 +1,4 @@
-"""Owns the instances as the router works with them: table, links and ledger kept in step.
+"""Owns one model's instances as the router works with them: table, links and ledger kept in step.
 
 An instance is in the table while its Register stream lives, and in the ledger while it may be
 given work: registered, connected, and not draining when it came. One that failed a request gets
@@ -20,7 +20,7 @@ from router.prefill_link import PrefillLink
 from router.prefix_index import PrefixEvents, PrefixIndex
 from router.tasks import Tasks
 from router.workers import Dial
-from service.errors import NotFound, Unavailable
+from service.errors import Unavailable
 
 # Between two questions whether a suspect answers; the first is asked at once.
 _SUSPECT_PAUSE_S = 0.1
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Pools:
-    """All instances, and the way to each."""
+    """All instances of a model, and the way to each."""
 
     def __init__(
         self,
@@ -46,6 +46,8 @@ class Pools:
         self.tokenizers = TokenizerStore()
         self.prefixes = PrefixIndex()
         self.on_decodes_changed: Callable[[], None] = lambda: None
+        # Called where instances come or go, or take other work than before.
+        self.on_change: Callable[[], None] = lambda: None
         self._router_id = router_id
         self._ledger = ledger
         self._admission = admission
@@ -160,7 +162,7 @@ class Pools:
             key in self._suspects or state is State.OPEN,
             after_one=state is State.HALF_OPEN,
         )
-        self._admission.instances_changed()
+        self._instances_changed()
 
     def _has_others(self, key: InstanceKey) -> bool:
         """Whether its role has another instance that may be given work now."""
@@ -246,7 +248,7 @@ class Pools:
             member.draining = True
             self._ledger.set_draining(member.instance.key)
             _log.info("instance %s drains", member.instance.key.name)
-            self._admission.instances_changed()
+            self._instances_changed()
             self._spare_last(member.instance.role)
 
     def take_prefixes(self, member: Member, events: PrefixEvents) -> None:
@@ -266,13 +268,6 @@ class Pools:
             return  # it was replaced
         if self._ledger.set_credit(key, credit.blocks, credit.sequences):
             self._admission.room_came_back()
-
-    def named(self, name: str) -> Member:
-        """Raises NotFound."""
-        member = self.members.get(name)
-        if member is None:
-            raise NotFound(f"no instance is registered as {name!r}")
-        return member
 
     async def close(self) -> None:
         """Lets go of all instances; what they hold for this router ends with the streams."""
@@ -316,7 +311,7 @@ class Pools:
     def _down(self, instance: Instance) -> None:
         # The end of its stream made the instance release all of this router's reservations.
         self._ledger.remove(instance.key)
-        self._admission.instances_changed()
+        self._instances_changed()
         self._spare_last(instance.role)
 
     def _disconnect(self, instance: Instance, why: str) -> None:
@@ -331,8 +326,12 @@ class Pools:
         self._down(instance)
         self._tasks.spawn(link.close())
 
-    def _changed(self, role: Role) -> None:
+    def _instances_changed(self) -> None:
         self._admission.instances_changed()
+        self.on_change()
+
+    def _changed(self, role: Role) -> None:
+        self._instances_changed()
         if role is Role.DECODE:
             self.on_decodes_changed()
 

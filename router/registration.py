@@ -4,35 +4,38 @@ Wire messages end here; what they mean for the pools is `membership` and `pools`
 """
 
 import asyncio
-import dataclasses
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from twinpool.v1 import common_pb2, kv_pb2, worker_pb2, worker_pb2_grpc
+from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
 from router.assets import AssetsReceiver
-from router.credit_uses import CreditUses
+from router.group import ModelGroup
+from router.groups import Groups
 from router.hello import (
     credit_from_wire,
     heartbeat_from_wire,
     instance_from_wire,
     prefix_events_from_wire,
 )
-from router.ledger import InstanceKey, Ledger
-from router.membership import Instance, Member, Model, Pair, Role
-from router.pools import Pools
-from router.wire import speed_to_wire
+from router.membership import Instance, Member, Role
+from router.metrics import Outcomes
+from router.roster import Roster
+from router.status import status_to_wire
 from service.errors import InvalidRequest, ServiceError, Unavailable
 
 _HELLO_TIMEOUT_S = 10.0
 _LAST_WRITE_TIMEOUT_S = 1.0
-_ROLES = {Role.PREFILL: common_pb2.ROLE_PREFILL, Role.DECODE: common_pb2.ROLE_DECODE}
 
 
 class _Session:
-    """One Register stream's state: what is still to be said, and why it must end."""
+    """One Register stream's state: what is still to be said, and why it must end.
 
-    def __init__(self) -> None:
+    Its instance is in `group`.
+    """
+
+    def __init__(self, group: ModelGroup) -> None:
+        self.group = group
         self.wake = asyncio.Event()
         self.peers_changed = False
         self.use_is_due = False
@@ -73,28 +76,24 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         *,
         router_id: str,
         version: str,
-        pools: Pools,
-        ledger: Ledger,
-        uses: CreditUses,
+        groups: Groups,
+        roster: Roster,
+        unplaced: Outcomes,
         heartbeat_interval_s: float,
         heartbeats_missed: int,
         clock: Callable[[], float],
-        request_counts: Callable[[], worker_pb2.RequestCounts],
-        risks: Callable[[], Mapping[InstanceKey, float]],
     ) -> None:
         self._router_id = router_id
         self._version = version
-        self._pools = pools
-        self._ledger = ledger
-        self._uses = uses
+        self._groups = groups
+        self._roster = roster
+        self._unplaced = unplaced
         self._interval_s = heartbeat_interval_s
         self._heartbeats_missed = heartbeats_missed
         self._clock = clock
-        self._request_counts = request_counts
-        self._risks = risks
         self._started_at = clock()
         self._sessions: dict[Member, _Session] = {}
-        pools.on_decodes_changed = self._tell_peers
+        groups.on_decodes_changed = self._tell_peers
 
     def end_all(self) -> None:
         """Ends every stream, so that the instances look for a router again."""
@@ -109,8 +108,9 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
     ) -> None:
         """Holds one instance in the table for as long as its stream and its heartbeats come."""
         instance = await self._read_hello(request_iterator)
-        member, replaced = self._pools.join(instance)
-        session = self._sessions[member] = _Session()
+        self._roster.check(instance)
+        group, member, replaced = self._groups.join(instance)
+        session = self._sessions[member] = _Session(group)
         if replaced is not None and replaced in self._sessions:
             self._sessions[replaced].end(
                 Unavailable("another stream of this instance came", reason="REPLACED")
@@ -124,8 +124,8 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
             raise
         finally:
             del self._sessions[member]
-            self._uses.leave(member)
-            self._pools.leave(member, why)
+            group.uses.leave(member)
+            group.pools.leave(member, why)
 
     async def _read_hello(self, requests: AsyncIterator[worker_pb2.RegisterRequest]) -> Instance:
         try:
@@ -167,25 +167,25 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         member: Member,
         session: _Session,
     ) -> None:
-        receiver = AssetsReceiver()
+        receiver, pools, uses = AssetsReceiver(), session.group.pools, session.group.uses
         while (request := await self._next(requests)) is not None:
             member.seen_at = self._clock()
             match request.WhichOneof("kind"):
                 case "heartbeat":
-                    self._take_heartbeat(member, request.heartbeat)
+                    _take_heartbeat(session.group, member, request.heartbeat)
                 case "credit":
                     credit = credit_from_wire(request.credit, member.instance.capacity)
-                    self._pools.take_credit(member, credit)
-                    self._uses.watch(member, session.tell_use)
+                    pools.take_credit(member, credit)
+                    uses.watch(member, session.tell_use)
                     session.tell_use()
                 case "prefixes":
-                    self._pools.take_prefixes(member, prefix_events_from_wire(request.prefixes))
+                    pools.take_prefixes(member, prefix_events_from_wire(request.prefixes))
                 case "assets":
                     chunk = request.assets
                     receiver.add(chunk.file, chunk.data)
                     if chunk.last:
                         digest = member.instance.model.assets_digest
-                        await self._pools.tokenizers.put(digest, receiver.finish())
+                        await pools.tokenizers.put(digest, receiver.finish())
                 case _:
                     raise InvalidRequest("kind", "a second hello", "send heartbeats")
 
@@ -205,18 +205,12 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         silence_s = self._interval_s * self._heartbeats_missed
         raise Unavailable(f"no heartbeat for {silence_s:g} s", reason="HEARTBEAT_MISSED")
 
-    def _take_heartbeat(self, member: Member, message: worker_pb2.Heartbeat) -> None:
-        member.heartbeat = heartbeat_from_wire(message)
-        self._ledger.set_pace(member.instance.key, member.heartbeat.pace)
-        if message.draining:
-            self._pools.drain(member)
-
     async def _write(self, context: Any, member: Member, session: _Session) -> None:
         digest = member.instance.model.assets_digest
         accepted = worker_pb2.Accepted(
             router_id=self._router_id,
             heartbeat_interval_ms=round(self._interval_s * 1000),
-            send_assets=self._pools.tokenizers.get(digest) is None,
+            send_assets=session.group.pools.tokenizers.get(digest) is None,
             prefix_events=True,
             credits=True,
         )
@@ -225,10 +219,10 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         while not session.is_over:
             if session.peers_changed:
                 session.peers_changed = False
-                await context.write(worker_pb2.RegisterResponse(peers=self._peers()))
+                await context.write(worker_pb2.RegisterResponse(peers=_peers(session.group)))
             if session.use_is_due:
                 session.use_is_due = False
-                use = self._uses.tell(member)
+                use = session.group.uses.tell(member)
                 await context.write(worker_pb2.RegisterResponse(credit_use=use))
             if session.drain_reason:
                 command = worker_pb2.DrainCommand(reason=session.drain_reason)
@@ -238,23 +232,11 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
                 session.wake.clear()
                 await session.wake.wait()
 
-    def _tell_peers(self) -> None:
+    def _tell_peers(self, model: str) -> None:
         # Prefill instances send to them, and decode instances that drain.
         for session in self._sessions.values():
-            session.tell_peers()
-
-    def _peers(self) -> worker_pb2.Peers:
-        return worker_pb2.Peers(
-            peers=[
-                worker_pb2.Peer(
-                    name=m.instance.key.name,
-                    epoch=m.instance.key.epoch,
-                    layout=kv_pb2.KvLayout.FromString(m.instance.layout.wire),
-                    data_token=m.instance.data_token,
-                )
-                for m in self._pools.members.of(Role.DECODE)
-            ]
-        )
+            if session.group.name == model:
+                session.tell_peers()
 
     # ---- operators
 
@@ -262,8 +244,8 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         self, request: worker_pb2.DrainRequest, context: Any
     ) -> worker_pb2.DrainResponse:
         """Takes an instance out of service."""
-        member = self._pools.named(request.instance)
-        self._pools.drain(member)
+        group, member = self._groups.named(request.instance)
+        group.pools.drain(member)
         if member in self._sessions:
             self._sessions[member].tell_drain("an operator asked for it")
         return worker_pb2.DrainResponse()
@@ -272,73 +254,36 @@ class MembershipService(worker_pb2_grpc.MembershipServicer):
         self, request: worker_pb2.GetStatusRequest, context: Any
     ) -> worker_pb2.GetStatusResponse:
         """Says what the router knows of the pools."""
-        model = self._pools.members.model
-        risks = self._risks()
-        return worker_pb2.GetStatusResponse(
-            router_id=self._router_id,
-            version=self._version,
-            uptime_s=self._clock() - self._started_at,
-            model=_model_to_wire(model) if model is not None else None,
-            instances=[self._status(member, risks) for member in self._pools.members.all()],
-            requests=self._request_counts(),
+        members = self._groups.members()
+        now = self._clock()
+        status = status_to_wire(
+            self._groups.all(),
+            unplaced=self._unplaced.counts,
+            missing=self._roster.missing(member.instance for member in members),
+            now=now,
         )
-
-    def _status(
-        self, member: Member, risks: Mapping[InstanceKey, float]
-    ) -> worker_pb2.InstanceStatus:
-        instance, credit = member.instance, member.credit
-        return worker_pb2.InstanceStatus(
-            name=instance.key.name,
-            epoch=instance.key.epoch,
-            role=_ROLES[instance.role],
-            address=instance.address,
-            layout=instance.layout.summary,
-            capacity=worker_pb2.Capacity(
-                blocks=instance.capacity.blocks,
-                block_size=instance.capacity.block_size,
-                max_sequences=instance.capacity.max_sequences,
-                max_sequence_tokens=instance.capacity.max_sequence_tokens,
-                dp=instance.capacity.dp,
-                expected_output_tokens=instance.capacity.expected_output_tokens,
-                colocated=instance.capacity.colocated,
-            ),
-            blocks=worker_pb2.BlockCounts(**dataclasses.asdict(member.heartbeat.blocks)),
-            running=member.heartbeat.running,
-            waiting=member.heartbeat.waiting,
-            draining=member.draining,
-            heartbeat_age_s=self._clock() - member.seen_at,
-            ledger_reserved=self._ledger.reserved_blocks(instance.key),
-            pairs=[_pair_to_wire(pair) for pair in member.heartbeat.pairs],
-            known_prefix_blocks=self._pools.prefixes.known_blocks(instance.key),
-            connecting=not self._pools.is_up(instance.key),
-            credit_blocks=sum(credit.blocks) if credit is not None else instance.capacity.blocks,
-            credit_sequences=(
-                credit.sequences if credit is not None else instance.capacity.max_sequences
-            ),
-            speed=speed_to_wire(member.heartbeat.speed),
-            overcommit_risk=risks.get(instance.key, 0.0),
-        )
+        status.router_id = self._router_id
+        status.version = self._version
+        status.uptime_s = now - self._started_at
+        return status
 
 
-def _pair_to_wire(pair: Pair) -> worker_pb2.KvPair:
-    return worker_pb2.KvPair(
-        peer=pair.peer,
-        rank=pair.rank,
-        transport=pair.transport,
-        rtt_s=pair.rtt_s,
-        bytes_per_s=pair.bytes_per_s,
-        note=pair.note,
-    )
+def _take_heartbeat(group: ModelGroup, member: Member, message: worker_pb2.Heartbeat) -> None:
+    member.heartbeat = heartbeat_from_wire(message)
+    group.ledger.set_pace(member.instance.key, member.heartbeat.pace)
+    if message.draining:
+        group.pools.drain(member)
 
 
-def _model_to_wire(model: Model) -> worker_pb2.ModelDescription:
-    return worker_pb2.ModelDescription(
-        name=model.name,
-        fingerprint=model.fingerprint,
-        architecture=model.architecture,
-        dtype=model.dtype,
-        max_model_len=model.max_model_len,
-        vocab_size=model.vocab_size,
-        eos_token_ids=model.eos_token_ids,
-        assets_digest=model.assets_digest,
+def _peers(group: ModelGroup) -> worker_pb2.Peers:
+    return worker_pb2.Peers(
+        peers=[
+            worker_pb2.Peer(
+                name=m.instance.key.name,
+                epoch=m.instance.key.epoch,
+                layout=kv_pb2.KvLayout.FromString(m.instance.layout.wire),
+                data_token=m.instance.data_token,
+            )
+            for m in group.pools.members.of(Role.DECODE)
+        ]
     )

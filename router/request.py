@@ -79,7 +79,6 @@ class GenerateInput:
     prompt: Prompt | None
     sampling: SamplingInput = field(default_factory=SamplingInput)
     stop: StopInput = field(default_factory=StopInput)
-    model: str = ""
     priority: int = 0
     cache_salt: str = ""
     tenant: str = ""

@@ -56,18 +56,11 @@ class ModelLimits:
     `largest_prompt` and `largest_request` (tokens) are None while no instance says.
     """
 
-    model: str
     vocab_size: int
     max_model_len: int
     known_roles: frozenset[str] | None
     largest_prompt: int | None
     largest_request: int | None
-
-
-def check_model_name(model: str, limits: ModelLimits) -> None:
-    """Raises InvalidRequest for a model that is not served here."""
-    if model and model != limits.model:
-        raise InvalidRequest("model", model, f"this router serves {limits.model!r}")
 
 
 def check_prompt(prompt: Prompt | None, limits: ModelLimits, caps: Caps) -> Prompt:

@@ -64,7 +64,6 @@ def input_from_wire(message: inference_pb2.GenerateRequest) -> GenerateInput:
             stop_token_ids=tuple(stop.stop_token_ids),
             ignore_eos=stop.ignore_eos,
         ),
-        model=message.model,
         priority=message.priority,
         cache_salt=message.cache_salt,
         tenant=message.tenant,

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from service.addresses import check_distinct, is_address, split_list
 from service.config import Positional
 from service.logs import LogLevel
 from service.security.settings import (
@@ -98,20 +99,14 @@ class InstanceConfig(BaseModel):
     @field_validator("router", mode="before")
     @classmethod
     def _split_routers(cls, routers: object) -> object:
-        texts = [routers] if isinstance(routers, str) else routers
-        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-            return routers
-        return tuple(router.strip() for text in texts for router in text.split(","))
+        return split_list(routers)
 
     @field_validator("router")
     @classmethod
     def _are_addresses(cls, routers: tuple[str, ...]) -> tuple[str, ...]:
-        for router in routers:
-            name, _, port = router.removeprefix(DNS_PREFIX).rpartition(":")
-            if not name or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise ValueError("must be host:port, or dns:NAME:PORT")
-        if len(set(routers)) < len(routers):
-            raise ValueError("must name each router once")
+        if not all(is_address(router.removeprefix(DNS_PREFIX)) for router in routers):
+            raise ValueError("must be host:port, or dns:NAME:PORT")
+        check_distinct(routers, "router")
         return routers
 
     @field_validator("data_host", "advertise_host")

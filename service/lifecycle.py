@@ -62,6 +62,7 @@ class Server:
         access = security.access
         guards = [AccessInterceptor(access)] if access is not None else []
         self._services: list[str] = []
+        self._serving = [""]
         self._health = health.aio.HealthServicer()
         self._stop_wanted = asyncio.Event()
         self._grpc = grpc.aio.server(
@@ -76,11 +77,21 @@ class Server:
         return join_address(self.host, self.port)
 
     def add(
-        self, add_to_server: Callable[[Any, grpc.aio.Server], None], servicer: object, service: str
+        self,
+        add_to_server: Callable[[Any, grpc.aio.Server], None],
+        servicer: object,
+        service: str,
+        *,
+        serves_at_once: bool = True,
     ) -> None:
-        """Adds a servicer with its generated `add_..._to_server`; `service` is its full name."""
+        """Adds a servicer with its generated `add_..._to_server`; `service` is its full name.
+
+        Unless it `serves_at_once`, its health says so only after `set_serving`.
+        """
         add_to_server(servicer, self._grpc)
         self._services.append(service)
+        if serves_at_once:
+            self._serving.append(service)
 
     async def set_serving(self, service: str, serving: bool) -> None:
         """Sets what the health service says of one service, or of the whole process ("")."""
@@ -102,7 +113,7 @@ class Server:
         except RuntimeError as exc:
             raise StartError(_bind_problem(self.host, self.port, None)) from exc
         for service in ("", *self._services):
-            await self.set_serving(service, True)
+            await self.set_serving(service, service in self._serving)
         await self._grpc.start()
         return self.address
 

@@ -13,7 +13,15 @@ from twinpool.channel import QUESTION_TIMEOUT_S, checked_addresses, transport
 from twinpool.credentials import Bearer, FilePath, TlsChoice, tls_of
 from twinpool.errors import TwinpoolError, Unavailable, from_rpc_error, is_lost
 from twinpool.failover import Answer, Routers, Tries
-from twinpool.types import Chunk, Completion, Description, GenerateOptions, Prompt, Status
+from twinpool.types import (
+    Chunk,
+    Completion,
+    Description,
+    GenerateOptions,
+    Prompt,
+    ServedModel,
+    Status,
+)
 from twinpool.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 _Reply = TypeVar("_Reply", bound=WireMessage)
@@ -172,11 +180,16 @@ class Client:
     def describe(
         self, *, model: str = "", timeout_s: float | None = QUESTION_TIMEOUT_S
     ) -> Description:
-        """Return which model is served and what a request may ask for."""
+        """Return what a request to a model may ask for; to the only one unless it is named."""
         request = inference_pb2.DescribeRequest(model=model)
         return wire.description(
             self._ask(lambda n: self._inference[n].Describe, request, timeout_s)
         )
+
+    def models(self, *, timeout_s: float | None = QUESTION_TIMEOUT_S) -> tuple[ServedModel, ...]:
+        """Return the models that are served, by name."""
+        request = inference_pb2.ListModelsRequest()
+        return wire.models(self._ask(lambda n: self._inference[n].ListModels, request, timeout_s))
 
     def count_tokens(
         self, prompt: Prompt, *, model: str = "", timeout_s: float | None = QUESTION_TIMEOUT_S

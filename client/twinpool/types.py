@@ -165,15 +165,17 @@ class Description:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelStatus:
-    """The served model as its instances registered it."""
+class ServedModel:
+    """A model that requests can name; `ready` where instances of both roles are there.
+
+    `max_request_tokens` is as in `Description`.
+    """
 
     name: str
-    fingerprint: str
     architecture: str
-    dtype: str
     max_model_len: int
-    vocab_size: int
+    max_request_tokens: int
+    ready: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +219,7 @@ class KvPair:
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceStatus:
-    """One instance as the router sees it; `role` is prefill or decode.
+    """One instance as the router sees it; `role` is prefill or decode, `model` the model's name.
 
     `known_prefix_blocks` are those of its prefix cache that the router routes by. While it is
     `connecting`, the router gives it nothing. `overcommit_risk` is the probability that its
@@ -228,6 +230,7 @@ class InstanceStatus:
     epoch: int
     role: str
     address: str
+    model: str
     layout: str
     capacity: Capacity
     blocks: BlockCounts
@@ -244,7 +247,7 @@ class InstanceStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestCounts:
-    """Requests of a router: those it has now, and totals since its start.
+    """Requests of a router or a model: those it has now, and totals since its start.
 
     `overcommitted` counts reservations at decode of less than a request may come to, and `outgrown`
     those of them that turned out to be too small.
@@ -262,12 +265,42 @@ class RequestCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelStatus:
+    """A model as its instances registered it; `ready` where instances of both roles are there.
+
+    `requests` are those that meant this model.
+    """
+
+    name: str
+    fingerprint: str
+    architecture: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+    ready: bool
+    requests: RequestCounts
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingInstance:
+    """An instance that the router was given by address and that is not registered."""
+
+    role: str
+    address: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Status:
-    """A router and its pools; `model` is None until an instance has registered."""
+    """A router and its pools; `model` is None unless there is exactly one.
+
+    `requests` are those of all models, and those that came to none.
+    """
 
     router_id: str
     version: str
     uptime_s: float
     model: ModelStatus | None
+    models: tuple[ModelStatus, ...]
     instances: tuple[InstanceStatus, ...]
+    missing: tuple[MissingInstance, ...]
     requests: RequestCounts

@@ -20,11 +20,13 @@ from twinpool.types import (
     InstanceStatus,
     KvPair,
     Message,
+    MissingInstance,
     ModelStatus,
     PositionLogprobs,
     Prompt,
     RequestCounts,
     RequestStats,
+    ServedModel,
     Status,
     TokenLogprob,
     Usage,
@@ -199,14 +201,33 @@ def description(message: inference_pb2.DescribeResponse) -> Description:
     return _flat(Description, message)
 
 
+def models(message: inference_pb2.ListModelsResponse) -> tuple[ServedModel, ...]:
+    """Return the answer of ListModels."""
+    return tuple(_flat(ServedModel, model) for model in message.models)
+
+
 def status(message: worker_pb2.GetStatusResponse) -> Status:
     """Return the answer of GetStatus."""
+    models = tuple(_model(model) for model in message.models)
     return Status(
         router_id=message.router_id,
         version=message.version,
         uptime_s=message.uptime_s,
-        model=_flat(ModelStatus, message.model) if message.HasField("model") else None,
+        model=models[0] if len(models) == 1 else None,
+        models=models,
         instances=tuple(_instance(instance) for instance in message.instances),
+        missing=tuple(
+            MissingInstance(role=_role(one.role), address=one.address) for one in message.missing
+        ),
+        requests=_flat(RequestCounts, message.requests),
+    )
+
+
+def _model(message: worker_pb2.ModelStatus) -> ModelStatus:
+    return _flat(
+        ModelStatus,
+        message.model,
+        ready=message.ready,
         requests=_flat(RequestCounts, message.requests),
     )
 
@@ -215,11 +236,15 @@ def _instance(message: worker_pb2.InstanceStatus) -> InstanceStatus:
     return _flat(
         InstanceStatus,
         message,
-        role=_ROLES.get(message.role, "other"),
+        role=_role(message.role),
         capacity=_flat(Capacity, message.capacity),
         blocks=_flat(BlockCounts, message.blocks),
         pairs=tuple(_flat(KvPair, pair) for pair in message.pairs),
     )
+
+
+def _role(role: int) -> str:
+    return _ROLES.get(role, "other")
 
 
 def _position(message: common_pb2.PositionLogprobs) -> PositionLogprobs:

@@ -29,6 +29,7 @@ RIGHTS: Mapping[str, Right] = MappingProxyType(
         f"{_INFERENCE}/Generate": Right.INFERENCE,
         f"{_INFERENCE}/Describe": Right.INFERENCE,
         f"{_INFERENCE}/CountTokens": Right.INFERENCE,
+        f"{_INFERENCE}/ListModels": Right.INFERENCE,
         f"{_MEMBERSHIP}/Register": Right.WORKER,
         f"{_MEMBERSHIP}/Drain": Right.ADMIN,
         f"{_MEMBERSHIP}/GetStatus": Right.ADMIN,

@@ -50,7 +50,8 @@ class Cluster:
     """A router, prefill instances and decode instances as processes of their own.
 
     Each can be killed and started again; it then keeps its name and its address. The router is
-    named "router", a single decode instance "decode"; `more_flags` are by name.
+    named "router", a single decode instance "decode"; `more_flags` are by name, and so are the
+    `models` of instances that serve another one.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Cluster:
         prefills: tuple[str, ...] = ("prefill",),
         decodes: tuple[str, ...] = ("decode",),
         more_flags: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+        models: Mapping[str, Path] = MappingProxyType({}),
     ):
         self.address = f"127.0.0.1:{free_port()}"
         self._logs = logs
@@ -72,7 +74,7 @@ class Cluster:
             role = "decode" if name in decodes else "prefill"
             options = ["--router", self.address, "--port", str(free_port()), "--name", name]
             options += ["--threads", "1", *flags, *more_flags.get(name, ())]
-            self._commands[name] = [role, str(model), *options]
+            self._commands[name] = [role, str(models.get(name, model)), *options]
 
     def __enter__(self) -> Self:
         try:

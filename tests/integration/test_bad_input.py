@@ -124,8 +124,13 @@ def test_instance_of_another_dtype_is_refused_by_name(small: Cluster, role: str)
     assert "float32" in done.stderr
 
 
-def test_instance_of_another_model_is_refused_by_name(small: Cluster, dense_model: Path) -> None:
-    done = launch("decode", str(dense_model), "--router", small.address, "--dtype", "float32")
+def test_instance_that_calls_another_model_the_same_is_refused_by_name(
+    small: Cluster, dense_model: Path
+) -> None:
+    name = ("--served-model-name", MODEL_DIR.name)
+    done = launch(
+        "decode", str(dense_model), "--router", small.address, "--dtype", "float32", *name
+    )
     assert done.returncode == 1
     assert "fingerprint" in done.stderr or "architecture" in done.stderr
     assert "Traceback" not in done.stderr
@@ -154,7 +159,6 @@ def test_request_that_no_pool_can_ever_hold_is_refused_without_a_retry(small: Cl
         ([1], {"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens"),
         ([1], {"logprobs": 1000}, "logprobs"),
         ([1], {"stop": ["x" * 100_000]}, "stop"),
-        ([1], {"model": "another"}, "model"),
     ],
 )
 def test_bad_request_names_the_field(

@@ -17,7 +17,7 @@ METRICS = free_port()
 def hedges(outcome: str) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{METRICS}/metrics", timeout=5) as page:
         text = page.read().decode()
-    pattern = rf'^twinpool_router_hedges_total{{outcome="{outcome}"}} (\S+)$'
+    pattern = rf'^twinpool_router_hedges_total{{.*outcome="{outcome}".*}} (\S+)$'
     found = re.search(pattern, text, re.MULTILINE)
     assert found is not None
     return float(found[1])

@@ -34,7 +34,7 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.mark.parametrize(
     ("role", "line"),
     [
-        ("router", 'twinpool_router_requests_total{outcome="finished"} 1.0'),
+        ("router", 'twinpool_router_requests_total{model_name="model",outcome="finished"} 1.0'),
         ("prefill", "twinpool_prefill_prompt_tokens_total 40.0"),
         ("prefill", "twinpool_prefill_kv_transfer_completed_total 1.0"),
         ("decode", "twinpool_decode_generated_tokens_total 4.0"),

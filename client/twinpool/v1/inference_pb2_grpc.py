@@ -44,6 +44,11 @@ class InferenceStub:
                 request_serializer=twinpool_dot_v1_dot_inference__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=twinpool_dot_v1_dot_inference__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/twinpool.v1.Inference/ListModels',
+                request_serializer=twinpool_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=twinpool_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
         self.CountTokens = channel.unary_unary(
                 '/twinpool.v1.Inference/CountTokens',
                 request_serializer=twinpool_dot_v1_dot_inference__pb2.CountTokensRequest.SerializeToString,
@@ -62,7 +67,14 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Describe(self, request, context):
-        """Says which model is served and what a request may ask for.
+        """Says what a request to a model may ask for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """Says which models are served.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,6 +99,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=twinpool_dot_v1_dot_inference__pb2.DescribeRequest.FromString,
                     response_serializer=twinpool_dot_v1_dot_inference__pb2.DescribeResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=twinpool_dot_v1_dot_inference__pb2.ListModelsRequest.FromString,
+                    response_serializer=twinpool_dot_v1_dot_inference__pb2.ListModelsResponse.SerializeToString,
             ),
             'CountTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.CountTokens,
@@ -148,6 +165,33 @@ class Inference:
             '/twinpool.v1.Inference/Describe',
             twinpool_dot_v1_dot_inference__pb2.DescribeRequest.SerializeToString,
             twinpool_dot_v1_dot_inference__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twinpool.v1.Inference/ListModels',
+            twinpool_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
+            twinpool_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

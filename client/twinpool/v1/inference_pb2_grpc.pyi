@@ -34,7 +34,9 @@ class InferenceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Generates an answer. Closing the stream aborts the request; the deadline is the call's own."""
     Describe: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DescribeRequest, _inference_pb2.DescribeResponse]
-    """Says which model is served and what a request may ask for."""
+    """Says what a request to a model may ask for."""
+    ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
+    """Says which models are served."""
     CountTokens: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CountTokensRequest, _inference_pb2.CountTokensResponse]
     """Counts the tokens a prompt has after template and tokenizer."""
 
@@ -44,7 +46,9 @@ class InferenceAsyncStub(InferenceStub):
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates an answer. Closing the stream aborts the request; the deadline is the call's own."""
     Describe: _aio.UnaryUnaryMultiCallable[_inference_pb2.DescribeRequest, _inference_pb2.DescribeResponse]  # type: ignore[assignment]
-    """Says which model is served and what a request may ask for."""
+    """Says what a request to a model may ask for."""
+    ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
+    """Says which models are served."""
     CountTokens: _aio.UnaryUnaryMultiCallable[_inference_pb2.CountTokensRequest, _inference_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Counts the tokens a prompt has after template and tokenizer."""
 
@@ -63,7 +67,15 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.DescribeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.DescribeResponse, _abc.Awaitable[_inference_pb2.DescribeResponse]]:
-        """Says which model is served and what a request may ask for."""
+        """Says what a request to a model may ask for."""
+
+    @_abc_1.abstractmethod
+    def ListModels(
+        self,
+        request: _inference_pb2.ListModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ListModelsResponse, _abc.Awaitable[_inference_pb2.ListModelsResponse]]:
+        """Says which models are served."""
 
     @_abc_1.abstractmethod
     def CountTokens(

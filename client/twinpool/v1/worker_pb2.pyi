@@ -173,6 +173,7 @@ class ModelDescription(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ASSETS_DIGEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """What clients ask for: instances with the same name serve together."""
     fingerprint: _builtins.str
     """Hex digest over configuration and weights; equal models have equal fingerprints."""
     architecture: _builtins.str
@@ -595,8 +596,8 @@ Global___Accepted: _TypeAlias = Accepted  # noqa: Y015
 
 @_typing.final
 class Peers(_message.Message):
-    """The decode instances: all that KV may be sent to, each time one comes or goes. To a decode
-    instance its own name among them means nothing.
+    """The decode instances of the instance's model: all that KV may be sent to, each time one comes or
+    goes. To a decode instance its own name among them means nothing.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -724,15 +725,29 @@ class GetStatusResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     INSTANCES_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
     version: _builtins.str
     uptime_s: _builtins.float
     @_builtins.property
-    def model(self) -> Global___ModelDescription: ...
+    def model(self) -> Global___ModelDescription:
+        """Where there is one only, and in `models` too."""
+
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___InstanceStatus]: ...
     @_builtins.property
-    def requests(self) -> Global___RequestCounts: ...
+    def requests(self) -> Global___RequestCounts:
+        """Of all models, and those that came to none."""
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStatus]:
+        """By name."""
+
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedCompositeFieldContainer[Global___MissingInstance]:
+        """Those that the router was told of and that are not registered."""
+
     def __init__(
         self,
         *,
@@ -742,14 +757,66 @@ class GetStatusResponse(_message.Message):
         model: Global___ModelDescription | None = ...,
         instances: _abc.Iterable[Global___InstanceStatus] | None = ...,
         requests: Global___RequestCounts | None = ...,
+        models: _abc.Iterable[Global___ModelStatus] | None = ...,
+        missing: _abc.Iterable[Global___MissingInstance] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "requests", b"requests"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances", "model", b"model", "requests", b"requests", "router_id", b"router_id", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances", "missing", b"missing", "model", b"model", "models", b"models", "requests", b"requests", "router_id", b"router_id", "uptime_s", b"uptime_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class ModelStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    ready: _builtins.bool
+    """Instances of both roles are there."""
+    @_builtins.property
+    def model(self) -> Global___ModelDescription: ...
+    @_builtins.property
+    def requests(self) -> Global___RequestCounts: ...
+    def __init__(
+        self,
+        *,
+        model: Global___ModelDescription | None = ...,
+        requests: Global___RequestCounts | None = ...,
+        ready: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "requests", b"requests"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "ready", b"ready", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelStatus: _TypeAlias = ModelStatus  # noqa: Y015
+
+@_typing.final
+class MissingInstance(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    role: _common_pb2.Role.ValueType
+    address: _builtins.str
+    def __init__(
+        self,
+        *,
+        role: _common_pb2.Role.ValueType = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MissingInstance: _TypeAlias = MissingInstance  # noqa: Y015
 
 @_typing.final
 class InstanceStatus(_message.Message):
@@ -774,6 +841,7 @@ class InstanceStatus(_message.Message):
     CREDIT_SEQUENCES_FIELD_NUMBER: _builtins.int
     SPEED_FIELD_NUMBER: _builtins.int
     OVERCOMMIT_RISK_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     epoch: _builtins.int
     role: _common_pb2.Role.ValueType
@@ -799,6 +867,8 @@ class InstanceStatus(_message.Message):
     """How likely the sequences that this router has here are to need more blocks than it may reserve,
     if none ended before the others; 0 where all that they may come to is reserved.
     """
+    model: _builtins.str
+    """The name of its model."""
     @_builtins.property
     def capacity(self) -> Global___Capacity: ...
     @_builtins.property
@@ -831,10 +901,11 @@ class InstanceStatus(_message.Message):
         credit_sequences: _builtins.int = ...,
         speed: Global___StepSpeed | None = ...,
         overcommit_risk: _builtins.float = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "capacity", b"capacity", "speed", b"speed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "connecting", b"connecting", "credit_blocks", b"credit_blocks", "credit_sequences", b"credit_sequences", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "known_prefix_blocks", b"known_prefix_blocks", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "name", b"name", "overcommit_risk", b"overcommit_risk", "pairs", b"pairs", "role", b"role", "running", b"running", "speed", b"speed", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks", b"blocks", "capacity", b"capacity", "connecting", b"connecting", "credit_blocks", b"credit_blocks", "credit_sequences", b"credit_sequences", "draining", b"draining", "epoch", b"epoch", "heartbeat_age_s", b"heartbeat_age_s", "known_prefix_blocks", b"known_prefix_blocks", "layout", b"layout", "ledger_reserved", b"ledger_reserved", "model", b"model", "name", b"name", "overcommit_risk", b"overcommit_risk", "pairs", b"pairs", "role", b"role", "running", b"running", "speed", b"speed", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

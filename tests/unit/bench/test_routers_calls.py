@@ -53,6 +53,9 @@ class Server(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.DescribeResponse:
         raise NotImplementedError
 
+    async def ListModels(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
     async def CountTokens(
         self, request: inference_pb2.CountTokensRequest, context: Any
     ) -> inference_pb2.CountTokensResponse:

@@ -20,7 +20,10 @@ from twinpool.v1.inference_pb2 import (
     DescribeResponse,
     GenerateRequest,
     GenerateResponse,
+    ListModelsRequest,
+    ListModelsResponse,
     RequestStats,
+    ServedModel,
     Usage,
 )
 
@@ -116,6 +119,14 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, worker_pb2_grpc.Membershi
         self.metadata = dict(context.invocation_metadata())
         return DescribeResponse(model=request.model or "tiny", max_model_len=64, vocab_size=9)
 
+    def ListModels(self, request: ListModelsRequest, context: Any) -> ListModelsResponse:
+        return ListModelsResponse(
+            models=[
+                ServedModel(name="tiny", architecture="A", max_model_len=64, ready=True),
+                ServedModel(name="wide", max_request_tokens=99),
+            ]
+        )
+
     def CountTokens(self, request: CountTokensRequest, context: Any) -> CountTokensResponse:
         return CountTokensResponse(tokens=len(request.prompt.text))
 
@@ -130,6 +141,8 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, worker_pb2_grpc.Membershi
             uptime_s=1.5,
             instances=[instance],
             requests=worker_pb2.RequestCounts(finished=2**40),
+            models=[_model("tiny", finished=3, ready=True), _model("wide")],
+            missing=[worker_pb2.MissingInstance(role=ROLE_DECODE, address="127.0.0.1:7001")],
         )
 
     def Register(self, request_iterator: Any, context: Any) -> Any:
@@ -137,6 +150,14 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, worker_pb2_grpc.Membershi
 
     def Drain(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
+
+
+def _model(name: str, *, finished: int = 0, ready: bool = False) -> worker_pb2.ModelStatus:
+    return worker_pb2.ModelStatus(
+        model=worker_pb2.ModelDescription(name=name),
+        requests=worker_pb2.RequestCounts(finished=finished),
+        ready=ready,
+    )
 
 
 @contextmanager

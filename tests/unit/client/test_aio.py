@@ -159,6 +159,7 @@ async def test_questions_are_answered(router: FakeRouter) -> None:
         assert (await client.describe()).model == "tiny"
         assert router.metadata["authorization"] == "Bearer secret"
         assert await client.count_tokens("four") == 4
+        assert [model.name for model in await client.models()] == ["tiny", "wide"]
         assert (await client.status()).instances[0].running == 2
 
 

@@ -215,9 +215,18 @@ def test_questions_are_answered(client: Client) -> None:
     description = client.describe(model="big")
     assert (description.model, description.max_model_len) == ("big", 64)
     assert client.count_tokens("four") == 4
+    assert [(m.name, m.ready, m.max_request_tokens) for m in client.models()] == [
+        ("tiny", True, 0),
+        ("wide", False, 99),
+    ]
     status = client.status()
     (instance,) = status.instances
     assert status.model is None
+    assert [(m.name, m.ready, m.requests.finished) for m in status.models] == [
+        ("tiny", True, 3),
+        ("wide", False, 0),
+    ]
+    assert [(m.role, m.address) for m in status.missing] == [("decode", "127.0.0.1:7001")]
     assert status.requests.finished == 2**40
     assert (instance.name, instance.role, instance.layout) == ("d0", "decode", "tp1")
     assert instance.blocks == BlockCounts(

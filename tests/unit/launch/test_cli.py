@@ -47,6 +47,9 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         return pb.DescribeResponse(model="m", has_chat_template=self._has_template)
 
+    async def ListModels(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
     async def CountTokens(
         self, request: pb.CountTokensRequest, context: Any
     ) -> pb.CountTokensResponse:
@@ -54,20 +57,27 @@ class Inference(inference_pb2_grpc.InferenceServicer):
 
 
 class Membership(worker_pb2_grpc.MembershipServicer):
+    def __init__(self, *models: str) -> None:
+        self._models = models or ("tiny",)
+
     """Knows one instance of each role."""
 
     async def GetStatus(
         self, request: worker_pb2.GetStatusRequest, context: Any
     ) -> worker_pb2.GetStatusResponse:
         status = worker_pb2.GetStatusResponse(router_id="router-1", version="0.1.0", uptime_s=61)
-        status.model.name = "tiny"
+        for model in self._models:
+            status.models.add(ready=model != "half").model.name = model
+        status.missing.add(role=ROLE_DECODE, address="10.0.0.21:9102")
         status.requests.finished = 12
         status.requests.overcommitted, status.requests.outgrown = 8, 3
         for name, role in (("decode-0", ROLE_DECODE), ("prefill-0", ROLE_PREFILL)):
             blocks = worker_pb2.BlockCounts(
                 total=100, free=77, cached=5, used=15, reserved=2, quarantined=1
             )
-            status.instances.add(name=name, role=role, layout="tp1", blocks=blocks)
+            status.instances.add(
+                name=name, role=role, model=self._models[-1], layout="tp1", blocks=blocks
+            )
         status.instances[0].draining = True
         status.instances[0].overcommit_risk = 0.0321
         status.instances[0].pairs.add(
@@ -87,7 +97,9 @@ class Membership(worker_pb2_grpc.MembershipServicer):
 
 
 @asynccontextmanager
-async def router(inference: Inference | None = None) -> AsyncIterator[str]:
+async def router(
+    inference: Inference | None = None, membership: Membership | None = None
+) -> AsyncIterator[str]:
     server = Server("router")
     server.add(
         inference_pb2_grpc.add_InferenceServicer_to_server,
@@ -95,7 +107,9 @@ async def router(inference: Inference | None = None) -> AsyncIterator[str]:
         "twinpool.v1.Inference",
     )
     server.add(
-        worker_pb2_grpc.add_MembershipServicer_to_server, Membership(), "twinpool.v1.Membership"
+        worker_pb2_grpc.add_MembershipServicer_to_server,
+        membership or Membership(),
+        "twinpool.v1.Membership",
     )
     yield await server.start()
     await server.stop()
@@ -194,9 +208,10 @@ async def test_generate_passes_its_options_on() -> None:
     async with router(inference) as address:
         await invoke(
             *("generate", "hi", "--router", address, "--raw", "--stop", "a", "--stop", "b"),
-            *options,
+            *(*options, "--model", "m"),
         )
     request = inference.requests[0]
+    assert request.model == "m"
     assert request.prompt.text == "hi"
     assert request.stop.max_new_tokens == 5
     assert list(request.stop.stop) == ["a", "b"]
@@ -267,6 +282,25 @@ async def test_status_shows_instances_blocks_and_requests(
     pair = next(line for line in lines if "decode-x" in line)
     cells = [cell.strip() for cell in pair.split("│")[1:-1]]
     assert cells == ["decode-0", "decode-x", "0", "tcp", "300 us", "2.50", "slow"]
+
+
+async def test_status_says_which_named_instances_are_missing() -> None:
+    async with router() as address:
+        result = await invoke("status", "--router", address)
+    assert "missing: decode instance at 10.0.0.21:9102" in result.stdout
+
+
+async def test_status_of_several_models_tells_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    async with router(membership=Membership("tiny", "half")) as address:
+        result = await invoke("status", "--router", address)
+    lines = result.stdout.splitlines()
+    for name, is_ready in (("tiny", True), ("half", False)):
+        at = next(n for n, line in enumerate(lines) if line.startswith(f"model {name} "))
+        assert "0 running" in lines[at + 1]
+        assert ("not ready" in lines[at + 2]) is not is_ready
+    [prefill] = [line for line in lines if "prefill-0" in line]
+    assert [cell.strip() for cell in prefill.split("│")[1:4]] == ["half", "prefill", "prefill-0"]
 
 
 async def test_status_json_is_the_whole_status() -> None:

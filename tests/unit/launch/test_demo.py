@@ -42,6 +42,9 @@ class Inference(inference_pb2_grpc.InferenceServicer):
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         raise NotImplementedError
 
+    async def ListModels(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
     async def CountTokens(
         self, request: pb.CountTokensRequest, context: Any
     ) -> pb.CountTokensResponse:

@@ -2,8 +2,11 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -14,6 +17,7 @@ from twinpool.v1.worker_pb2_grpc import MembershipStub
 
 from router.breaker import BreakerSettings
 from router.config import RouterConfig
+from router.group import ModelGroup, build_group
 from router.server import Router
 from service.errors import ServiceError
 from service.status import from_rpc_error
@@ -31,6 +35,24 @@ class System:
         self.inference = InferenceStub(self.channel)
         self.membership = MembershipStub(self.channel)
         self._epochs = itertools.count(1)
+
+    @property
+    def group(self) -> ModelGroup:
+        """The group of the one model there is; an empty one before its first instance."""
+        found = self.router.groups.all()
+        assert len(found) < 2
+        return found[0] if found else self._nothing
+
+    @cached_property
+    def _nothing(self) -> ModelGroup:
+        config = self.router.config
+        return build_group("", config=config, router_id="", dial=_no_dial, clock=time.monotonic)
+
+    def sample(
+        self, name: str, labels: Mapping[str, str] = MappingProxyType({}), model: str = "echo"
+    ) -> float | None:
+        """A metric of a model."""
+        return self.registry.get_sample_value(name, {"model_name": model, **labels})
 
     def decode_named(self, name: str) -> FakeDecode:
         found = [i for i in self.instances if i.name == name and isinstance(i, FakeDecode)]
@@ -57,9 +79,12 @@ class System:
         instance.join(self.router.server.address)
 
     def _knows(self, instance: FakeInstance) -> bool:
-        keys = {v.key for v in self.router.ledger.decodes()}
-        keys |= {v.key for v in self.router.ledger.prefills()}
-        has_text = self.router.pools.tokenizers.get(ASSETS.digest) is not None
+        group = self.router.groups.get(instance.model.name)
+        if group is None:
+            return False
+        keys = {v.key for v in group.ledger.decodes()}
+        keys |= {v.key for v in group.ledger.prefills()}
+        has_text = group.pools.tokenizers.get(ASSETS.digest) is not None
         return has_text and (instance.name, instance.epoch) in keys
 
     def generate(
@@ -82,11 +107,18 @@ class System:
 
     async def settled(self) -> None:
         """Returns once no request holds anything anywhere."""
-        await until(lambda: self.router.ledger.is_idle())
-        await self.router.inflight.settle()
+        groups = self.router.groups.all()
+        await until(lambda: all(group.ledger.is_idle() for group in groups))
+        for group in groups:
+            await group.inflight.settle()
         await until(lambda: not any(i.held for i in self.instances if isinstance(i, FakeDecode)))
         await until(lambda: not any(i.open for i in self.instances if isinstance(i, FakePrefill)))
-        self.router.ledger.check_integrity()
+        for group in groups:
+            group.ledger.check_integrity()
+
+
+def _no_dial(address: str) -> grpc.aio.Channel:
+    raise AssertionError(f"nothing is called at {address}")
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:

@@ -16,11 +16,11 @@ QUICK = BreakerSettings(least=3, last=8, pause_s=0.05, jitter=0.0)
 
 def transitions(system: System, to: State) -> float | None:
     labels = {"to": to.value}
-    return system.registry.get_sample_value("twinpool_router_breaker_transitions_total", labels)
+    return system.sample("twinpool_router_breaker_transitions_total", labels)
 
 
 def usable(system: System) -> set[str]:
-    return {view.key.name for view in system.router.ledger.prefills()}
+    return {view.key.name for view in system.group.ledger.prefills()}
 
 
 def fail_always(prefill: FakePrefill, times: int = 100) -> None:
@@ -124,14 +124,14 @@ async def test_open_instance_is_used_again_where_the_others_leave() -> None:
         bad.errors.clear()
         await good.die()
         await until(lambda: usable(system) == {"a"})
-        assert system.router.pools.is_up(InstanceKey("a", bad.epoch))
+        assert system.group.pools.is_up(InstanceKey("a", bad.epoch))
         assert await answer(system) == "hello"
         await system.settled()
 
 
 def suspended(system: System) -> set[str]:
     """Instances that failures have left out, and that have not been tried again since."""
-    breakers = system.router.pools._breakers
+    breakers = system.group.pools._breakers
     return {
         i.name
         for i in system.instances

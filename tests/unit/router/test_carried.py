@@ -39,7 +39,7 @@ async def leaving(
 
 def carries(system: System, outcome: str) -> float | None:
     name = "twinpool_router_carries_total"
-    return system.registry.get_sample_value(name, {"outcome": outcome})
+    return system.sample(name, {"outcome": outcome})
 
 
 def whole(decode: FakeDecode) -> list[int]:
@@ -67,10 +67,8 @@ async def test_sequence_goes_on_with_its_kv_and_without_prefill() -> None:
         assert stats.pause_s > 0
         assert (moved(system, "drained", "kv"), moved(system, "drained")) == (1, 0)
         assert carries(system, "carried") == 1
-        assert system.registry.get_sample_value("twinpool_router_carried_bytes_total") == 8192
-        assert system.registry.get_sample_value(
-            "twinpool_router_move_pause_seconds_count", {"way": "kv"}
-        )
+        assert system.sample("twinpool_router_carried_bytes_total") == 8192
+        assert system.sample("twinpool_router_move_pause_seconds_count", {"way": "kv"})
 
 
 async def test_only_ranks_that_have_the_sequence_are_named_as_its_source() -> None:

@@ -207,7 +207,7 @@ async def test_lost_replica_is_named_as_what_is_missing() -> None:
     async with running() as system:
         decode = await system.add_decode("a", **OPTIONS)
         await decode.die()
-        await until(lambda: not system.router.ledger.decodes())
+        await until(lambda: not system.group.ledger.decodes())
         error = await error_of(system.generate(max_new_tokens=LENGTH))
         assert error.reason == "NO_INSTANCE"
         assert "no decode instance" in error.message

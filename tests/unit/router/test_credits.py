@@ -45,8 +45,8 @@ class Shared:
     @property
     def held(self) -> int:
         """Blocks that the router has booked."""
-        key = self.system.router.ledger.decodes()[0].key
-        return self.system.router.ledger.reserved_blocks(key)
+        key = self.system.group.ledger.decodes()[0].key
+        return self.system.group.ledger.reserved_blocks(key)
 
 
 @asynccontextmanager
@@ -65,7 +65,7 @@ async def shared() -> AsyncIterator[Shared]:
         assert accepted.accepted.credits
         found = Shared(system, decode, call)
         listening = asyncio.create_task(found.listen())
-        await until(lambda: bool(system.router.ledger.decodes()))
+        await until(lambda: bool(system.group.ledger.decodes()))
         try:
             yield found
         finally:
@@ -81,7 +81,7 @@ def ask(it: Shared, new_tokens: int = NEW_TOKENS) -> "asyncio.Task[Any]":
 
 
 async def queued(it: Shared, count: int) -> None:
-    await until(lambda: it.system.router.admission.queued == count)
+    await until(lambda: it.system.group.admission.queued == count)
 
 
 async def test_nothing_is_booked_before_the_first_credit() -> None:
@@ -122,10 +122,10 @@ async def test_smaller_credit_takes_nothing_away_and_lets_nothing_in_until_it_is
         second = ask(it)
         await queued(it, 1)
         await it.give(2 * held - 1, shared=True)
-        assert it.system.router.admission.queued == 1
+        assert it.system.group.admission.queued == 1
         await it.give(2 * held, shared=True)
         await queued(it, 0)
-        it.system.router.ledger.check_integrity()
+        it.system.group.ledger.check_integrity()
         it.decode.step_gate.set()
         await asyncio.gather(first, second)
 

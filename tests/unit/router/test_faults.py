@@ -63,9 +63,9 @@ async def test_stream_closed_in_the_queue_leaves_no_trace() -> None:
         holder = system.generate(max_new_tokens=1000)
         await until(lambda: bool(decode.reserves))
         call = system.generate(max_new_tokens=1000)
-        await until(lambda: system.router.admission.queued == 1)
+        await until(lambda: system.group.admission.queued == 1)
         call.cancel()
-        await until(lambda: system.router.admission.queued == 0)
+        await until(lambda: system.group.admission.queued == 0)
         holder.cancel()
         await system.settled()
         assert len(decode.reserves) == 1
@@ -149,8 +149,8 @@ async def test_decode_death_that_nobody_makes_good_is_unavailable_and_frees_the_
             error = await error_of(call)
             assert isinstance(error, Unavailable)
             assert error.reason == "INSTANCE_LOST"
-        await until(system.router.ledger.is_idle)
-        system.router.ledger.check_integrity()
+        await until(system.group.ledger.is_idle)
+        system.group.ledger.check_integrity()
 
 
 async def test_prefill_death_that_nobody_makes_good_is_unavailable() -> None:
@@ -300,7 +300,7 @@ async def test_many_requests_under_aborts_leave_nothing_behind() -> None:
         answers = [await collect(c) for n, c in enumerate(calls) if n % 3]
         assert len(answers) == 40
         await system.settled()
-        assert system.router.ledger.decodes()[0].free_blocks == 64
+        assert system.group.ledger.decodes()[0].free_blocks == 64
 
 
 async def test_client_that_does_not_read_holds_nothing_beyond_the_deadline() -> None:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from twinpool.v1 import inference_pb2
 
-from service.errors import InvalidRequest, Unavailable
+from service.errors import Unavailable
 from tests.unit.router.fakes import END, LENGTH, STOP, TOKENIZER
 from tests.unit.router.system import collect, error_of, pair, running, text_of, until
 
@@ -175,8 +175,6 @@ async def test_long_text_is_tokenized_off_the_event_loop() -> None:
 async def test_describe_says_what_may_be_asked_for() -> None:
     async with pair() as (system, _, _):
         described = await system.inference.Describe(inference_pb2.DescribeRequest())
-        other = inference_pb2.DescribeRequest(model="other")
-        assert isinstance(await error_of(system.inference.Describe(other)), InvalidRequest)
     assert described.model == "echo"
     assert described.has_chat_template
     assert described.max_model_len == 4096

@@ -23,7 +23,7 @@ async def hedging() -> AsyncIterator[tuple[System, FakePrefill, FakePrefill, Fak
 
 def hedges(system: System, outcome: str) -> float | None:
     labels = {"outcome": outcome}
-    return system.registry.get_sample_value("twinpool_router_hedges_total", labels)
+    return system.sample("twinpool_router_hedges_total", labels)
 
 
 async def test_second_instance_answers_where_the_first_is_stuck() -> None:
@@ -39,7 +39,7 @@ async def test_second_instance_answers_where_the_first_is_stuck() -> None:
         await system.settled()
         assert len(first.aborted) == 1
         labels = {"outcome": "resumed"}
-        assert system.registry.get_sample_value("twinpool_router_resumes_total", labels) == 0
+        assert system.sample("twinpool_router_resumes_total", labels) == 0
 
 
 async def test_first_instance_that_is_late_but_faster_keeps_the_request() -> None:
@@ -116,7 +116,7 @@ async def test_client_that_leaves_ends_both() -> None:
 async def test_only_instance_is_not_asked_twice() -> None:
     async with hedging() as (system, first, second, _):
         await second.die()
-        await until(lambda: len(system.router.ledger.prefills()) == 1)
+        await until(lambda: len(system.group.ledger.prefills()) == 1)
         first.compute_gate.clear()
         call = asyncio.ensure_future(collect(system.generate(max_new_tokens=5)))
         await until(lambda: hedges(system, "no room") == 1)

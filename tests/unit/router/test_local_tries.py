@@ -52,8 +52,8 @@ async def test_client_that_leaves_in_mid_prompt_is_forgotten_everywhere() -> Non
         call.cancel()
         await system.settled()
         assert decode.aborted == list(decode.reserves)
-        [view] = system.router.ledger.decodes()
-        assert system.router.admission.local.owed(view.key) == 0
+        [view] = system.group.ledger.decodes()
+        assert system.group.admission.local.owed(view.key) == 0
 
 
 @pytest.mark.parametrize("reason", ["DRAINED", "PREEMPTED", "PeerLost"])

@@ -1,6 +1,5 @@
 """Who may join the table, and as whom: hellos, epochs, the one model of all instances."""
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -61,6 +60,9 @@ def test_hello_says_what_the_instance_is() -> None:
         ({"address": "nowhere"}, "hello.address"),
         ({"address": "unix:///tmp/x:1"}, "hello.address"),
         ({"data_token": b""}, "hello.data_token"),
+        ({"model": model(name="")}, "hello.model.name"),
+        ({"model": model(name="a\nb")}, "hello.model.name"),
+        ({"model": model(name="a" * 257)}, "hello.model.name"),
         ({"model": model(fingerprint="")}, "hello.model.fingerprint"),
         ({"model": model(dtype="int8")}, "hello.model.dtype"),
         ({"model": model(vocab_size=0)}, "hello.model.vocab_size"),
@@ -207,15 +209,6 @@ def test_model_is_remembered_while_nobody_is_there() -> None:
 def test_shortest_context_of_all_counts() -> None:
     other = instance(name="other", model=model(max_model_len=1000))
     assert joined(instance(), other).max_model_len == 1000
-
-
-def test_name_of_the_model_is_that_of_the_first() -> None:
-    second = dataclasses.replace(
-        instance(name="second"), model=instance(model=model(name="b")).model
-    )
-    members = joined(instance(), second)
-    assert members.model is not None
-    assert members.model.name == "echo"
 
 
 ALONE = worker_pb2.Capacity(

@@ -31,7 +31,7 @@ async def two_decodes(
 
 def moved(system: System, reason: str, way: str = "prefill") -> float | None:
     labels = {"reason": reason, "way": way}
-    return system.registry.get_sample_value("twinpool_router_moved_requests_total", labels)
+    return system.sample("twinpool_router_moved_requests_total", labels)
 
 
 async def read_tokens(call: Any, count: int) -> list[inference_pb2.GenerateResponse]:
@@ -93,10 +93,10 @@ async def test_room_is_booked_for_what_the_request_needed_from_the_start() -> No
         second.step_gate.clear()
         call = system.generate(max_new_tokens=100)
         await read_tokens(call, 3)
-        blocks = system.router.ledger.reserved_blocks(_key(first))
+        blocks = system.group.ledger.reserved_blocks(_key(first))
         await first.die()
         await until(lambda: bool(second.held))
-        assert system.router.ledger.reserved_blocks(_key(second)) == blocks
+        assert system.group.ledger.reserved_blocks(_key(second)) == blocks
         call.cancel()
         await system.settled()
 
@@ -187,9 +187,9 @@ async def test_answer_goes_on_before_new_requests_and_past_a_full_queue() -> Non
         began = await read_tokens(call, 3)
         await second.die()
         await first.die()
-        await until(lambda: system.router.admission.queued == 1)
+        await until(lambda: system.group.admission.queued == 1)
         later = asyncio.ensure_future(collect(system.generate(max_new_tokens=800)))
-        await until(lambda: system.router.admission.queued == 2)
+        await until(lambda: system.group.admission.queued == 2)
         again = await system.add_decode("a")
         messages = [*began, *await collect(call)]
         assert len(tokens_of(messages)) == 800
@@ -280,12 +280,12 @@ async def test_client_that_leaves_in_a_move_leaves_nothing_behind(stage: str) ->
             await second.die()
         await first.die()
         if stage == "queue":
-            await until(lambda: system.router.admission.queued == 1)
+            await until(lambda: system.group.admission.queued == 1)
         else:
             await until(lambda: bool(prefill.open) and bool(second.reserves))
         call.cancel()
         second.reserve_gate.set()
-        await until(lambda: system.router.admission.queued == 0)
+        await until(lambda: system.group.admission.queued == 0)
         await system.settled()
         assert second.aborted == list(second.reserves)
 

@@ -69,7 +69,7 @@ async def test_what_heartbeats_report_comes_to_be_placed_by() -> None:
                 await asyncio.sleep(0.01)
 
         beats = asyncio.create_task(beat())
-        await until(lambda: any(v.pace.speed for v in system.router.ledger.prefills()))
+        await until(lambda: any(v.pace.speed for v in system.group.ledger.prefills()))
         found = await system.membership.GetStatus(worker_pb2.GetStatusRequest())
         assert found.instances[0].speed == SPEED
         beats.cancel()
@@ -87,7 +87,6 @@ def test_limits_of_a_request_are_in_seconds_and_may_be_left_out() -> None:
 def test_limits_outlive_the_checks_and_the_first_one_the_first_token_does_not() -> None:
     given = GenerateInput(prompt=None, stop=StopInput(max_new_tokens=5), ttft_s=0.25, tpot_s=0.5)
     limits = ModelLimits(
-        model="m",
         vocab_size=10,
         max_model_len=100,
         known_roles=None,

@@ -62,7 +62,7 @@ async def test_it_starts_over_where_there_was_no_token_yet() -> None:
 async def test_its_instance_is_not_suspected() -> None:
     async with pair() as (system, _, decode):
         suspected: list[Any] = []
-        system.router.pools.suspect = suspected.append  # type: ignore[method-assign,assignment]
+        system.group.pools.suspect = suspected.append  # type: ignore[method-assign,assignment]
         decode.fail_after = (3, preempted())
         call = system.generate(max_new_tokens=11)
         await read_tokens(call, 3)
@@ -73,7 +73,7 @@ async def test_its_instance_is_not_suspected() -> None:
 
 async def test_it_waits_for_room_to_its_deadline() -> None:
     async with pair(max_queue_wait_s=0.1) as (system, _, decode):
-        ledger, key = system.router.ledger, (decode.name, decode.epoch)
+        ledger, key = system.group.ledger, (decode.name, decode.epoch)
         decode.fail_after = (3, preempted())
         decode.step_gate.clear()
         call = system.generate(max_new_tokens=11)
@@ -81,11 +81,11 @@ async def test_it_waits_for_room_to_its_deadline() -> None:
         ledger.set_suspended(key, True)  # type: ignore[arg-type]
         decode.step_gate.set()
         began += await read_tokens(call, 2)
-        await until(lambda: system.router.admission.queued == 1)
+        await until(lambda: system.group.admission.queued == 1)
         decode.fail_after = None
         await asyncio.sleep(0.3)
         ledger.set_suspended(key, False)  # type: ignore[arg-type]
-        system.router.admission.instances_changed()
+        system.group.admission.instances_changed()
         assert text_of([*began, *await collect(call)]) == ANSWER
         await system.settled()
 
@@ -117,10 +117,10 @@ async def test_room_is_booked_as_the_answer_grows() -> None:
         decode.step_gate.clear()
         call = system.generate(max_new_tokens=60)
         await read_tokens(call, 1)
-        assert system.router.ledger.reserved_blocks(key) == 1
+        assert system.group.ledger.reserved_blocks(key) == 1
         decode.step_gate.set()
         await read_tokens(call, 39)
-        assert system.router.ledger.reserved_blocks(key) == 4  # 9 tokens, and 40
+        assert system.group.ledger.reserved_blocks(key) == 4  # 9 tokens, and 40
         call.cancel()
         await system.settled()
-        assert system.router.ledger.reserved_blocks(key) == 0
+        assert system.group.ledger.reserved_blocks(key) == 0

@@ -84,7 +84,7 @@ async def test_prompt_goes_where_its_beginning_is_cached() -> None:
     keys = keys_of(PROMPT)
     async with running() as system:
         holder, _ = await with_two(system, news(1, keys))
-        await until(lambda: system.router.pools.prefixes.known_blocks(key(holder)) == len(keys))
+        await until(lambda: system.group.pools.prefixes.known_blocks(key(holder)) == len(keys))
         assert await known(system, "holder") == len(keys)
         assert await known(system, "first") == 0
         assert await ask(system) == "holder"
@@ -93,14 +93,14 @@ async def test_prompt_goes_where_its_beginning_is_cached() -> None:
         assert await ask(system, cache_salt="mine") == "first"
         sample = "twinpool_router_expected_cached_tokens_total"
         most = [(len(PROMPT + end) - 1) // BLOCK * BLOCK for end in ("", "?")]
-        assert system.registry.get_sample_value(sample) == sum(most)
+        assert system.sample(sample) == sum(most)
 
 
 async def test_prompt_goes_elsewhere_once_its_beginning_is_given_up() -> None:
     keys = keys_of(PROMPT)
     async with running() as system:
         holder, told = await with_two(system, news(1, keys))
-        known_blocks = system.router.pools.prefixes.known_blocks
+        known_blocks = system.group.pools.prefixes.known_blocks
         await until(lambda: known_blocks(key(holder)) == len(keys))
         told.given.append(news(2, removed=keys[:1]))
         await until(lambda: known_blocks(key(holder)) == len(keys) - 1)
@@ -111,7 +111,7 @@ async def test_busy_holder_is_passed_by_where_its_queue_is_longer_than_the_savin
     keys = keys_of(PROMPT)
     async with running() as system:
         holder, _ = await with_two(system, news(1, keys[:1]))
-        await until(lambda: system.router.pools.prefixes.known_blocks(key(holder)) == 1)
+        await until(lambda: system.group.pools.prefixes.known_blocks(key(holder)) == 1)
         holder.compute_gate.clear()
         waiting = system.generate(PROMPT, max_new_tokens=1)
         await until(lambda: len(holder.starts) == 1)
@@ -126,7 +126,7 @@ async def test_holder_that_dies_is_forgotten_and_others_take_over() -> None:
     keys = keys_of(PROMPT)
     async with running() as system:
         holder, _ = await with_two(system, news(1, keys))
-        known_blocks = system.router.pools.prefixes.known_blocks
+        known_blocks = system.group.pools.prefixes.known_blocks
         await until(lambda: known_blocks(key(holder)) == len(keys))
         await holder.die()
         await until(lambda: known_blocks(key(holder)) == 0)
@@ -137,7 +137,7 @@ async def test_restarted_holder_starts_with_nothing() -> None:
     keys = keys_of(PROMPT)
     async with running() as system:
         holder, _ = await with_two(system, news(1, keys))
-        known_blocks = system.router.pools.prefixes.known_blocks
+        known_blocks = system.group.pools.prefixes.known_blocks
         await until(lambda: known_blocks(key(holder)) == len(keys))
         again = await system.add_prefill("holder", prefix_seed=SEED, prefixes=Told(news(1)))
         assert known_blocks(key(holder)) == known_blocks(key(again)) == 0
@@ -158,8 +158,9 @@ async def test_news_with_a_gap_are_not_believed_and_not_fatal(
 async def test_news_of_a_stream_that_was_replaced_count_no_more() -> None:
     """The same process has come again; its old stream's last words arrive after that."""
     async with running() as system:
-        pools, instance = system.router.pools, replace(an_instance(), role=Role.PREFILL)
-        old, _ = pools.join(instance)
+        instance = replace(an_instance(), role=Role.PREFILL)
+        group, old, _ = system.router.groups.join(instance)
+        pools = group.pools
         pools.take_prefixes(old, received(news(1, [1, 2])))
         assert pools.prefixes.keys(instance.key) == {1, 2}
         new, replaced = pools.join(instance)
@@ -175,7 +176,7 @@ async def with_two_decodes(system: System, keys: Sequence[int]) -> tuple[FakeDec
     await system.add_prefill()
     first = await system.add_decode("first")
     holder = await system.add_decode("holder", prefix_seed=SEED, prefixes=Told(news(1, keys)))
-    known_blocks = system.router.pools.prefixes.known_blocks
+    known_blocks = system.group.pools.prefixes.known_blocks
     await until(lambda: known_blocks(key(holder)) == len(keys))
     return first, holder
 
@@ -208,6 +209,6 @@ async def test_decode_instance_that_restarts_has_nothing_any_more() -> None:
         assert await decoded(system) == ("holder", 0)
         await holder.die()
         again = await system.add_decode("holder", prefix_seed=SEED, prefixes=Told(news(1)))
-        known_blocks = system.router.pools.prefixes.known_blocks
+        known_blocks = system.group.pools.prefixes.known_blocks
         assert known_blocks(key(holder)) == known_blocks(key(again)) == 0
         assert await decoded(system) == ("first", 0)

@@ -26,13 +26,13 @@ async def test_full_queue_refuses_with_a_retry_time() -> None:
         running_call = system.generate(max_new_tokens=1000)
         await until(lambda: bool(decode.reserves))
         waiting = system.generate(max_new_tokens=1000)
-        await until(lambda: system.router.admission.queued == 1)
+        await until(lambda: system.group.admission.queued == 1)
         error = await error_of(system.generate(max_new_tokens=1000))
         assert isinstance(error, Refused)
         assert error.retryable
         assert error.reason == "QUEUE_FULL"
         waiting.cancel()
-        await until(lambda: system.router.admission.queued == 0)
+        await until(lambda: system.group.admission.queued == 0)
         running_call.cancel()
         await system.settled()
 
@@ -73,9 +73,9 @@ async def test_tenant_that_fills_the_queue_gives_way_in_it() -> None:
         holder = system.generate(max_new_tokens=1000, tenant="flood")
         await until(lambda: bool(decode.reserves))
         first = system.generate(max_new_tokens=1000, tenant="flood")
-        await until(lambda: system.router.admission.queued == 1)
+        await until(lambda: system.group.admission.queued == 1)
         last = system.generate(max_new_tokens=1000, tenant="flood")
-        await until(lambda: system.router.admission.queued == 2)
+        await until(lambda: system.group.admission.queued == 2)
         other = asyncio.ensure_future(collect(system.generate(max_new_tokens=3, tenant="b")))
         error = await error_of(last)
         assert isinstance(error, Refused)
@@ -99,7 +99,7 @@ async def test_wait_that_is_known_to_be_of_no_use_is_refused_at_once() -> None:
         assert isinstance(error, Refused)
         assert error.reason == "PREDICTED_WAIT"
         assert error.retryable
-        assert system.router.admission.queued == 0
+        assert system.group.admission.queued == 0
         holder.cancel()
         await system.settled()
         assert admissions(system, "refused", "PREDICTED_WAIT") == 1
@@ -124,7 +124,7 @@ async def test_waits_are_measured_by_class_of_priority_and_against_the_forecast(
             await collect(system.generate(max_new_tokens=2, priority=priority))
         for _ in range(MIN_ENDS):
             await collect(system.generate(max_new_tokens=2))
-        read = system.registry.get_sample_value
+        read = system.sample
         name = "twinpool_router_queue_seconds_count"
         counts = [read(name, {"priority": p}) for p in ("low", "normal", "high")]
         assert counts == [1, 2 + MIN_ENDS, 2]
@@ -134,7 +134,7 @@ async def test_waits_are_measured_by_class_of_priority_and_against_the_forecast(
 
 def admissions(system: System, outcome: str, reason: str) -> float | None:
     labels = {"outcome": outcome, "reason": reason}
-    return system.registry.get_sample_value("twinpool_router_admissions_total", labels)
+    return system.sample("twinpool_router_admissions_total", labels)
 
 
 async def test_deadline_ends_a_wait_in_the_queue() -> None:
@@ -144,7 +144,7 @@ async def test_deadline_ends_a_wait_in_the_queue() -> None:
         await until(lambda: bool(decode.reserves))
         error = await error_of(system.generate(max_new_tokens=1000, timeout=None))
         assert isinstance(error, DeadlineExceeded)
-        assert system.router.admission.queued == 0
+        assert system.group.admission.queued == 0
         holder.cancel()
         await system.settled()
 
@@ -158,7 +158,7 @@ async def test_higher_priority_leaves_the_queue_first() -> None:
         for number, (prompt, priority) in enumerate([("low", -1), ("mid", 0), ("high", 3)]):
             call = system.generate(prompt, max_new_tokens=1000, priority=priority)
             calls.append(asyncio.ensure_future(collect(call)))
-            await until(lambda count=number + 1: system.router.admission.queued == count)  # type: ignore[misc]
+            await until(lambda count=number + 1: system.group.admission.queued == count)  # type: ignore[misc]
         decode.step_gate.set()
         await collect(holder)
         await asyncio.gather(*calls)
@@ -169,9 +169,9 @@ async def test_higher_priority_leaves_the_queue_first() -> None:
 async def test_requests_wait_for_a_pool_that_is_being_restarted() -> None:
     async with pair(restart_grace_s=20) as (system, _, decode):
         await decode.die()
-        await until(lambda: not system.router.ledger.decodes())
+        await until(lambda: not system.group.ledger.decodes())
         call = asyncio.ensure_future(collect(system.generate(max_new_tokens=3)))
-        await until(lambda: system.router.admission.queued == 1)
+        await until(lambda: system.group.admission.queued == 1)
         await system.add_decode()
         assert text_of(await call) == "hel"
         await system.settled()
@@ -180,7 +180,7 @@ async def test_requests_wait_for_a_pool_that_is_being_restarted() -> None:
 async def test_requests_fail_where_the_pool_does_not_come_back() -> None:
     async with pair(restart_grace_s=0.3) as (system, _, decode):
         await decode.die()
-        await until(lambda: not system.router.ledger.decodes())
+        await until(lambda: not system.group.ledger.decodes())
         queued = await error_of(system.generate(max_new_tokens=3))
         later = await error_of(system.generate(max_new_tokens=3))
         for error in (queued, later):
@@ -195,7 +195,6 @@ async def test_requests_fail_where_the_pool_does_not_come_back() -> None:
         ({"prompt": ""}, "prompt.text"),
         ({"temperature": float("nan")}, "sampling.temperature"),
         ({"max_new_tokens": 0}, "stop.max_new_tokens"),
-        ({"model": "other"}, "model"),
         ({"stop": [""]}, "stop.stop[0]"),
     ],
 )
@@ -220,7 +219,7 @@ async def test_sequences_limit_of_decode_is_kept() -> None:
         decode = await system.add_decode(max_sequences=2)
         decode.step_gate.clear()
         calls = [asyncio.ensure_future(collect(system.generate(max_new_tokens=3))) for _ in "abcd"]
-        await until(lambda: system.router.admission.queued == 2)
+        await until(lambda: system.group.admission.queued == 2)
         assert len(decode.reserves) <= 2
         decode.step_gate.set()
         assert [text_of(answer) for answer in await asyncio.gather(*calls)] == ["hel"] * 4
@@ -240,7 +239,7 @@ async def test_status_counts_what_happened() -> None:
         assert reserved == {"prefill": 0, "decode": 7}
         call.cancel()
         await system.settled()
-        await until(lambda: system.router.metrics.outcomes["aborted"] == 1)
+        await until(lambda: system.group.metrics.outcomes["aborted"] == 1)
         counts = (await _status(system)).requests
     assert (counts.finished, counts.refused, counts.aborted, counts.failed) == (1, 1, 1, 0)
     assert (counts.queued, counts.running) == (0, 0)

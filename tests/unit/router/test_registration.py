@@ -50,7 +50,7 @@ async def test_status_tells_which_instances_the_router_cannot_reach() -> None:
         lost.address = "127.0.0.1:1"
         lost.join(system.router.server.address)
         try:
-            await until(lambda: len(system.router.pools.members) == 2)
+            await until(lambda: len(system.group.pools.members) == 2)
             status = await system.membership.GetStatus(worker_pb2.GetStatusRequest(), timeout=10)
         finally:
             await lost.die()
@@ -64,7 +64,7 @@ async def test_instance_of_another_model_is_refused_for_good() -> None:
         with pytest.raises(RegistrationRefused, match="fingerprint of instance 'stranger'"):
             await stranger.join(system.router.server.address)
         await stranger.die()
-        assert len(system.router.pools.members) == 2
+        assert len(system.group.pools.members) == 2
 
 
 async def test_restarted_instance_replaces_the_old_one_and_goes_on_with_its_requests() -> None:
@@ -74,17 +74,17 @@ async def test_restarted_instance_replaces_the_old_one_and_goes_on_with_its_requ
         await call.read()
         new = await system.add_decode(decode.name)
         assert len(await collect(call)) > 1
-        await until(system.router.ledger.is_idle)
-        assert [d.key.epoch for d in system.router.ledger.decodes()] == [new.epoch]
+        await until(system.group.ledger.is_idle)
+        assert [d.key.epoch for d in system.group.ledger.decodes()] == [new.epoch]
         assert text_of(await collect(system.generate(max_new_tokens=5))) == "hello"
         decode.held.clear()
 
 
 async def test_same_process_may_come_again_at_once() -> None:
     async with pair() as (system, _, decode):
-        [member] = system.router.pools.members.of(Role.DECODE)
+        [member] = system.group.pools.members.of(Role.DECODE)
         again = decode.join(system.router.server.address)
-        await until(lambda: system.router.pools.members.of(Role.DECODE) not in ([], [member]))
+        await until(lambda: system.group.pools.members.of(Role.DECODE) not in ([], [member]))
         assert text_of(await collect(system.generate(max_new_tokens=5))) == "hello"
         assert not again.done()
 
@@ -97,12 +97,12 @@ async def test_missed_heartbeats_make_an_instance_lost() -> None:
         accepted = (await call.read()).accepted
         assert accepted.send_assets
         assert accepted.heartbeat_interval_ms == 50
-        await until(lambda: len(system.router.pools.members) == 1)
+        await until(lambda: len(system.group.pools.members) == 1)
         error = await error_of(call)
         assert isinstance(error, Unavailable)
         assert error.reason == "HEARTBEAT_MISSED"
-        assert len(system.router.pools.members) == 0
-        assert not system.router.ledger.prefills()
+        assert len(system.group.pools.members) == 0
+        assert not system.group.ledger.prefills()
         await silent.die()
 
 
@@ -127,7 +127,7 @@ async def test_drained_instance_ends_what_it_has_and_gets_nothing_new() -> None:
 async def test_instance_that_says_it_drains_gets_nothing_new() -> None:
     async with pair() as (system, prefill, _):
         prefill.draining = True
-        await until(lambda: not system.router.ledger.prefills())
+        await until(lambda: not system.group.ledger.prefills())
         status = await system.membership.GetStatus(worker_pb2.GetStatusRequest())
         assert {i.name: i.draining for i in status.instances} == {"prefill": True, "decode": False}
         await system.add_prefill("second")
@@ -152,11 +152,11 @@ async def test_decode_stream_that_breaks_comes_again_with_a_clean_ledger() -> No
 async def test_other_model_takes_over_only_when_all_instances_have_gone() -> None:
     async with pair(restart_grace_s=20) as (system, prefill, decode):
         await decode.die()
-        await until(lambda: not system.router.ledger.decodes())
+        await until(lambda: not system.group.ledger.decodes())
         call = asyncio.ensure_future(error_of(system.generate(max_new_tokens=3)))
-        await until(lambda: system.router.admission.queued == 1)
+        await until(lambda: system.group.admission.queued == 1)
         await prefill.die()
-        await until(lambda: len(system.router.pools.members) == 0)
+        await until(lambda: len(system.group.pools.members) == 0)
         await system.add_decode(model_description=model(fingerprint="beef"))
         error = await call
         assert isinstance(error, Unavailable)
@@ -197,7 +197,7 @@ async def test_assets_that_are_not_as_announced_end_the_stream(
             worker_pb2.RegisterRequest(assets=chunk),
         )
         assert isinstance(await error_of(call), InvalidRequest)
-        assert system.router.pools.tokenizers.get(ASSETS.digest) is None
+        assert system.group.pools.tokenizers.get(ASSETS.digest) is None
         await instance.die()
 
 
@@ -206,7 +206,7 @@ async def test_call_waits_for_a_tokenizer_that_is_on_its_way() -> None:
         instance = FakePrefill("p", system.decode_named)
         await instance.start()
         call = await register(system, worker_pb2.RegisterRequest(hello=instance.hello()))
-        await until(lambda: system.router.pools.members.model is not None)
+        await until(lambda: system.group.pools.members.model is not None)
         answer = asyncio.ensure_future(collect(system.generate(max_new_tokens=1)))
         await asyncio.sleep(0.01)
         assert not answer.done()

@@ -34,7 +34,7 @@ def blocks(output_tokens: int) -> int:
 
 
 def booked(system: System, decode: FakeDecode) -> int:
-    return system.router.ledger.reserved_blocks(InstanceKey(decode.name, decode.epoch))
+    return system.group.ledger.reserved_blocks(InstanceKey(decode.name, decode.epoch))
 
 
 async def test_sequence_that_was_carried_over_is_booked_as_it_grows() -> None:
@@ -47,7 +47,7 @@ async def test_sequence_that_was_carried_over_is_booked_as_it_grows() -> None:
         await until(lambda: booked(system, second) == blocks(200))
         assert booked(system, first) == 0
         second.silent_after = None
-        system.router.ledger.check_integrity()
+        system.group.ledger.check_integrity()
         call.cancel()
         await system.settled()
         assert booked(system, second) == 0
@@ -62,18 +62,18 @@ async def test_status_tells_how_many_outgrew_and_the_risk() -> None:
         calls = [system.generate(max_new_tokens=900) for _ in range(2)]
         for call in calls:
             await call.read()
-        await until(lambda: system.router.metrics.outgrown_count == 2)
+        await until(lambda: system.group.metrics.outgrown_count == 2)
         found = await status(system)
         assert (found.requests.overcommitted, found.requests.outgrown) == (2, 2)
         # Two times 900 tokens are more than there is, and nothing says that they will be fewer.
         risks = {instance.name: instance.overcommit_risk for instance in found.instances}
         assert risks == {"prefill": 0.0, "a": 1.0}
         name = "twinpool_router_overcommit_risk"
-        assert system.registry.get_sample_value(name) == 1.0
+        assert system.sample(name) == 1.0
         for call in calls:
             call.cancel()
         await system.settled()
-        assert system.registry.get_sample_value(name) == 0.0
+        assert system.sample(name) == 0.0
 
 
 async def test_answers_teach_how_much_to_book() -> None:
@@ -82,7 +82,7 @@ async def test_answers_teach_how_much_to_book() -> None:
         for _ in range(20):
             assert text_of(await collect(system.generate(**fields))) == ANSWER[:-1]
         await system.settled()
-        assert system.router.metrics.overcommitted_count == 0
+        assert system.group.metrics.overcommitted_count == 0
         decode.step_gate.clear()
         short = system.generate(**fields)
         await short.read()

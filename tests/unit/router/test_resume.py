@@ -25,7 +25,7 @@ async def two_prefills(
 
 def resumes(system: System, outcome: str) -> float | None:
     labels = {"outcome": outcome}
-    return system.registry.get_sample_value("twinpool_router_resumes_total", labels)
+    return system.sample("twinpool_router_resumes_total", labels)
 
 
 async def test_death_in_mid_transfer_is_not_seen_by_the_client() -> None:
@@ -251,14 +251,14 @@ async def test_client_that_leaves_in_a_resume_leaves_nothing_behind(stage: str) 
         if stage == "queue":
             await second.die()
         await first.die()
-        await until(lambda: system.router.admission.queued == 1 or bool(decode.regrants))
+        await until(lambda: system.group.admission.queued == 1 or bool(decode.regrants))
         if stage == "compute":
             decode.regrant_gate.set()
         call.cancel()
         decode.regrant_gate.set()
         await system.settled()
         assert decode.aborted == list(decode.reserves)
-        assert system.router.admission.queued == 0
+        assert system.group.admission.queued == 0
 
 
 async def test_resume_does_not_wait_behind_those_that_wait_for_its_room() -> None:
@@ -270,7 +270,7 @@ async def test_resume_does_not_wait_behind_those_that_wait_for_its_room() -> Non
         began = await call.read()
         await until(lambda: bool(decode.transfers))
         large = asyncio.ensure_future(collect(system.generate(max_new_tokens=240)))
-        await until(lambda: system.router.admission.queued == 1)
+        await until(lambda: system.group.admission.queued == 1)
         await prefill.die()
         await system.add_prefill()
         assert len(text_of([began, *await collect(call)])) == 100

@@ -106,7 +106,7 @@ async def test_answer_counts_once_and_its_first_token_not_again() -> None:
     async with after("hello") as (system, _, _, resume):
         await collect(go_on(system, resume))
         await system.settled()
-        read = system.registry.get_sample_value
+        read = system.sample
         assert read("twinpool_router_taken_over_requests_total") == 1
         assert read("twinpool_router_tokens_total", {"kind": "completion"}) == 11
         assert read("twinpool_time_to_first_token_seconds_count") == 0
@@ -144,10 +144,10 @@ async def test_one_that_has_begun_elsewhere_goes_ahead_of_those_that_wait() -> N
         holder = system.generate(max_new_tokens=1000)
         await until(lambda: bool(decode.reserves))
         waiting = system.generate(max_new_tokens=1000)
-        await until(lambda: system.router.admission.queued == 1)
+        await until(lambda: system.group.admission.queued == 1)
         resume.terms.max_new_tokens = 600
         call = go_on(system, resume)
-        await until(lambda: system.router.admission.queued == 2)
+        await until(lambda: system.group.admission.queued == 2)
         holder.cancel()
         await until(lambda: len(decode.reserves) == 2)
         decode.step_gate.set()
@@ -179,14 +179,14 @@ async def test_where_workers_have_a_token_only_a_router_can_have_an_answer_go_ah
         holder = system.generate(max_new_tokens=1000)
         await until(lambda: len(decode.reserves) == 2)
         waiting = system.generate(max_new_tokens=1000)
-        await until(lambda: system.router.admission.queued == 1)
+        await until(lambda: system.group.admission.queued == 1)
         call = go_on(system, resume, temperature=1.0, tenant="b" if forged else "a")
         if forged:
             error = await error_of(call)
             assert isinstance(error, Refused)
             assert error.reason == "QUEUE_FULL"
         else:
-            await until(lambda: system.router.admission.queued == 2)
+            await until(lambda: system.group.admission.queued == 2)
         for other in (call, waiting, holder):
             other.cancel()
         await system.settled()

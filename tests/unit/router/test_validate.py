@@ -17,14 +17,13 @@ from router.request import (
     TokensPrompt,
     ValidRequest,
 )
-from router.validate import ModelLimits, check, check_model_name, check_prompt, check_sampling
+from router.validate import ModelLimits, check, check_prompt, check_sampling
 from service.errors import InvalidRequest, Refused
 
 CAPS = dataclasses.replace(
     RouterConfig().caps, max_prompt_chars=1000, max_prompt_tokens=500, max_new_tokens=300
 )
 LIMITS = ModelLimits(
-    model="echo",
     vocab_size=100,
     max_model_len=400,
     known_roles=frozenset({"user", "system"}),
@@ -170,13 +169,6 @@ def test_messages_need_a_chat_template() -> None:
     limits = dataclasses.replace(LIMITS, known_roles=None)
     with pytest.raises(InvalidRequest, match="no chat template"):
         check_prompt(MessagesPrompt((("user", "hi"),)), limits, CAPS)
-
-
-def test_empty_model_name_means_the_one_served() -> None:
-    check_model_name("", LIMITS)
-    check_model_name("echo", LIMITS)
-    with pytest.raises(InvalidRequest, match="'echo'"):
-        check_model_name("gpt", LIMITS)
 
 
 @pytest.mark.parametrize("field", ["cache_salt", "tenant"])

@@ -69,6 +69,9 @@ class Inference(inference.InferenceServicer):
         self.fail()
         return DescribeResponse(model="m")
 
+    async def ListModels(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
     async def CountTokens(self, request: CountTokensRequest, context: Any) -> Any:
         await context.abort(grpc.StatusCode.NOT_FOUND, "plain abort")
 

@@ -34,7 +34,7 @@ WORKER = new_token()
 def test_table_has_every_method_and_no_other() -> None:
     ours = {method for method in RIGHTS if method.startswith("/twinpool.")}
     assert ours == set(METHODS)
-    assert len(METHODS) == 13
+    assert len(METHODS) == 14
 
 
 def test_nothing_of_ours_is_open() -> None:
