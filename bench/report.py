@@ -43,9 +43,15 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 def report(question: str, rows: Sequence[Row], json_file: Path | None) -> None:
     """Print a table, and write the figures to `json_file` where one is given."""
-    machine = f"{_processor()}, {_cores()} cores"
-    commit = _commit()
-    table = Table(title=f"{question}\n{machine}, commit {commit}", title_justify="left")
+    show(question, rows)
+    if json_file is not None:
+        write(question, rows, json_file)
+
+
+def show(question: str, rows: Sequence[Row]) -> None:
+    """Print a table."""
+    title = f"{question}\n{machine()}, commit {commit()}"
+    table = Table(title=title, title_justify="left")
     for column in ("row", "ours", "spread", "limit", "of limit", "peer", "of peer"):
         table.add_column(column, justify="left" if column == "row" else "right")
     for row in rows:
@@ -59,15 +65,18 @@ def report(question: str, rows: Sequence[Row], json_file: Path | None) -> None:
             _ratio(row.ours, row.peer),
         )
     table_console().print(table)
-    if json_file is not None:
-        figures = {
-            "question": question,
-            "machine": machine,
-            "commit": commit,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "rows": [asdict(row) for row in rows],
-        }
-        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def write(question: str, rows: Sequence[Row], json_file: Path) -> None:
+    """Write the figures to a file."""
+    figures = {
+        "question": question,
+        "machine": machine(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rows": [asdict(row) for row in rows],
+    }
+    json_file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _number(value: float | None) -> str:
@@ -78,8 +87,9 @@ def _ratio(ours: float, other: float | None) -> str:
     return "-" if not other else f"{ours / other:.2f}x"
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def machine() -> str:
+    """Return what this program runs on, in words."""
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def _processor() -> str:
@@ -89,7 +99,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return which version of the code this is."""
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False

@@ -21,10 +21,21 @@ class Positional:
     metavar: str
 
 
+@dataclass(frozen=True)
+class Flag:
+    """Marks a field whose flag has another name, which no field can have: `Flag("--json")`."""
+
+    name: str
+
+
 def flag_name(model: type[BaseModel], field: str) -> str:
     """Returns how the command line calls a field: --port, or MODEL for an argument."""
-    positional = _positional(model.model_fields[field])
-    return positional.metavar if positional else f"--{field.replace('_', '-')}"
+    for rule in model.model_fields[field].metadata:
+        if isinstance(rule, Positional):
+            return rule.metavar
+        if isinstance(rule, Flag):
+            return rule.name
+    return f"--{field.replace('_', '-')}"
 
 
 def parameter(model: type[BaseModel], name: str) -> inspect.Parameter:
@@ -35,7 +46,7 @@ def parameter(model: type[BaseModel], name: str) -> inspect.Parameter:
     kind: Any = bool if bare is bool else Path if bare is Path else str
     if is_list(field):
         kind = list[str]
-    info = _argument(field) if _positional(field) else _option(name, field, bare)
+    info = _argument(field) if _positional(field) else _option(flag_name(model, name), field, bare)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -50,8 +61,7 @@ def _argument(field: FieldInfo) -> Any:
     return typer.Argument(metavar=positional.metavar, help=_help(field), show_default=False)
 
 
-def _option(name: str, field: FieldInfo, bare: Any) -> Any:
-    flag = f"--{name.replace('_', '-')}"
+def _option(flag: str, field: FieldInfo, bare: Any) -> Any:
     if bare is bool:
         declaration = f"{flag}/--no-{flag[2:]}"
         return typer.Option(declaration, help=_help(field), show_default=False)

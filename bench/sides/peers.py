@@ -26,15 +26,15 @@ def served() -> Side:
 
 def vllm(python: Path, cores: Sequence[int], kv_gib: int) -> Side:
     """Return vLLM's offline engine: see `vllm_side`."""
-    return Side("vLLM", [str(python), str(_VLLM_SIDE)], _vllm(cores, kv_gib))
+    return Side("vLLM", [str(python), str(_VLLM_SIDE)], vllm_settings(cores, kv_gib))
 
 
 def vllm_served(python: Path, cores: Sequence[int], kv_gib: int) -> Side:
     """Return vLLM's server and its client: see `vllm_served_side`."""
-    return Side("vLLM served", [str(python), str(_VLLM_SERVED_SIDE)], _vllm(cores, kv_gib))
+    return Side("vLLM served", [str(python), str(_VLLM_SERVED_SIDE)], vllm_settings(cores, kv_gib))
 
 
-def _vllm(cores: Sequence[int], kv_gib: int) -> dict[str, str]:
+def vllm_settings(cores: Sequence[int], kv_gib: int) -> dict[str, str]:
     """Return the variables of vLLM: these cores, and all in one process."""
     return {
         **settings(cores),

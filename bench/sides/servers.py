@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 _START_S = 600.0
@@ -19,11 +19,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 def start(
-    command: Sequence[str], is_ready: Callable[[], bool], end_with: signal.Signals
+    command: Sequence[str],
+    is_ready: Callable[[], bool],
+    end_with: signal.Signals,
+    environ: Mapping[str, str] | None = None,
 ) -> "subprocess.Popen[bytes]":
     """Start a server and return it once it is ready; raises RuntimeError where it ends before.
 
-    The kernel sends it `end_with` when this process ends, however it does.
+    It has this process's environment unless another is given. The kernel sends it `end_with` when
+    this process ends, however it does.
     """
     libc = ctypes.CDLL(None)
 
@@ -34,6 +38,7 @@ def start(
         command,
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
+        env=environ,
         process_group=0,
         preexec_fn=die_with_parent,  # no thread has been started yet
     )

@@ -1,0 +1,1 @@
+"""The parts of `python -m bench.goodput`: load, records, figures, search, reports."""
