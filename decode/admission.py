@@ -27,29 +27,12 @@ from dataclasses import asdict, dataclass
 
 from decode.growth import plan_growth
 from decode.prefixes import Prefixes
+from decode.refusals import NoRoom, StillOpen
 from decode.sequence import Reservation, SequenceRecord, State, Transfer
 from engine.blocks import BlockCounts
 from engine.errors import OutOfBlocks
 from engine.sampling import SequenceState
 from kvtransfer import Kept
-
-
-class StillOpen(Exception):
-    """The sequence's transfer may still write; `transfer.over` says when it no longer does."""
-
-    def __init__(self, transfer: Transfer) -> None:
-        super().__init__(f"transfer {transfer.transfer_id:016x} is still open")
-        self.transfer = transfer
-
-
-class NoRoom(Exception):
-    """The reservation does not fit now."""
-
-    def __init__(self, reason: str, *, needed: int, free: int) -> None:
-        super().__init__(f"{reason}: needs {needed}, {free} free")
-        self.reason = reason
-        self.needed = needed
-        self.free = free
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,11 @@ from typing import Any
 
 from twinpool.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
-from decode.admission import Admission, NoRoom, StillOpen
+from decode.admission import Admission
 from decode.compute import Compute
 from decode.metrics import Metrics
 from decode.receiver import Receiver
+from decode.refusals import NoRoom, StillOpen
 from decode.sender import Sender
 from decode.sequence import Reservation, SequenceRecord
 from decode.told import tokens_to_wire

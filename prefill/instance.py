@@ -22,9 +22,10 @@ from prefill.handoff import Transfers
 from prefill.leader import GroupTransfers, peers_message, step_message
 from prefill.metrics import LinkMetrics, Metrics
 from prefill.rank import Rank, load
+from prefill.records import StepReport
 from prefill.scheduler import Scheduler
 from prefill.server import PrefillService
-from prefill.worker import StepReport, Worker
+from prefill.worker import Worker
 from service.instance import (
     Incarnation,
     Model,

@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.ring.comm import Traffic
-from prefill.worker import FirstToken, Outcome, RequestFailed, StepReport, Transferred
+from prefill.records import FirstToken, Outcome, RequestFailed, StepReport, Transferred
 from service.metrics import HANDOFF_BUCKETS_S, QUEUE_BUCKETS_S, TTFT_BUCKETS_S
 
 _FILL_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

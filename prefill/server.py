@@ -14,7 +14,8 @@ from twinpool.v1 import worker_pb2, worker_pb2_grpc
 from engine.config import ModelConfig
 from prefill.handoff import Transfers
 from prefill.metrics import Metrics
-from prefill.worker import FirstToken, Outcome, Request, RequestFailed, Transferred, Worker
+from prefill.records import FirstToken, Outcome, Request, RequestFailed, Transferred
+from prefill.worker import Worker
 from service.errors import InvalidRequest, Refused, Unavailable, WorkFailed
 from service.logs import about_request
 from service.peers import Peers

@@ -16,13 +16,21 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.blocks import BlockCounts, BlockPool
+from engine.blocks import BlockPool
 from engine.prefix_cache import PrefixCache
-from engine.sampling import Sampled, SamplingParams, SequenceState
-from engine.stopping import StopCriteria
+from engine.sampling import SequenceState
 from kvtransfer import Closed, Completed, Failed, Span, TransferEvent
 from prefill.compute import Compute, Piece
 from prefill.handoff import Transfers
+from prefill.records import (
+    FirstToken,
+    Load,
+    Outcome,
+    Request,
+    RequestFailed,
+    StepReport,
+    Transferred,
+)
 from prefill.scheduler import Prompt, Scheduler, Slice, Step
 from service.logs import about_request
 from service.prefix_keys import prefix_salt
@@ -31,86 +39,6 @@ log = logging.getLogger(__name__)
 
 # How much of the throughput's estimate each further step is.
 _THROUGHPUT_WEIGHT = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One prompt to compute.
-
-    Attributes:
-        ttl_s: Remaining time of the request when it is submitted.
-        cache_salt: Only requests with the same one share cached blocks.
-        tenant: Who shares the instance fairly with others of the same priority.
-        transfer: Whether its KV goes to a decode instance.
-        cp_first: The cp rank that has its first tokens.
-        output_tokens: How many of the prompt's last tokens were generated before, elsewhere.
-        trace_id: For the log.
-    """
-
-    request_id: int
-    prompt: Sequence[int]
-    sampling: SamplingParams
-    stop: StopCriteria
-    ttl_s: float
-    priority: int = 0
-    cache_salt: bytes = b""
-    tenant: str = ""
-    transfer: bool = True
-    cp_first: int = 0
-    output_tokens: int = 0
-    trace_id: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FirstToken:
-    """The prompt is computed and its first token sampled."""
-
-    sampled: Sampled
-    finish: str | None
-    prompt_tokens: int
-    cached_tokens: int
-    queue_s: float
-    prefill_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transferred:
-    """Decode holds the whole of the prompt's KV and has checked it."""
-
-    bytes: int
-    messages: int
-    transport: str
-    handoff_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestFailed:
-    """The request ended early."""
-
-    reason: str
-    message: str
-    retryable: bool
-
-
-Outcome = FirstToken | Transferred | RequestFailed
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """One step: how many tokens of how many prompts, of how many it may have had, and its time.
-
-    Attributes:
-        schedule_s: Deciding on it, and giving blocks to prompts that enter.
-        compute_s: The forward pass on all ranks; with several stages those of steps overlap.
-        finish_s: Remembering prefixes, sampling and telling.
-    """
-
-    tokens: int
-    max_tokens: int
-    prompts: int
-    schedule_s: float
-    compute_s: float
-    finish_s: float
 
 
 @dataclass(kw_only=True)
@@ -137,15 +65,6 @@ class _Computed:
     began_s: float
     computed_s: float
     logits_SV: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What the instance reports of itself."""
-
-    blocks: BlockCounts
-    running: int
-    waiting: int
 
 
 class Worker:

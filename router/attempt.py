@@ -37,7 +37,7 @@ from router.ledger import InstanceKey, Placement
 from router.legs import Legs
 from router.metrics import Metrics
 from router.pools import Pools
-from router.prefill_leg import PrefillLeg, confirm_abort
+from router.prefill_leg import PrefillLeg, confirm_abort, hear_transferred
 from router.request import Stats, Tokens, ValidRequest
 from router.reserving import PREEMPTED, refusal, reserve
 from router.tasks import Tasks
@@ -46,8 +46,6 @@ from service.errors import ServiceError, Unavailable
 
 # Where nobody takes over, decode may have had the whole of a lost transfer all the same.
 HANDOFF_GRACE_S = 1.0
-# The end of the transfer is told on another stream than the tokens it made possible.
-STATS_GRACE_S = 0.2
 
 _log = logging.getLogger(__name__)
 
@@ -178,19 +176,19 @@ class Attempt:
         if self._decode is not None:
             self._reserving = asyncio.create_task(self._reserve(self._decode, self._leg))
 
-    async def _ask_room(self, decode: DecodeLink, leg: PrefillLeg | None) -> Grant:
-        remaining_s, dp_rank = self._legs.remaining_s(), self._placement.dp_rank
-        if leg is None:
-            return await decode.reserve_local(self._id, self._request, remaining_s, dp_rank)
-        return await decode.reserve(
-            self._id, self._request, leg.instance, leg.cp_first, remaining_s, dp_rank
-        )
-
     async def _reserve(self, decode: DecodeLink, leg: PrefillLeg | None) -> None:
         """Posts the outcome of the reservation. Never cancelled while a call is under way."""
-        began_at = self._clock()
+        began_at, dp_rank = self._clock(), self._placement.dp_rank
+
+        async def ask() -> Grant:
+            remaining_s = self._legs.remaining_s()
+            if leg is None:
+                return await decode.reserve_local(self._id, self._request, remaining_s, dp_rank)
+            source = leg.instance, leg.cp_first
+            return await decode.reserve(self._id, self._request, *source, remaining_s, dp_rank)
+
         try:
-            grant = await reserve(lambda: self._ask_room(decode, leg), self._closing, self._clock)
+            grant = await reserve(ask, self._closing, self._clock)
         except ServiceError as exc:
             self._inbox.put_nowait((None, DecodeFailed(refusal(decode.instance, exc))))
             return
@@ -322,18 +320,9 @@ class Attempt:
         leg = self._leg
         if leg is None or not self._has_output or self._is_transferred:
             return
-        try:
-            async with asyncio.timeout(STATS_GRACE_S):
-                while not self._is_transferred and not leg.has_ended:
-                    source, event = await self._inbox.get()
-                    if source is not leg:
-                        continue
-                    if isinstance(event, Transferred):
-                        self._take_transferred(event)
-                    elif isinstance(event, PrefillEnded):
-                        return
-        except TimeoutError:
-            return
+        event = await hear_transferred(self._inbox, leg)
+        if event is not None:
+            self._take_transferred(event)
 
     # ---- another prefill instance takes over
 

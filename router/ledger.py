@@ -7,12 +7,12 @@ no I/O and does not decide: `policy` picks a place, the ledger holds it.
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
+from router.accounts import Account, DecodeAccount, PrefillAccount
 from router.kept_views import KeptViews
 from router.views import (
-    UNKNOWN_PACE,
     CachedTokens,
     Capacity,
     DecodeView,
@@ -62,118 +62,13 @@ def _room_of(view: DecodeView) -> DecodeRoom:
     )
 
 
-@dataclass
-class _Account:
-    """One instance's book: amounts (blocks or tokens) by request id, and their sum."""
-
-    capacity: Capacity
-    draining: bool = False
-    suspended: bool = False
-    # The next one is let in, and nobody after it.
-    takes_one: bool = False
-    pace: Pace = UNKNOWN_PACE
-    total: int = 0
-    entries: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def takes_new(self) -> bool:
-        return not self.draining and not self.suspended
-
-    def enter(self, request_id: int, amount: int) -> None:
-        self.entries[request_id] = amount
-        self.total += amount
-        self.suspended = self.suspended or self.takes_one
-        self.takes_one = False
-
-    def strike(self, request_id: int) -> None:
-        self.total -= self.entries.pop(request_id)
-
-
-@dataclass
-class _DecodeAccount(_Account):
-    """Amounts are blocks, of one dp rank each; `credit` is how many of each may be promised."""
-
-    dp_rank_of: dict[int, int] = field(default_factory=dict)
-    of_ranks: list[int] = field(default_factory=list)
-    # Those that have taken more than was booked for them at first.
-    outgrown: set[int] = field(default_factory=set)
-    growing: list[int] = field(default_factory=list)  # how many of them each dp rank has
-    credit: Sequence[int] = ()
-    slots: int = 0
-
-    def __post_init__(self) -> None:
-        self.credit = [self.capacity.dp_blocks] * self.capacity.dp
-        self.slots = self.capacity.max_sequences
-        self.of_ranks = [0] * self.capacity.dp
-        self.growing = [0] * self.capacity.dp
-
-    def free(self, dp_rank: int) -> int:
-        """Returns the blocks that a new sequence may take.
-
-        One is left to each that grows: it will take it soon, and then it would be the new one that
-        has to give its own back, with all that it was prefilled for.
-        """
-        return self.credit[dp_rank] - self.of_ranks[dp_rank] - self.growing[dp_rank]
-
-    def grow(self, request_id: int, blocks: int) -> bool:
-        """Returns whether that is more than was booked."""
-        more = blocks - self.entries[request_id]
-        if more <= 0:
-            return False
-        dp_rank = self.dp_rank_of[request_id]
-        self.entries[request_id] = blocks
-        self.total += more
-        self.of_ranks[dp_rank] += more
-        if request_id not in self.outgrown:
-            self.outgrown.add(request_id)
-            self.growing[dp_rank] += 1
-        return True
-
-    def take(self, request_id: int, blocks: int, dp_rank: int) -> None:
-        self.enter(request_id, blocks)
-        self.dp_rank_of[request_id] = dp_rank
-        self.of_ranks[dp_rank] += blocks
-
-    def strike(self, request_id: int) -> None:
-        dp_rank = self.dp_rank_of.pop(request_id)
-        self.of_ranks[dp_rank] -= self.entries[request_id]
-        if request_id in self.outgrown:
-            self.outgrown.remove(request_id)
-            self.growing[dp_rank] -= 1
-        super().strike(request_id)
-
-
-@dataclass
-class _PrefillAccount(_Account):
-    """Amounts are tokens; each cp rank has a part of them."""
-
-    shares: dict[int, list[int]] = field(default_factory=dict)
-    of_ranks: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.of_ranks = [0] * self.capacity.cp
-
-    def owe(self, request_id: int, shares: list[int]) -> None:
-        self.enter(request_id, sum(shares))
-        self.shares[request_id] = shares
-        self._add(shares, 1)
-
-    def strike(self, request_id: int) -> None:
-        super().strike(request_id)
-        self._add(self.shares.pop(request_id), -1)
-
-    def _add(self, shares: list[int], sign: int) -> None:
-        pairs = zip(self.of_ranks, shares, strict=True)
-        self.of_ranks = [total + sign * share for total, share in pairs]
-
-
 class Ledger:
     """Reservations of all requests on all instances that may be given work."""
 
     def __init__(self, *, max_prefill_requests: int) -> None:
         self._max_prefill_requests = max_prefill_requests
-        self._decodes: dict[InstanceKey, _DecodeAccount] = {}
-        self._prefills: dict[InstanceKey, _PrefillAccount] = {}
+        self._decodes: dict[InstanceKey, DecodeAccount] = {}
+        self._prefills: dict[InstanceKey, PrefillAccount] = {}
         # Whether instances compute their own prompts: as the last that came, also once it has gone.
         self.is_colocated = False
         self._decode_of: dict[int, InstanceKey] = {}
@@ -189,13 +84,13 @@ class Ledger:
 
     def add_decode(self, key: InstanceKey, capacity: Capacity) -> None:
         self._check_new(key)
-        self._decodes[key] = _DecodeAccount(capacity)
+        self._decodes[key] = DecodeAccount(capacity)
         self.is_colocated = capacity.colocated
         self._forget_views()
 
     def add_prefill(self, key: InstanceKey, capacity: Capacity) -> None:
         self._check_new(key)
-        self._prefills[key] = _PrefillAccount(capacity)
+        self._prefills[key] = PrefillAccount(capacity)
         self.is_colocated = False
         self._forget_views()
 
@@ -403,7 +298,7 @@ class Ledger:
         self,
         views: KeptViews[InstanceKey, DecodeView] | KeptViews[InstanceKey, PrefillView],
         key: InstanceKey,
-        account: _Account,
+        account: Account,
     ) -> None:
         if account.takes_new:
             views.changed(key)
@@ -501,7 +396,7 @@ class Ledger:
                 raise LedgerError(f"{key.name}: more is promised than it has")
 
 
-def _largest(accounts: Mapping[InstanceKey, _Account]) -> int:
+def _largest(accounts: Mapping[InstanceKey, Account]) -> int:
     """The longest sequence of instances that take new requests, or will again."""
     staying = (account for account in accounts.values() if not account.draining)
     return max((account.capacity.largest_sequence for account in staying), default=0)

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from router.events import Grant, PrefillEvent
+from router.events import Event, Grant, PrefillEnded, PrefillEvent, Transferred
+from router.inbox import Inbox
 from router.ledger import InstanceKey
 from router.membership import Instance
 from router.prefill_link import PrefillLink
@@ -16,6 +17,8 @@ from router.tasks import Tasks
 # An instance that has done its part ends the stream within this time, or is told to.
 _END_GRACE_S = 1.0
 _ABORT_TRIES = 3
+# The end of the transfer is told on another stream than the tokens it made possible.
+_STATS_GRACE_S = 0.2
 
 _log = logging.getLogger(__name__)
 
@@ -88,3 +91,20 @@ async def confirm_abort(
     _log.warning(
         "a %s instance did not confirm an abort", role, extra={"request_id": f"{request_id:016x}"}
     )
+
+
+async def hear_transferred(
+    inbox: Inbox[tuple[PrefillLeg | None, Event]], leg: PrefillLeg
+) -> Transferred | None:
+    """Gives the end of a leg's transfer a moment to be told; None where it is not."""
+    try:
+        async with asyncio.timeout(_STATS_GRACE_S):
+            while not leg.has_ended:
+                source, event = await inbox.get()
+                if source is leg and isinstance(event, Transferred):
+                    return event
+                if source is leg and isinstance(event, PrefillEnded):
+                    return None
+    except TimeoutError:
+        pass
+    return None

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from decode.admission import Admission, NoRoom
+from decode.admission import Admission
 from decode.prefixes import Prefixes
+from decode.refusals import NoRoom
 from decode.scheduler import Scheduler
 from decode.sequence import Reservation, SequenceRecord, State
 from decode.worker import Worker

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decode.admission import Admission, NoRoom, StillOpen
+from decode.admission import Admission
 from decode.compute import Done, Part, Rows
 from decode.prefixes import Prefixes
+from decode.refusals import NoRoom, StillOpen
 from decode.scheduler import Scheduler
 from decode.sequence import Reservation, SequenceRecord
 from decode.worker import Step, Worker

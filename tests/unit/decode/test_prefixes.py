@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from decode.admission import Admission, NoRoom
+from decode.admission import Admission
 from decode.prefixes import Prefixes
+from decode.refusals import NoRoom
 from decode.sequence import Reservation, SequenceRecord
 from engine.blocks import BlockPool
 from engine.prefix_cache import PrefixCache

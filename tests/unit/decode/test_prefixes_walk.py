@@ -6,8 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from decode.admission import Admission, NoRoom, StillOpen
+from decode.admission import Admission
 from decode.prefixes import Prefixes
+from decode.refusals import NoRoom, StillOpen
 from decode.sequence import Reservation, SequenceRecord, State
 from engine.blocks import BlockPool
 from engine.prefix_cache import PrefixCache

@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry
 from twinpool.v1 import common_pb2, worker_pb2
 
 from prefill.metrics import Metrics
+from prefill.records import Request, RequestFailed
 from prefill.server import PrefillService
-from prefill.worker import Request, RequestFailed
 from service.errors import WorkFailed
 
 

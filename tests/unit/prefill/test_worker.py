@@ -17,16 +17,9 @@ from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferStats, 
 from kvtransfer.errors import PeerLost
 from prefill.compute import RankCompute, Steps, layers_at_once
 from prefill.handoff import Handoff
+from prefill.records import FirstToken, Outcome, Request, RequestFailed, StepReport, Transferred
 from prefill.scheduler import Scheduler
-from prefill.worker import (
-    FirstToken,
-    Outcome,
-    Request,
-    RequestFailed,
-    StepReport,
-    Transferred,
-    Worker,
-)
+from prefill.worker import Worker
 from service.peers import Grant
 from service.prefix_keys import PrefixKeys
 
