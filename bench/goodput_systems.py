@@ -1,121 +1,164 @@
 """Which system answers more requests within their limits on this machine?
 
-Starts one system after another with the same checkpoint and the same cores, and has each asked by
-`python -m bench.goodput`, with the options after `--`:
+Starts one system after another, with the same checkpoint of random weights in bf16, the same cores,
+as much memory for KV and no prefix cache, and searches the highest rate of which 90% of the
+requests keep their limits, for two loads with two pairs of limits each:
 
-- twinpool: `twinpool serve`, a prefill and a decode instance, each with half of the cores
-- vllm: vLLM with both in one instance, on all cores
+- chat: the lengths of Azure's conversations, made short
+- code: those of Azure's code completions: long prompts, short answers
 
-Each has a folder of its own in --out, with records, curves and report.
+1P1D is a prefill and a decode instance, colocated one that does both; two instances have half of
+the cores each. vLLM's pair hands KV over by NIXL and is asked in two steps, as its own proxies do;
+its two instances are asked in turn. Hand-over is the time from prefill's end, as the client learns
+of it, to the first token of decode, of one request at a time.
 
-    python -m bench.goodput_systems --checkpoints DIR --vllm-python PYTHON --out DIR \\
-        -- --search --ttft 2s --tpot 200ms --prompt-tokens 128 --output-tokens 32
+Runs are short, so that all systems are done within half an hour: give a longer --duration-s and
+--budget-s for figures to publish.
+
+    python -m bench.goodput_systems --traces DIR --checkpoints DIR \\
+        --vllm-python PEER/bin/python --json FILE
+    python -m bench.goodput_systems --traces DIR --rows 'chat, Twinpool'
+    python -m bench.goodput_systems --traces DIR --vllm-python PEER/bin/python --rows hand-over
 """
 
 import os
-import subprocess
-import sys
+import signal
 import tempfile
 from collections.abc import Sequence
-from json import loads
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from bench.checkpoints import DENSE, add_tokenizer, kept
+from bench import checkpoints as models
+from bench import report
 from bench.goodputs import plots, records
-from bench.goodputs.config import GoodputConfig
-from bench.goodputs.findings import FIGURES, RECORDS, SETTINGS
-from bench.goodputs.systems import SYSTEMS, TWINPOOL, VLLM, Machine
-from bench.options import Json, VllmPython
-from bench.report import Row, report
+from bench.goodputs.contest import Contest, beside
+from bench.goodputs.figures import Settings
+from bench.goodputs.loads import Load, loads
+from bench.goodputs.search import Wanted
+from bench.goodputs.systems import Machine
+from bench.options import Checkpoints, Json, Quick, Rows, VllmPython
+from bench.workloads import traces as public
+from bench.workloads.arrivals import Phases, WorkloadError
+from bench.workloads.workload import Repaced
 
 QUESTION = "Which system answers more requests within their limits on this machine?"
+_HAND_OVER_TOKENS = (128, 512, 2000)
+_QUICK = Phases(warmup_s=0.5, window_s=3.0)
 
-
-def beside(found: dict[str, list[dict[str, Any]]]) -> list[Row]:
-    """Return the first system's figures with another's of the same name beside each of them."""
-    (_, ours), *others = found.items()
-    rows = []
-    for row in ours:
-        plain = Row(**row)
-        matches = [
-            Row(**{**row, "peer": each["ours"], "peer_name": name})
-            for name, theirs in others
-            for each in theirs
-            if each["row"] == row["row"]
-        ]
-        rows += matches or [plain]
-    return rows
+Traces = Annotated[Path, typer.Option(file_okay=False, help="Folder of the public traces' files.")]
 
 
 def main(
-    context: typer.Context,
-    out: Annotated[Path, typer.Option(file_okay=False, help="New folder for what comes out.")],
-    checkpoints: Annotated[
-        Path, typer.Option(file_okay=False, help="Keep the checkpoint here; made if it is not.")
-    ],
+    traces: Traces,
     json: Json = None,
-    system: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SYSTEMS)}.")] = None,
+    rows: Rows = "",
     vllm_python: VllmPython = None,
-    max_context: Annotated[int, typer.Option(min=2, help="Longest request, in tokens.")] = 2048,
-    kv_gib: Annotated[int, typer.Option(min=1, help="For KV, of a system in all.")] = 2,
+    checkpoints: Checkpoints = None,
+    quick: Quick = False,
+    sparse: Annotated[bool, typer.Option(help="The sparse checkpoint, not the dense one.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Keep records, logs and drawings here.")
+    ] = None,
+    budget_s: Annotated[
+        float, typer.Option(min=0, help="Of a system under a load: no run begins after it.")
+    ] = 80.0,
+    duration_s: Annotated[float, typer.Option(min=0.1, help="Of a run's window.")] = 14.0,
+    warmup_s: Annotated[float, typer.Option(min=0, help="Before each window.")] = 2.0,
+    precision: Annotated[float, typer.Option(min=0.01, help="Of a rate, as a part of it.")] = 0.15,
+    repeats: Annotated[int, typer.Option(min=2, help="Hand-overs of each length.")] = 10,
+    chat_scale: Annotated[float, typer.Option(min=0.001, help="Of chat's lengths.")] = 0.4,
+    code_scale: Annotated[float, typer.Option(min=0.001, help="Of code's lengths.")] = 0.3,
+    slo_scale: Annotated[float, typer.Option(min=0.001, help="Of all limits.")] = 1.0,
+    max_context: Annotated[int, typer.Option(min=2048, help="Longest request, in tokens.")] = 4096,
+    kv_gib: Annotated[int, typer.Option(min=2, help="For KV, of a system in all.")] = 2,
 ) -> None:
-    """Measure systems one after another; what stands after -- are the benchmark's options."""
-    names = system or [TWINPOOL, *([VLLM] if vllm_python else [])]
-    if unknown := [name for name in names if name not in SYSTEMS]:
-        raise typer.BadParameter(f"there is no system {unknown[0]!r}", param_hint="--system")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        add_tokenizer(kept(checkpoints, DENSE), Path(folder))
+    """Measure systems one after another, side by side."""
+    if out is not None and out.exists() and any(out.iterdir()):
+        raise typer.BadParameter(f"{out} is there already; name a new one", param_hint="--out")
+    if json is not None and not json.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {json.parent}", param_hint="--json")
+    settings = Settings(
+        pattern=rows,
+        phases=_QUICK if quick else Phases(warmup_s=warmup_s, window_s=duration_s),
+        budget_s=0.0 if quick else budget_s,
+        wanted=Wanted(runs=1, precision=precision),
+        max_context=max_context,
+        lengths=_HAND_OVER_TOKENS[:1] if quick else _HAND_OVER_TOKENS,
+        repeats=2 if quick else repeats,
+    )
+    asked = loads(chat_scale=chat_scale, code_scale=code_scale, slo_scale=slo_scale)
+    workloads = {load: _workload(load, traces) for load in asked}
+    with ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = temporary / "model"
+        model.mkdir()
+        name = models.MOE if sparse else models.DENSE
+        models.add_tokenizer(models.kept(checkpoints or temporary / "made", name), model)
         machine = Machine(
-            model=Path(folder),
+            model=model,
             max_context=max_context,
             kv_gib=kv_gib,
             cores=tuple(sorted(os.sched_getaffinity(0))),
+            logs=temporary,
             vllm_python=vllm_python,
         )
-        found = {name: _measured(name, machine, out / name, context.args) for name in names}
-    report(QUESTION, beside(found), json)
-    if not plots.missing():
-        _compare(out, names)
+        contest = Contest(machine, workloads, settings, out or temporary / "out", _say)
+        try:
+            contest.hold()
+        finally:  # also where it is stopped
+            _report(contest, json)
+        if out is not None and not plots.missing():
+            _compare(contest, asked, settings.wanted.attainment, out)
+    if not contest.found:
+        raise typer.BadParameter(
+            "no system is left to be asked; see --help for what rows are, and give --vllm-python"
+            " where they are vLLM's",
+            param_hint="--rows",
+        )
+    if contest.failed:
+        raise typer.Exit(1)
 
 
-def _compare(out: Path, names: Sequence[str]) -> None:
-    """Draw all systems' curves in one figure."""
-    config = GoodputConfig.model_validate_json((out / names[0] / SETTINGS).read_text())
-    of_systems = {name: records.read(out / name / RECORDS) for name in names}
-    drawn = plots.compare(of_systems, config.limits, config.attainment)
-    plots.save(drawn, out, "attainment-by-rate")
-
-
-def _measured(name: str, machine: Machine, out: Path, options: list[str]) -> list[dict[str, Any]]:
-    typer.echo(f"starting {name}", err=True)
+def _workload(load: Load, folder: Path) -> Repaced:
+    file, _ = public.NAMED[load.trace]
     try:
-        with SYSTEMS[name](machine) as where:
-            return _asked((*where, "--max-context", str(machine.max_context), *options), out)
-    except RuntimeError as exc:
-        typer.echo(f"{name}: {exc}", err=True)
-        raise typer.Exit(1) from exc
+        requests = public.read(folder / file)
+    except WorkloadError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--traces") from exc
+    return Repaced(requests=requests, length_scale=load.length_scale, seed=0)
 
 
-def _asked(options: Sequence[str], out: Path) -> list[dict[str, Any]]:
-    """Run the benchmark and return its rows.
-
-    Raises RuntimeError where it has kept none: what went wrong it has said itself.
-    """
-    command = [sys.executable, "-m", "bench.goodput", *options, "--out", str(out)]
-    subprocess.run(command, check=False, stdout=sys.__stderr__)
-    figures = out / FIGURES
-    if not figures.exists():
-        raise RuntimeError("the benchmark has no figures of it")
-    rows: list[dict[str, Any]] = loads(figures.read_text())["rows"]
-    return rows
+def _report(contest: Contest, json_file: Path | None) -> None:
+    """Show the main figures; write these and what is known of each rate that was run."""
+    main = beside({name: figures.main for name, figures in contest.found.items()})
+    report.show(QUESTION, main)
+    if json_file is not None:
+        points = [row for figures in contest.found.values() for row in figures.points]
+        report.write(QUESTION, [*main, *points], json_file)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command(context_settings={"allow_extra_args": True})(main)
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _compare(contest: Contest, asked: Sequence[Load], attainment: float, out: Path) -> None:
+    """Draw all systems' curves in one figure for each load and its limits."""
+    for load in asked:
+        files = {name: contest.records_of(name, load) for name in contest.found}
+        of_systems = {name: records.read(file) for name, file in files.items() if file.exists()}
+        for number, slo in enumerate(load.limits, start=1):
+            if of_systems:
+                drawn = plots.compare(of_systems, slo, attainment)
+                plots.save(drawn, out, f"{load.name}-{number}")
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(main)
 
 if __name__ == "__main__":
+    # To end the systems in their own order, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     app()

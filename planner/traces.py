@@ -9,12 +9,16 @@ import gzip
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from planner.errors import TraceError
+
+# Prompt tokens of a block that a trace of Mooncake's names.
+BLOCK = 512
 
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _MOONCAKE = ("timestamp", "input_length", "output_length")
@@ -22,22 +26,27 @@ _MOONCAKE = ("timestamp", "input_length", "output_length")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request: seconds since the first one, tokens in, tokens out."""
+    """One request: seconds since the first one, tokens in, tokens out.
+
+    `blocks` name the whole prompt, BLOCK tokens at a time, the last one maybe less: equal numbers
+    are equal tokens after equal ones. Empty where the trace has none.
+    """
 
     at_s: float
     prompt_tokens: int
     output_tokens: int
+    blocks: tuple[int, ...] = ()
 
 
-def read_trace(path: Path) -> list[Request]:
-    """Return the requests of a trace in its order.
+def read_trace(path: Path, limit: int | None = None) -> list[Request]:
+    """Return the requests of a trace in its order, or the first `limit`.
 
     Raises TraceError naming the line where one is missing something or goes back in time.
     """
     lines = _format(path)
     try:
         with _opened(path) as file:
-            requests = list(_checked(path, lines(path, file)))
+            requests = list(islice(_checked(path, lines(path, file)), limit))
     except (OSError, EOFError, UnicodeDecodeError) as exc:
         raise TraceError(f"trace {path}: cannot be read: {exc}") from exc
     if not requests:
@@ -45,7 +54,8 @@ def read_trace(path: Path) -> list[Request]:
     return requests
 
 
-_Lines = Iterable[tuple[int, float, int, int]]
+# The number of its line, and a request whose time is the trace's own.
+_Lines = Iterable[tuple[int, Request]]
 
 
 def _format(path: Path) -> Callable[[Path, TextIO], _Lines]:
@@ -68,19 +78,19 @@ def _opened(path: Path) -> TextIO:
 
 def _checked(path: Path, lines: _Lines) -> Iterator[Request]:
     first_s = last_s = None
-    for number, at_s, prompt, output in lines:
-        if prompt < 1 or output < 1:
+    for number, found in lines:
+        if found.prompt_tokens < 1 or found.output_tokens < 1:
             raise TraceError(
-                f"trace {path}, line {number}: {prompt} prompt and {output} output tokens; both "
-                "must be at least 1"
+                f"trace {path}, line {number}: {found.prompt_tokens} prompt and "
+                f"{found.output_tokens} output tokens; both must be at least 1"
             )
-        first_s = at_s if first_s is None else first_s
-        if last_s is not None and at_s < last_s:
+        first_s = found.at_s if first_s is None else first_s
+        if last_s is not None and found.at_s < last_s:
             raise TraceError(
-                f"trace {path}, line {number}: goes {last_s - at_s:g} s back in time; sort it"
+                f"trace {path}, line {number}: goes {last_s - found.at_s:g} s back in time; sort it"
             )
-        last_s = at_s
-        yield Request(at_s=at_s - first_s, prompt_tokens=prompt, output_tokens=output)
+        last_s = found.at_s
+        yield replace(found, at_s=found.at_s - first_s)
 
 
 def _azure(path: Path, file: TextIO) -> _Lines:
@@ -92,7 +102,7 @@ def _azure(path: Path, file: TextIO) -> _Lines:
             f"{', '.join(reader.fieldnames or ()) or 'nothing'}"
         )
     for row in reader:
-        yield _numbers(path, reader.line_num, row, _AZURE, _moment)
+        yield reader.line_num, _request(path, reader.line_num, row, _AZURE, _moment)
 
 
 def _mooncake(path: Path, file: TextIO) -> _Lines:
@@ -106,25 +116,41 @@ def _mooncake(path: Path, file: TextIO) -> _Lines:
         missing = [name for name in _MOONCAKE if not isinstance(row, dict) or name not in row]
         if missing:
             raise TraceError(f"trace {path}, line {number}: has no field {', '.join(missing)}")
-        yield _numbers(path, number, row, _MOONCAKE, lambda value: float(value) / 1000)
+        found = _request(path, number, row, _MOONCAKE, lambda value: float(value) / 1000)
+        yield number, replace(found, blocks=_blocks(path, number, row, found.prompt_tokens))
 
 
-def _numbers(
+def _request(
     path: Path,
     number: int,
     row: dict[str, Any],
     names: tuple[str, str, str],
     seconds: Callable[[Any], float],
-) -> tuple[int, float, int, int]:
+) -> Request:
     at, prompt, output = (row[name] for name in names)
     try:
         at_s = seconds(at)
         if not math.isfinite(at_s) or isinstance(prompt, float) or isinstance(output, float):
             raise ValueError("a time must be finite, and tokens whole numbers")
-        return number, at_s, int(prompt), int(output)
+        return Request(at_s=at_s, prompt_tokens=int(prompt), output_tokens=int(output))
     except (TypeError, ValueError) as exc:
         found = ", ".join(f"{name} {row[name]!r}" for name in names)
         raise TraceError(f"trace {path}, line {number}: {found}: {exc}") from exc
+
+
+def _blocks(path: Path, number: int, row: dict[str, Any], prompt_tokens: int) -> tuple[int, ...]:
+    """Return the blocks of a prompt; raises TraceError where they are not as many as it has."""
+    try:
+        blocks = tuple(map(int, row.get("hash_ids") or ()))
+    except (TypeError, ValueError) as exc:
+        raise TraceError(f"trace {path}, line {number}: hash_ids: {exc}") from exc
+    wanted = -(-prompt_tokens // BLOCK)
+    if blocks and len(blocks) != wanted:
+        raise TraceError(
+            f"trace {path}, line {number}: {prompt_tokens} prompt tokens are {wanted} blocks of"
+            f" {BLOCK}, found {len(blocks)} hash_ids"
+        )
+    return blocks
 
 
 def _moment(text: str) -> float:

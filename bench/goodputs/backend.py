@@ -34,10 +34,13 @@ class Message:
 
     Attributes:
         has_tokens: Whether it counts as one that brings tokens: its arrival is then timed.
+        ends_prefill: Whether all that it tells is that prefill has ended; the first token is then
+            decode's to bring.
         usage: The tokens of prompt and answer as the server counted them, at the end.
     """
 
     has_tokens: bool
+    ends_prefill: bool = False
     usage: tuple[int, int] | None = None
 
 

@@ -62,12 +62,16 @@ class HttpEvents:
 
     async def get(self, path: str) -> bytes:
         """Return the body of a resource."""
-        async with self._answer(self._message("GET", path, b"")) as body:
-            return b"".join([part async for part in body])
+        return await self.whole(self._message("GET", path, b""))
 
     def post(self, path: str, body: bytes) -> bytes:
-        """Return a request that `events` takes."""
+        """Return a request that `whole` and `events` take."""
         return self._message("POST", path, body)
+
+    async def whole(self, message: bytes) -> bytes:
+        """Send a request and return the body of its answer."""
+        async with self._answer(message) as body:
+            return b"".join([part async for part in body])
 
     async def events(self, message: bytes) -> AsyncGenerator[bytes]:
         """Send a request and return the data of each event of its answer."""

@@ -18,7 +18,8 @@ from bench.goodputs.http_events import HttpError, HttpEvents
 
 _REFUSALS = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 _DONE = b"[DONE]"
-# What reading an answer raises that is not as it should be.
+# What reading an answer raises where the connection breaks, and where it is not as it should be.
+_BROKEN = (HttpError, OSError, EOFError)
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, LimitOverrunError)
 
 
@@ -35,7 +36,7 @@ class OpenAIBackend:
         try:
             listed = json.loads(await self._http.get("/v1/models"))["data"]
             found = next((each for each in listed if each["id"] == self._model), listed[0])
-        except (HttpError, OSError, EOFError) as exc:
+        except _BROKEN as exc:
             raise _send_error(exc) from exc
         except _MALFORMED as exc:
             raise SendError("failed", f"/v1/models names no model: {exc!r}") from exc
@@ -48,7 +49,11 @@ class OpenAIBackend:
 
     def prepare(self, prompt: NDArray[np.int64], output_tokens: int) -> bytes:
         """Return what `send` takes."""
-        asked = {
+        return self.message(self.question(prompt, output_tokens))
+
+    def question(self, prompt: NDArray[np.int64], output_tokens: int) -> dict[str, Any]:
+        """Return a request as JSON has it."""
+        return {
             "model": self._model,
             "prompt": prompt.tolist(),
             "max_tokens": output_tokens,
@@ -57,7 +62,20 @@ class OpenAIBackend:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        return self._http.post("/v1/completions", json.dumps(asked).encode())
+
+    def message(self, question: dict[str, Any]) -> bytes:
+        """Return a request as it is sent."""
+        return self._http.post("/v1/completions", json.dumps(question).encode())
+
+    async def whole(self, message: bytes) -> dict[str, Any]:
+        """Send a request that does not stream and return its answer; raises SendError."""
+        try:
+            answer: dict[str, Any] = json.loads(await self._http.whole(message))
+        except _BROKEN as exc:
+            raise _send_error(exc) from exc
+        except _MALFORMED as exc:
+            raise SendError("failed", f"the answer is none of OpenAI's: {exc!r}") from exc
+        return answer
 
     async def send(self, prepared: bytes) -> AsyncGenerator[Message]:
         """Send a request and return its answer as it comes; raises SendError."""
@@ -68,7 +86,7 @@ class OpenAIBackend:
                     is_done = is_done or data == _DONE
                     if not is_done:
                         yield _message(json.loads(data))
-        except (HttpError, OSError, EOFError) as exc:
+        except _BROKEN as exc:
             raise _send_error(exc) from exc
         except _MALFORMED as exc:
             raise SendError("failed", f"the answer is none of OpenAI's: {exc!r}") from exc

@@ -1,6 +1,6 @@
 """A benchmark's outcome as rows of the schema that all benchmarks share, and what to beware of."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from bench.goodputs.metrics import Metrics, Times
@@ -9,6 +9,11 @@ from bench.goodputs.search import Point, Search
 from bench.report import Row
 
 _SHOWN = ("ttft", "tpot", "itl", "e2el")
+
+
+def named(rows: Iterable[Row], before: str) -> list[Row]:
+    """Return rows whose names have something before them."""
+    return [replace(row, row=before + row.row) for row in rows]
 
 
 def run_rows(run: Run, before: str = "") -> list[Row]:
@@ -33,25 +38,31 @@ def run_rows(run: Run, before: str = "") -> list[Row]:
     for name in _SHOWN:
         rows += _times(name.upper(), getattr(found, name))
     rows.append(_row("sent late, at most", 1e3 * found.late_s, "ms", higher_is_better=False))
-    return [_named(row, before) for row in rows]
+    return named(rows, before)
 
 
 def sweep_rows(runs: Sequence[Run]) -> list[Row]:
     """Return the main figures of each run."""
     main = ("attainment", "request goodput", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99")
     return [
-        _named(row, f"{run.rate:g} requests/s, run {run.number}, ")
+        row
         for run in runs
-        for row in run_rows(run)
-        if row.row in main
+        for row in named(
+            [each for each in run_rows(run) if each.row in main],
+            f"{run.rate:g} requests/s, run {run.number}, ",
+        )
     ]
 
 
 def best_row(search: Search) -> Row:
-    """Return what a search has found; a rate of 0 where none attains enough."""
-    wanted, best = search.points[0].wanted, search.best
+    """Return what a search has found; a rate of 0 where none attains enough.
+
+    Its spread is how far up the lowest rate is that did not; without one the search had no end.
+    """
+    wanted, best, failed = search.points[0].wanted, search.best, search.lowest_failed
+    rate = best.rate if best else 0.0
     name = f"highest rate of {100 * wanted.attainment:g}% attainment"
-    return _row(name, best.rate if best else 0, "requests/s")
+    return _row(name, rate, "requests/s", spread=None if failed is None else failed - rate)
 
 
 def point_rows(points: Sequence[Point]) -> list[Row]:
@@ -101,7 +112,3 @@ def _row(
     spread: float | None = None,
 ) -> Row:
     return Row(row=name, ours=value, unit=unit, higher_is_better=higher_is_better, spread=spread)
-
-
-def _named(row: Row, before: str) -> Row:
-    return replace(row, row=before + row.row)

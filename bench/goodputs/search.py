@@ -113,16 +113,21 @@ class Search:
     @property
     def best(self) -> Point | None:
         """The highest rate that attained enough, below all that did not."""
-        failed = self._failed()
+        failed = self.lowest_failed
         passed = [p for p in self.points if p.passes and (failed is None or p.rate < failed)]
         return passed[-1] if passed else None
+
+    @property
+    def lowest_failed(self) -> float | None:
+        """The lowest rate that did not attain enough."""
+        return next((point.rate for point in self.points if not point.passes), None)
 
     def next(self) -> float | None:
         """Return the rate of the next run; None when the search is over."""
         for point in self._points.values():
             if not point.is_settled:
                 return point.rate
-        best, failed = self.best, self._failed()
+        best, failed = self.best, self.lowest_failed
         if best is None:
             return self._lower(failed)
         if failed is None:
@@ -139,9 +144,6 @@ class Search:
         )
         self._points[rate] = before.plus(met, submitted)
         return self._points[rate]
-
-    def _failed(self) -> float | None:
-        return next((point.rate for point in self.points if not point.passes), None)
 
     def _lower(self, failed: float | None) -> float | None:
         if failed is None:

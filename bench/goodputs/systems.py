@@ -1,29 +1,42 @@
 """Whole systems on this machine, to be asked for their goodput one after another.
 
-Owns how each is started and ended. They have the same cores, and nothing of each other's defaults.
+Owns how each is laid out over the cores, started and asked. All have the same cores, as much memory
+for KV and no prefix cache; else each has its own defaults.
 """
 
 import http.client
-import os
-import signal
-import subprocess
+import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from twinpool import Client
 from twinpool.errors import TwinpoolError
 
+from bench.goodputs.backend import Backend
+from bench.goodputs.openai_backend import OpenAIBackend
+from bench.goodputs.pair_backend import PairBackend
+from bench.goodputs.programs import Program, running
+from bench.goodputs.turns_backend import TurnsBackend
+from bench.goodputs.twinpool_backend import TwinpoolBackend
 from bench.sides import peers, servers
-from bench.sides.process import OF_THREADS, environment
-from service.threads import default_threads, thread_env
+from launch.cluster import import_env
+from service.threads import thread_env
 
-TWINPOOL, VLLM = "twinpool", "vllm"
 _MODEL = "served"
+_HOST = "127.0.0.1"
 _ASK_S = 2.0
-_END_S = 60.0
+# As `twinpool serve` starts prefill, which here shares its core with router and client.
+_PREFILL = ("prefill", "--nice", "10")
+_NIXL = json.dumps(
+    {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+)
+
+OpenBackend: TypeAlias = Callable[[], Backend]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +47,7 @@ class Machine:
         model: Folder of the checkpoint, with a tokenizer.
         max_context: Tokens of the longest request, prompt and answer.
         kv_gib: For KV, over all instances of a system.
+        logs: Folder for what its programs say.
         vllm_python: Interpreter of an environment with vLLM.
     """
 
@@ -41,79 +55,144 @@ class Machine:
     max_context: int
     kv_gib: int
     cores: tuple[int, ...]
+    logs: Path
     vllm_python: Path | None = None
+
+    def parts(self, count: int) -> list[tuple[int, ...]]:
+        """Return the cores of each of so many instances."""
+        each = len(self.cores) // count
+        return [self.cores[each * n : each * (n + 1)] for n in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """One way to serve.
+
+    Attributes:
+        instances: Between how many its cores are split.
+        hands_over: Whether a prefill instance hands requests over to a decode instance.
+        start: Runs it until the block ends; gives what opens a backend that asks it, in the loop
+            that is to use that. Raises RuntimeError where it does not run.
+    """
+
+    instances: int
+    hands_over: bool = False
+    is_vllm: bool = False
+    start: Callable[[Machine], AbstractContextManager[OpenBackend]]
 
 
 @contextmanager
-def twinpool(machine: Machine) -> Iterator[Sequence[str]]:
-    """Run a router, a prefill and a decode instance; gives the benchmark's options for it."""
-    address = f"127.0.0.1:{servers.free_port()}"
-    threads = default_threads()
-    command = [sys.executable, "-m", "launch", "serve", str(machine.model)]
-    command += ["--port", address.rpartition(":")[2], "--threads", str(threads)]
-    command += ["--log-level", "warning"]
-    kv_mib = str(machine.kv_gib * 1024 // 2)
-    kv = {f"TWINPOOL_{role}_KV_MEMORY_MIB": kv_mib for role in ("PREFILL", "DECODE")}
+def _twinpool(machine: Machine, *roles: Sequence[str]) -> Iterator[OpenBackend]:
+    """Run a router, and instances that each have their part of the cores."""
+    port = servers.free_port()
+    address = f"{_HOST}:{port}"
+    quiet = ("--log-level", "warning")
+    launch = (sys.executable, "-P", "-m", "launch")
+    kv_mib = machine.kv_gib * 1024 // len(roles)
+    programs = [
+        Program(
+            name="router",
+            command=(*launch, "router", "--port", str(port), *quiet),
+            settings=import_env(),
+            cores=machine.cores,
+        )
+    ]
+    for number, (role, cores) in enumerate(zip(roles, machine.parts(len(roles)), strict=True)):
+        name, *options = role
+        command = [*launch, name, str(machine.model), *options, *quiet, "--no-prefix-cache"]
+        command += ["--router", address, "--name", f"{name}-{number}"]
+        command += ["--threads", str(len(cores)), "--kv-memory-mib", str(kv_mib)]
+        settings = thread_env(len(cores)) | import_env()
+        programs.append(
+            Program(name=f"{name}-{number}", command=command, settings=settings, cores=cores)
+        )
 
     def is_ready() -> bool:
         try:
             with Client(address) as client:
-                return len(client.status(timeout_s=_ASK_S).instances) == 2
+                found = client.status(timeout_s=_ASK_S).instances
         except TwinpoolError:
             return False
+        return len(found) == len(roles)
 
-    with _running(command, is_ready, thread_env(threads) | kv):
-        yield ("--url", address)
+    with running(programs, is_ready, machine.logs):
+        yield lambda: TwinpoolBackend(address, ca=None, token_file=None)
 
 
-@contextmanager
-def vllm(machine: Machine) -> Iterator[Sequence[str]]:
-    """Run vLLM with prefill and decode in one instance; gives the benchmark's options for it.
-
-    Raises RuntimeError where there is no interpreter for it.
-    """
+def _vllm_program(machine: Machine, name: str, port: int, cores: tuple[int, ...]) -> Program:
     if machine.vllm_python is None:
-        raise RuntimeError("vllm: --vllm-python is required")
-    port = servers.free_port()
+        raise RuntimeError("--vllm-python is required")
     command = [str(machine.vllm_python), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(machine.model), "--served-model-name", _MODEL]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
-    command += ["--max-model-len", str(machine.max_context)]
-
-    def is_ready() -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_ASK_S)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == http.client.OK
-        except OSError:
-            return False
-        finally:
-            connection.close()
-
-    with _running(command, is_ready, peers.vllm_settings(machine.cores, machine.kv_gib)):
-        yield ("--backend", "openai", "--url", f"http://127.0.0.1:{port}")
-
-
-SYSTEMS = {TWINPOOL: twinpool, VLLM: vllm}
+    command += ["--host", _HOST, "--port", str(port), "--dtype", "bfloat16"]
+    command += ["--max-model-len", str(machine.max_context), "--no-enable-prefix-caching"]
+    kv_gib = machine.kv_gib * len(cores) // len(machine.cores)
+    settings = peers.vllm_settings(cores, max(1, kv_gib))
+    return Program(name=name, command=command, settings=settings, cores=cores)
 
 
 @contextmanager
-def _running(
-    command: Sequence[str], is_ready: Callable[[], bool], settings: Mapping[str, str]
-) -> Iterator[None]:
-    """Run a server until the block ends; what it says goes to stderr.
+def _vllm(machine: Machine, instances: int) -> Iterator[OpenBackend]:
+    """Run instances of vLLM, each with its part of the cores, that are asked in turn."""
+    ports = [servers.free_port() for _ in range(instances)]
+    programs = [
+        _vllm_program(machine, f"vllm-{number}", port, cores)
+        for number, (port, cores) in enumerate(zip(ports, machine.parts(instances), strict=True))
+    ]
+    with running(programs, lambda: all(map(_is_healthy, ports)), machine.logs):
+        yield lambda: TurnsBackend([OpenAIBackend(_url(port)) for port in ports])
 
-    Raises RuntimeError where it does not come up.
-    """
-    environ = environment(settings, (*OF_THREADS, "TWINPOOL_"))
-    server = servers.start(command, is_ready, signal.SIGTERM, environ)
+
+@contextmanager
+def _vllm_pair(machine: Machine) -> Iterator[OpenBackend]:
+    """Run vLLM's prefill and decode with half of the cores each, KV by NIXL between them."""
+    ports = [servers.free_port() for _ in range(2)]
+    programs = []
+    for name, port, cores in zip(("prefill", "decode"), ports, machine.parts(2), strict=True):
+        plain = _vllm_program(machine, f"vllm-{name}", port, cores)
+        side_channel = {
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": _HOST,
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(servers.free_port()),
+            "UCX_TLS": "all",
+        }
+        programs.append(
+            Program(
+                name=plain.name,
+                command=(*plain.command, "--kv-transfer-config", _NIXL),
+                settings={**plain.settings, **side_channel},
+                cores=cores,
+            )
+        )
+    with running(programs, lambda: all(map(_is_healthy, ports)), machine.logs):
+        yield lambda: PairBackend(*map(_url, ports))
+
+
+def _url(port: int) -> str:
+    return f"http://{_HOST}:{port}"
+
+
+def _is_healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection(_HOST, port, timeout=_ASK_S)
     try:
-        yield
+        connection.request("GET", "/health")
+        return connection.getresponse().status == http.client.OK
+    except (OSError, http.client.HTTPException):
+        return False
     finally:
-        # The first of its processes ends the others, in its own order.
-        server.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(_END_S)
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        connection.close()
+
+
+_COLOCATED = ("decode", "--colocated")
+OURS = "Twinpool 1P1D"
+SYSTEMS: dict[str, System] = {
+    OURS: System(
+        instances=2, hands_over=True, start=lambda it: _twinpool(it, _PREFILL, ("decode",))
+    ),
+    "Twinpool colocated x2": System(
+        instances=2, start=lambda it: _twinpool(it, _COLOCATED, _COLOCATED)
+    ),
+    "Twinpool colocated": System(instances=1, start=lambda it: _twinpool(it, _COLOCATED)),
+    "vLLM": System(instances=1, is_vllm=True, start=partial(_vllm, instances=1)),
+    "vLLM x2": System(instances=2, is_vllm=True, start=partial(_vllm, instances=2)),
+    "vLLM 1P1D NIXL": System(instances=2, hands_over=True, is_vllm=True, start=_vllm_pair),
+}

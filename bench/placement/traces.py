@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.workloads import traces
-from bench.workloads.arrivals import BLOCK, Arrival
+from bench.workloads.arrivals import Arrival
+from planner.traces import BLOCK
 
 __all__ = ["BLOCK", "TRACES", "Arrival", "read"]
 

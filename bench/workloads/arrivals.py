@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-# Prompt tokens of a block that a trace names.
-BLOCK = 512
+from planner.traces import BLOCK
 
 Part: TypeAlias = Literal["warm-up", "window", "cool-down"]
 

@@ -29,6 +29,8 @@ class Script:
         came_s: When each request came.
         sent_s: When each message with a token went out, for each request.
         prompts: The token ids that were asked with.
+        questions: All that was asked, of a server of OpenAI's completions.
+        hands_over: What an answer that does not stream says of its KV.
     """
 
     ttft_s: float = 0.0
@@ -39,6 +41,8 @@ class Script:
     came_s: list[float] = field(default_factory=list)
     sent_s: list[list[float]] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
+    questions: list[dict[str, Any]] = field(default_factory=list)
+    hands_over: dict[str, Any] | None = None
 
     async def tokens(self, prompt: list[int], count: int) -> AsyncIterator[int]:
         """Give the numbers of tokens when they are due."""
@@ -156,6 +160,10 @@ async def _http(script: Script, reader: asyncio.StreamReader, writer: asyncio.St
         _whole(writer, 429, {"error": "no room"})
         return
     asked = json.loads(body)
+    script.questions.append(asked)
+    if not asked["stream"]:
+        _whole(writer, 200, {"choices": [{"text": "x"}], "kv_transfer_params": script.hands_over})
+        return
     writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     _chunk(writer, b": a comment\n\n")
     async for _ in script.tokens(asked["prompt"], asked["max_tokens"]):

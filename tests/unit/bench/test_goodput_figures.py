@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 
-from bench.goodput_systems import beside
 from bench.goodputs import page, plots, rows
 from bench.goodputs.metrics import Metrics, attainment_at_scales, metrics
 from bench.goodputs.records import Record
 from bench.goodputs.runner import Run
 from bench.goodputs.search import Search, Wanted, wilson
 from bench.goodputs.slo import MLPERF, Slo, seconds
-from bench.report import Row
 
 # What `vllm bench serve` (0.32.0, calculate_metrics) makes of these answers in 7.5 s with limits
 # of 400 ms, 50 ms and 700 ms: (answered, ttft, itl, prompt tokens, output tokens), in seconds.
@@ -270,17 +268,3 @@ def test_curves_and_report_are_written_and_show_text_as_text(tmp_path: Path) -> 
 
 def test_without_limits_only_times_are_drawn() -> None:
     assert set(plots.draw([record(), record(rate=4.0)], Slo(), 0.9, 0.95)) == {"times"}
-
-
-def test_systems_stand_beside_the_first_one() -> None:
-    def figure(name: str, value: float) -> dict[str, Any]:
-        return Row(row=name, ours=value, unit="%", higher_is_better=True).__dict__
-
-    [both, alone] = beside(
-        {
-            "twinpool": [figure("attainment", 90.0), figure("refused", 1.0)],
-            "vllm": [figure("attainment", 80.0), figure("lost", 2.0)],
-        }
-    )
-    assert (both.row, both.ours, both.peer, both.peer_name) == ("attainment", 90.0, 80.0, "vllm")
-    assert (alone.row, alone.peer) == ("refused", None)

@@ -89,7 +89,7 @@ def test_memory_and_time_are_read_as_proc_tells_them(tmp_path: Path) -> None:
     assert high_water_bytes(tmp_path / "gone") == used_cpu_s(tmp_path / "gone") == 0
 
 
-@pytest.mark.parametrize("name", ["answers", "servers", "vllm_side", "vllm_served_side"])
+@pytest.mark.parametrize("name", ["answers", "servers", "tied", "vllm_side", "vllm_served_side"])
 def test_what_runs_under_a_peers_interpreter_needs_nothing_of_this_project(name: str) -> None:
     source = Path(answers.__file__).with_name(f"{name}.py").read_text()
     assert not re.search(r"^(from|import) (bench|engine|service|twinpool)", source, re.MULTILINE)

@@ -1,6 +1,5 @@
 """Workloads: traces and their faults, scaling, gaps and lengths at random, tokens of blocks."""
 
-import gzip
 import json
 import math
 from pathlib import Path
@@ -21,10 +20,8 @@ from bench.workloads.arrivals import (
 )
 from bench.workloads.prompts import Prompts
 from bench.workloads.synthetic import arrival_times, lengths
-from bench.workloads.traces import TraceError, read
+from bench.workloads.traces import read
 from bench.workloads.workload import Drawn, Replayed
-
-AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
 
 
 def mooncake(folder: Path, *rows: dict[str, Any]) -> Path:
@@ -55,16 +52,6 @@ def test_a_trace_begins_at_nothing_and_keeps_its_blocks(tmp_path: Path) -> None:
     assert [a.blocks for a in found] == [(0, 1), (0, 2)]
 
 
-def test_azures_files_are_read_packed_or_not(tmp_path: Path) -> None:
-    text = AZURE + "2023-11-16 18:15:46.1234567,30,7\r\n2023-11-16 18:15:48.1234567,40,8"
-    (tmp_path / "plain.csv").write_text(text, newline="")
-    with gzip.open(tmp_path / "packed.csv.gz", "wt", newline="") as file:
-        file.write(text)
-    assert read(tmp_path / "plain.csv") == read(tmp_path / "packed.csv.gz")
-    [_, second] = read(tmp_path / "plain.csv")
-    assert (second.at_s, second.prompt_tokens, second.output_tokens) == (2.0, 40, 8)
-
-
 def test_rounded_times_can_be_spread_and_are_the_same_each_time(tmp_path: Path) -> None:
     path = mooncake(tmp_path, *(row(0, 10, [n]) for n in range(50)))
     spread = read(path, spread_s=3.0)
@@ -73,36 +60,14 @@ def test_rounded_times_can_be_spread_and_are_the_same_each_time(tmp_path: Path) 
     assert max(each.at_s for each in spread) <= 3.0
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("a.csv", "TIMESTAMP,ContextTokens\n", "lacks the column GeneratedTokens"),
-        ("a.csv", AZURE + "2023-11-16 18:15:46.1,x,7\n", "line 2: .*'x'"),
-        ("a.csv", AZURE + "2023-11-16 18:15:46.1,5\n", "line 2"),
-        ("a.csv", AZURE, "no request"),
-        ("a.jsonl", json.dumps({"timestamp": 1, "input_length": 5}), "line 1: lacks the field"),
-        ("a.jsonl", "{", "line 1"),
-        ("a.jsonl", "[]", "line 1"),
-        ("a.jsonl", json.dumps(row(0, 600, [1])), "line 1: 600 prompt tokens are 2 blocks"),
-        ("a.jsonl", json.dumps(row(0, 600, [1, 2], 0)), "line 1: found 600 prompt and 0 output"),
-        (
-            "a.jsonl",
-            json.dumps(row(5000, 5, [1])) + "\n" + json.dumps(row(4000, 5, [2])),
-            "line 2: the time goes back by 1 s",
-        ),
-        ("a.jsonl.gz", "not packed", "cannot be read"),
-    ],
-)
-def test_a_bad_trace_is_refused_with_its_line(
-    tmp_path: Path, name: str, text: str, said: str
-) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(TraceError, match=said):
-        read(tmp_path / name)
+def test_a_bad_trace_is_refused_as_a_workload_with_its_line(tmp_path: Path) -> None:
+    path = mooncake(tmp_path, row(0, 10, [0]), row(1, 0, []))
+    with pytest.raises(WorkloadError, match="line 2: 0 prompt and 20 output tokens"):
+        read(path)
 
 
 def test_a_trace_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match=r"none\.jsonl: cannot be read"):
+    with pytest.raises(WorkloadError, match=r"none\.jsonl: cannot be read"):
         read(tmp_path / "none.jsonl")
 
 

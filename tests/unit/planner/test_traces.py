@@ -14,7 +14,7 @@ AZURE = (
     "2023-11-16 18:15:51.2225670,879,55"
 )
 MOONCAKE = (
-    '{"timestamp": 500, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}\n'
+    '{"timestamp": 500, "input_length": 1000, "output_length": 500, "hash_ids": [0, 1]}\n'
     '{"timestamp": 3500, "input_length": 7322, "output_length": 490, "hash_ids": []}\n'
 )
 
@@ -35,7 +35,7 @@ def test_azures_columns_are_read_with_all_their_digits(tmp_path: Path) -> None:
 def test_mooncakes_lines_are_read_and_begin_at_zero(tmp_path: Path) -> None:
     requests = read_trace(write(tmp_path, "trace.jsonl", MOONCAKE))
     assert requests == [
-        Request(at_s=0.0, prompt_tokens=6758, output_tokens=500),
+        Request(at_s=0.0, prompt_tokens=1000, output_tokens=500, blocks=(0, 1)),
         Request(at_s=3.0, prompt_tokens=7322, output_tokens=490),
     ]
 
@@ -64,6 +64,9 @@ def test_a_gzipped_trace_is_the_same(tmp_path: Path) -> None:
         ("t.jsonl", "nonsense\n", "line 1: is no JSON"),
         ("t.jsonl", "[1]\n", "line 1: has no field timestamp, input_length, output_length"),
         ("t.jsonl", MOONCAKE.replace("3500", "NaN"), "line 2: timestamp nan"),
+        ("t.jsonl", MOONCAKE.replace("[0, 1]", "[0]"), "line 1: 1000 prompt tokens are 2 blocks"),
+        ("t.jsonl", MOONCAKE.replace("[0, 1]", '["x", 1]'), "line 1: hash_ids: .*'x'"),
+        ("t.jsonl", MOONCAKE.replace("[0, 1]", "7"), "line 1: hash_ids: "),
         ("t.txt", AZURE, r"neither \.csv"),
         ("t.csv.gz", AZURE, "cannot be read: Not a gzipped file"),
     ],
@@ -73,6 +76,11 @@ def test_a_wrong_trace_is_refused_with_its_line(
 ) -> None:
     with pytest.raises(TraceError, match=message):
         read_trace(write(tmp_path, name, content))
+
+
+def test_only_the_first_requests_are_read_where_no_more_are_wanted(tmp_path: Path) -> None:
+    path = write(tmp_path, "trace.jsonl", MOONCAKE + "nonsense")
+    assert [request.prompt_tokens for request in read_trace(path, 2)] == [1000, 7322]
 
 
 def test_a_missing_trace_is_refused(tmp_path: Path) -> None:
