@@ -19,6 +19,7 @@ _COMMANDS = {
     "status": ("Show pools, instances, blocks and requests.", "launch.status"),
     "token": ("Make tokens for clients and workers.", "launch.token"),
     "plan": ("Choose layouts and pool sizes for a model and a load.", "launch.plan"),
+    "simulate": ("See what chosen pools would do with a load.", "launch.simulate"),
     "bench": ("Measure a server: its goodput.", "bench.commands"),
     "demo": ("Serve the built-in model and check its answers.", "launch.demo"),
     "router": ("Run a router.", "router.__main__"),

@@ -45,6 +45,10 @@ class Costs(Protocol):
         """One token for each of `batch` sequences that have so many tokens cached, all together."""
         ...
 
+    def mixed_step_s(self, chunks: Sequence[Chunk], batch: int, context_tokens: float) -> float:
+        """The same, and pieces of prompts in one pass with them; `batch` may be 0."""
+        ...
+
     def transfer_s(self, tokens: int) -> float:
         """Bring a prompt's whole KV to another node."""
         ...
@@ -89,7 +93,7 @@ class RooflineCosts:
         """Return the mean seconds of a stage in one pass, and how many passes there are."""
         tokens = sum(chunk.tokens for chunk in chunks)
         passes = math.ceil(tokens / (self._pass_tokens * self._layout.cp))
-        pairs = sum(chunk.tokens * (chunk.context + (chunk.tokens + 1) / 2) for chunk in chunks)
+        pairs = sum(map(_pairs, chunks))
         # Each pass looks at what the ones before it have added, too: this is their mean.
         seen = sum(chunk.context + chunk.tokens * (passes + 1) / (2 * passes) for chunk in chunks)
         work = self._counter.prefill(tokens / passes, pairs / passes, seen)
@@ -102,6 +106,18 @@ class RooflineCosts:
         rows = math.ceil(batch / groups)
         work = self._counter.decode(rows, context_tokens * rows / batch)
         return self._stage_s(work, rows) * layout.pp
+
+    def mixed_step_s(self, chunks: Sequence[Chunk], batch: int, context_tokens: float) -> float:
+        """See Costs. The pieces are spread evenly over dp ranks."""
+        layout = self._layout
+        rows = math.ceil(batch / (layout.dp * layout.pp))
+        held = context_tokens * rows / batch if batch else 0.0
+        tokens = sum(chunk.tokens for chunk in chunks) / layout.dp
+        pairs = sum(map(_pairs, chunks)) / layout.dp
+        seen = sum(chunk.context + chunk.tokens for chunk in chunks) / layout.dp
+        work = self._counter.mixed(tokens, pairs, rows, held, seen)
+        floor_s = self._calibration.prefill_floor_us * 1e-6 if chunks else 0.0
+        return max(floor_s, self._stage_s(work, tokens + rows) * layout.pp)
 
     def _stage_s(self, work: Work, tokens: float) -> float:
         """Return the largest stage's share of a pass, and its hop to the next one."""
@@ -118,6 +134,11 @@ class RooflineCosts:
         holders = self._layout.ranks // self._layout.dp
         each = tokens * self._shape.kv_token_bytes / holders
         return self._links.far.latency_s + each / self._links.far.bytes_per_s
+
+
+def _pairs(chunk: Chunk) -> float:
+    """Return how many pairs there are of a new token and one that it looks at."""
+    return chunk.tokens * (chunk.context + (chunk.tokens + 1) / 2)
 
 
 def seconds(work: Work, device: Device, calibration: Calibration, ways: Links) -> float:

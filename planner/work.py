@@ -77,6 +77,17 @@ class PassCounter:
         pair_flops = kv_tokens * self._shape.decode_pair_flops
         return self._pass(batch, pair_flops, kv_tokens, sequences=batch)
 
+    def mixed(self, tokens: float, pairs: float, batch: int, kv_tokens: float, seen: float) -> Work:
+        """Count a step of one dp rank's sequences that has pieces of prompts beside them.
+
+        Args:
+            tokens: Of the pieces; `pairs` are of them alone, and `kv_tokens` of the sequences.
+            seen: Cached and new tokens that the pieces look at.
+        """
+        shape = self._shape
+        pair_flops = pairs * shape.prefill_pair_flops + kv_tokens * shape.decode_pair_flops
+        return self._pass(tokens + batch, pair_flops, kv_tokens + seen, sequences=batch)
+
     def _pass(self, tokens: float, pair_flops: float, kv_tokens: float, sequences: int = 0) -> Work:
         shape, tp = self._shape, self._layout.tp
         head = shape.embedding_parameters / tp
@@ -85,7 +96,7 @@ class PassCounter:
         kv_bytes = kv_tokens / self._layout.cp * self._rank_kv_bytes * shape.layers
         traffic = self._traffic(tokens)
         # Prefill takes logits of each prompt's last token only: the head's operations are few.
-        linear = 2 * (dense if sequences else dense - head) * tokens
+        linear = 2 * ((dense - head) * tokens + head * sequences)
         pair_flops *= shape.layers / tp
         return Work(
             flops=linear + expert_flops + pair_flops,

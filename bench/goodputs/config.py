@@ -9,18 +9,16 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from bench.goodputs.backend import Backend
 from bench.goodputs.openai_backend import OpenAIBackend
 from bench.goodputs.search import Search, Wanted
-from bench.goodputs.slo import MLPERF, Slo, seconds
+from bench.goodputs.slo import MLPERF, Slo
 from bench.goodputs.twinpool_backend import TwinpoolBackend
 from bench.workloads import traces
 from bench.workloads.arrivals import Phases
 from bench.workloads.synthetic import lengths
 from bench.workloads.workload import Drawn, Replayed, Workload
+from service.durations import Limit, Seconds
 from service.options import Flag
 
 _START_RATE = 1.0
-
-Seconds: TypeAlias = Annotated[float, BeforeValidator(seconds)]
-Limit: TypeAlias = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
 
 
 def _split(value: object) -> object:

@@ -39,6 +39,8 @@ LONG: dict[str, Any] = {"max_new_tokens": 1500, "ignore_eos": True, "temperature
 def metric(port: int, name: str) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
         text = page.read().decode()
+    # The router's have their model's name as well.
+    text = text.replace('model_name="model",', "").replace('{model_name="model"}', "")
     found = re.search(rf"^twinpool_{re.escape(name)} (\S+)$", text, re.MULTILINE)
     assert found is not None, name
     return float(found[1])

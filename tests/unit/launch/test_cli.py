@@ -138,7 +138,17 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
         check=True,
         timeout=60,
     ).stdout
-    for name in ("serve", "router", "prefill", "decode", "generate", "status", "plan", "demo"):
+    for name in (
+        "serve",
+        "router",
+        "prefill",
+        "decode",
+        "generate",
+        "status",
+        "plan",
+        "simulate",
+        "demo",
+    ):
         assert f"\n  {name} " in output
     assert output.endswith("[]\n")
 
@@ -153,6 +163,7 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
         ("generate", ["{prompt}", "--max-new-tokens", "--temperature", "--chat / --raw", "--stop"]),
         ("status", ["--router", "--json", "--watch"]),
         ("plan", ["MODEL", "--gpu", "--trace", "--ttft", "--json FILE"]),
+        ("simulate", ["MODEL", "--gpu", "--prefill", "--colocated", "--json"]),
         ("demo", ["--prompts", "--long-tokens"]),
     ],
 )

@@ -171,6 +171,23 @@ def test_a_step_takes_no_less_than_its_bytes_and_a_prompt_no_less_than_its_opera
     assert least_s < costs(LLAMA_8B).prefill_s([Chunk(8000)]) < 3 * least_s
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2), Layout(dp=2)])
+def test_a_step_with_a_piece_of_a_prompt_takes_less_than_two_and_more_than_either(
+    layout: Layout,
+) -> None:
+    for shape in (LLAMA_8B, SPARSE):
+        one = costs(shape, layout)
+        decode_s = one.decode_step_s(32, 32_000)
+        assert one.mixed_step_s([], 32, 32_000) == decode_s
+        last_s = 0.0
+        for tokens in (16, 512, 2000):
+            piece = [Chunk(tokens, 4096)]
+            mixed_s = one.mixed_step_s(piece, 32, 32_000)
+            assert max(decode_s, last_s) < mixed_s
+            assert mixed_s < decode_s + one.mixed_step_s(piece, 0, 0)
+            last_s = mixed_s
+
+
 def test_stages_fill_with_passes_and_take_the_next_prompt_before_this_one_is_done() -> None:
     alone, staged = costs(LLAMA_70B), costs(LLAMA_70B, Layout(pp=4))
     for tokens in (2048, 8192, 32 * 2048):

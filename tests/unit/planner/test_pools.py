@@ -22,6 +22,9 @@ class PlainCosts:
     def decode_step_s(self, batch: int, context_tokens: float) -> float:
         return 10e-3 + 1e-3 * batch
 
+    def mixed_step_s(self, chunks: Sequence[Chunk], batch: int, context_tokens: float) -> float:
+        return self.prefill_s(chunks) + self.decode_step_s(batch, context_tokens)
+
     def transfer_s(self, tokens: int) -> float:
         return 0.0
 

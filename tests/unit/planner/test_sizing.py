@@ -74,7 +74,15 @@ def test_hotspot_ratio_is_the_largest_load_over_the_mean() -> None:
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("llama-2-70b", 69.0), ("llama-3-8b", 8.03), ("llama-3-70b", 70.6), ("bloom-176b", 176.2)],
+    [
+        ("llama-2-70b", 69.0),
+        ("llama-3-8b", 8.03),
+        ("llama-3-70b", 70.6),
+        ("bloom-176b", 176.2),
+        ("opt-13b", 12.85),
+        ("opt-66b", 65.7),
+        ("opt-175b", 175.0),
+    ],
 )
 def test_published_shapes_have_the_published_parameters(name: str, billions: float) -> None:
     assert published()[name].parameters / 1e9 == pytest.approx(billions, rel=0.003)

@@ -1,0 +1,1 @@
+"""The parts of the comparison of a simulation with the real system."""
