@@ -22,7 +22,7 @@ from bench.checkpoints import DENSE, add_tokenizer, kept
 from bench.goodputs.metrics import Times
 from bench.goodputs.runner import Asked, Run, Runner
 from bench.goodputs.slo import Slo
-from bench.goodputs.systems import Machine, twinpool
+from bench.goodputs.systems import DECODE, PREFILL, Machine, at_address
 from bench.goodputs.twinpool_backend import TwinpoolBackend
 from bench.options import Json
 from bench.report import Row, report
@@ -129,17 +129,18 @@ def main(
         max_requests=None,
         timeout_s=300.0,
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as logs:
         add_tokenizer(kept(checkpoints, DENSE), Path(folder))
         machine = Machine(
             model=Path(folder),
             max_context=_MAX_CONTEXT,
             kv_gib=_KV_GIB,
             cores=tuple(sorted(os.sched_getaffinity(0))),
+            logs=Path(logs),
         )
-        with twinpool(machine) as where:
+        with at_address(machine, PREFILL, DECODE) as address:
             wanted = [float(rate) for rate in rates.split(",")]
-            rows = asyncio.run(measure(where[1], asked, wanted, rounds, _kv_tokens()))
+            rows = asyncio.run(measure(address, asked, wanted, rounds, _kv_tokens()))
     report(QUESTION, rows, json)
     worst = max(abs(row.peer / row.ours - 1) for row in rows if row.peer is not None)
     typer.echo(f"the simulation is at most {worst:.0%} off")

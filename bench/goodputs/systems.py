@@ -31,7 +31,8 @@ _MODEL = "served"
 _HOST = "127.0.0.1"
 _ASK_S = 2.0
 # As `twinpool serve` starts prefill, which here shares its core with router and client.
-_PREFILL = ("prefill", "--nice", "10")
+PREFILL = ("prefill", "--nice", "10")
+DECODE = ("decode",)
 _NIXL = json.dumps(
     {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
 )
@@ -83,7 +84,14 @@ class System:
 
 @contextmanager
 def _twinpool(machine: Machine, *roles: Sequence[str]) -> Iterator[OpenBackend]:
-    """Run a router, and instances that each have their part of the cores."""
+    """Run a router, and instances of these roles."""
+    with at_address(machine, *roles) as address:
+        yield lambda: TwinpoolBackend(address, ca=None, token_file=None)
+
+
+@contextmanager
+def at_address(machine: Machine, *roles: Sequence[str]) -> Iterator[str]:
+    """Run a router, and instances that each have their part of the cores; gives its address."""
     port = servers.free_port()
     address = f"{_HOST}:{port}"
     quiet = ("--log-level", "warning")
@@ -116,7 +124,7 @@ def _twinpool(machine: Machine, *roles: Sequence[str]) -> Iterator[OpenBackend]:
         return len(found) == len(roles)
 
     with running(programs, is_ready, machine.logs):
-        yield lambda: TwinpoolBackend(address, ca=None, token_file=None)
+        yield address
 
 
 def _vllm_program(machine: Machine, name: str, port: int, cores: tuple[int, ...]) -> Program:
@@ -185,9 +193,7 @@ def _is_healthy(port: int) -> bool:
 _COLOCATED = ("decode", "--colocated")
 OURS = "Twinpool 1P1D"
 SYSTEMS: dict[str, System] = {
-    OURS: System(
-        instances=2, hands_over=True, start=lambda it: _twinpool(it, _PREFILL, ("decode",))
-    ),
+    OURS: System(instances=2, hands_over=True, start=lambda it: _twinpool(it, PREFILL, DECODE)),
     "Twinpool colocated x2": System(
         instances=2, start=lambda it: _twinpool(it, _COLOCATED, _COLOCATED)
     ),

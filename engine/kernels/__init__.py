@@ -27,6 +27,7 @@ from engine.kernels import (
 from engine.kernels.experts import Experts, ExpertsKernel
 from engine.kernels.rows import RowKernels
 from engine.kernels.step import Product, StepKernel
+from engine.kernels.table import paged_kernels
 
 __all__ = [
     "AttentionKernel",
@@ -60,11 +61,18 @@ class AttentionKernel(Protocol):
 
 ProductKernel = Callable[[Tensor], Product]  # a constant weight [O, I] -> x [T, I] -> [T, O]
 
+
+def _rows_of_gpus(dtype: torch.dtype, *, deterministic: bool = False) -> RowKernels:
+    if deterministic:
+        raise UnsupportedError("no deterministic kernels for the device cuda; there are: cpu")
+    return paged_kernels(torch.device("cuda")).rows(dtype)
+
+
 _ATTENTION: Mapping[str, Callable[..., AttentionKernel]] = {"cpu": attention_cpu.attention}
 _PRODUCT: Mapping[str, Callable[..., Product]] = {"cpu": linear_cpu.product}
 _ROUTER: Mapping[str, Callable[..., Product]] = {"cpu": router_cpu.router}
 _EXPERTS: Mapping[str, Callable[..., Experts]] = {"cpu": experts_cpu.experts}
-_ROWS: Mapping[str, Callable[..., RowKernels]] = {"cpu": rows_cpu.rows}
+_ROWS: Mapping[str, Callable[..., RowKernels]] = {"cpu": rows_cpu.rows, "cuda": _rows_of_gpus}
 _ARGMAX: Mapping[str, Callable[[], Callable[[Tensor], list[int]]]] = {"cpu": argmax_cpu.finder}
 _STEP: Mapping[str, StepKernel] = {"cpu": step_cpu.step}
 
@@ -98,7 +106,7 @@ def row_kernels(
     device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
 ) -> RowKernels:
     """Return what is done to rows on a device by a model of this dtype; raises UnsupportedError."""
-    return _ROWS[_supported(device)](dtype, deterministic=deterministic)
+    return _ROWS[_supported(device, _ROWS)](dtype, deterministic=deterministic)
 
 
 def argmax_kernel(device: torch.device) -> Callable[[Tensor], list[int]]:
@@ -114,8 +122,8 @@ def step_kernel(device: torch.device) -> StepKernel:
     return _STEP[_supported(device)]
 
 
-def _supported(device: torch.device) -> str:
-    if device.type not in _ATTENTION:
-        known = ", ".join(_ATTENTION)
+def _supported(device: torch.device, kernels: Mapping[str, object] = _ATTENTION) -> str:
+    if device.type not in kernels:
+        known = ", ".join(kernels)
         raise UnsupportedError(f"no kernels for the device {device.type}; there are: {known}")
     return device.type

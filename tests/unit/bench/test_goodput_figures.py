@@ -13,7 +13,6 @@ from bench.goodputs.records import Record
 from bench.goodputs.runner import Run
 from bench.goodputs.search import Search, Wanted, wilson
 from bench.goodputs.slo import MLPERF, Slo
-from bench.report import Row
 
 # What `vllm bench serve` (0.32.0, calculate_metrics) makes of these answers in 7.5 s with limits
 # of 400 ms, 50 ms and 700 ms: (answered, ttft, itl, prompt tokens, output tokens), in seconds.

@@ -1,0 +1,235 @@
+"""What each kernel is measured on, and beside whom. Owns the shapes; times nothing.
+
+Legend: as in engine.kernels.gpu's modules.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from engine.kernels.gpu.options import DecodeOptions, Seen, causal
+from engine.kernels.gpu.tune import Choices, Tile
+from engine.kernels.rows import NormWeight
+from engine.kernels.table import PagedKernels
+
+_DTYPE = torch.bfloat16
+_EPS = 1e-6
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tunable:
+    """How a case runs with each tile that it could have."""
+
+    choices: Choices
+    run: Callable[[Tile], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kernel and shape. Bound by memory if it has `bytes`, else by its `flops`."""
+
+    name: str
+    ours: Run
+    bytes: int = 0
+    flops: int = 0
+    peer: Run | None = None
+    peer_name: str | None = None
+    tunable: Tunable | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Sizes of the measured cases; by default those of an 8-billion model's layer."""
+
+    tokens: int = 8192
+    hidden: int = 4096
+    inner: int = 12288
+    heads: int = 32
+    kv_heads: int = 8
+    size: int = 128
+    places: int = 32
+    decodes: tuple[tuple[int, int], ...] = ((1, 131072), (16, 8192), (128, 4096))
+    prefills: tuple[tuple[int, int], ...] = ((8192, 8192), (2048, 32768))
+
+
+def cases(kernels: PagedKernels, device: torch.device, shapes: Shapes) -> Iterator[Case]:
+    """Yield the cases one by one, so that one's memory is free when the next is made."""
+    yield _norm(kernels, device, shapes)
+    yield _gated(kernels, device, shapes)
+    yield _insert(kernels, device, shapes)
+    for sequences, length in shapes.decodes:
+        yield _decode(kernels, device, shapes, sequences, length)
+    for tokens, keys in shapes.prefills:
+        yield _block(kernels, device, shapes, tokens, keys)
+    yield _merge(kernels, device, shapes)
+    yield _pack(kernels, device, shapes)
+
+
+def _norm(kernels: PagedKernels, device: torch.device, s: Shapes) -> Case:
+    x_TD = torch.randn(s.tokens, s.hidden, device=device)
+    more_TD, weight_D = torch.randn_like(x_TD).to(_DTYPE), torch.ones(s.hidden, device=device)
+    norm = NormWeight(weight_D * s.hidden**0.5, _EPS)
+
+    def peer() -> Tensor:
+        x_TD.add_(more_TD)
+        return F.rms_norm(x_TD, (s.hidden,), weight_D, _EPS).to(_DTYPE)
+
+    return Case(
+        name=f"add and norm, {s.tokens} x {s.hidden}",
+        ours=partial(kernels.rows(_DTYPE).norm, x_TD, more_TD, norm),
+        bytes=x_TD.numel() * (4 + 2 + 4 + 2),
+        peer=peer,
+        peer_name="torch",
+    )
+
+
+def _gated(kernels: PagedKernels, device: torch.device, s: Shapes) -> Case:
+    both = torch.randn(s.tokens, 2 * s.inner, device=device).to(_DTYPE)
+
+    def peer() -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    return Case(
+        name=f"SiLU and multiply, {s.tokens} x {s.inner}",
+        ours=partial(kernels.rows(_DTYPE).gated, both),
+        bytes=s.tokens * s.inner * 3 * 2,
+        peer=peer,
+        peer_name="torch",
+    )
+
+
+def _insert(kernels: PagedKernels, device: torch.device, s: Shapes) -> Case:
+    turned, cells_of_token = s.heads + s.kv_heads, 2 * s.kv_heads
+    qkv = torch.randn(s.tokens, turned + s.kv_heads, s.size, device=device).to(_DTYPE)
+    norm = NormWeight(torch.ones(turned, s.size, device=device), _EPS)
+    angles = torch.rand(s.tokens, 1, s.size // 2, device=device)
+    cos, sin = angles.cos().repeat(1, 1, 2), angles.sin()
+    sin = torch.cat((-sin, sin), -1)
+    cells = torch.zeros(s.tokens * cells_of_token, s.size, dtype=_DTYPE, device=device)
+    slots = torch.randperm(len(cells), device=device).view(s.tokens, cells_of_token)
+    elements = 2 * turned + s.kv_heads + cells_of_token  # of a token and a place in a head
+    return Case(
+        name=f"norm, rope and insert, {s.tokens} tokens",
+        ours=partial(kernels.rotate_insert, qkv, norm, cos, sin, cells, slots),
+        bytes=s.tokens * s.size * elements * 2,
+    )
+
+
+def _decode(
+    kernels: PagedKernels, device: torch.device, s: Shapes, sequences: int, length: int
+) -> Case:
+    counts = -(-length // s.places)
+    shape = (2, sequences * counts, s.kv_heads, s.places, s.size)
+    k_BGPH, v_BGPH = torch.randn(shape, device=device, dtype=_DTYPE).unbind()
+    tables = torch.randperm(sequences * counts, device=device).int().view(sequences, counts)
+    lengths = torch.full((sequences,), length, dtype=torch.int32, device=device)
+    q_SNH = torch.randn(sequences, s.heads, s.size, device=device, dtype=_DTYPE)
+    options = DecodeOptions(scale=s.size**-0.5)
+    ours = partial(kernels.decode, q_SNH, k_BGPH, v_BGPH, tables, lengths, length, options)
+    return Case(
+        name=f"decode, {sequences} x {length} keys",
+        ours=lambda: ours()[0],
+        bytes=2 * sequences * length * s.kv_heads * s.size * 2,
+        peer=_sdpa_of_gathered(q_SNH, k_BGPH, v_BGPH, tables, length),
+        peer_name="SDPA, gathered before",
+        tunable=_tunable_decode(q_SNH, s.kv_heads, length, ours),
+    )
+
+
+def _sdpa_of_gathered(
+    q_SNH: Tensor, k_BGPH: Tensor, v_BGPH: Tensor, tables_SB: Tensor, length: int
+) -> Run:
+    """Return torch's attention over contiguous copies: it has no paged cache to read."""
+    k, v = (
+        each[tables_SB.long()].transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous()
+        for each in (k_BGPH, v_BGPH)
+    )
+    q_SN1H = q_SNH[:, :, None]
+    return lambda: F.scaled_dot_product_attention(q_SN1H, k, v, enable_gqa=True)[:, :, 0]
+
+
+def _tunable_decode(
+    q_SNH: Tensor, kv_heads: int, seen: int, ours: Callable[..., object]
+) -> Tunable:
+    from engine.kernels.gpu.decode import choices
+
+    return Tunable(choices=choices(q_SNH, kv_heads, seen), run=lambda tile: ours(tile=tile))
+
+
+def _block(kernels: PagedKernels, device: torch.device, s: Shapes, tokens: int, keys: int) -> Case:
+    q = torch.randn(tokens, s.heads, s.size, device=device, dtype=_DTYPE)
+    k, v = torch.randn(2, keys, s.kv_heads, s.size, device=device, dtype=_DTYPE).unbind()
+    seen = causal(tokens, keys, keys - tokens, device)
+    ours = partial(kernels.block, q, k, v, seen, scale=s.size**-0.5)
+    q_1NTH, k_1GLH, v_1GLH = (each.transpose(0, 1)[None] for each in (q, k, v))
+    mask = causal_lower_right(tokens, keys)
+
+    def peer() -> Tensor:
+        attended = F.scaled_dot_product_attention(
+            q_1NTH, k_1GLH, v_1GLH, attn_mask=mask, enable_gqa=True
+        )
+        return attended[0].transpose(0, 1)
+
+    return Case(
+        name=f"prefill, {tokens} tokens over {keys} keys",
+        ours=lambda: ours()[0],
+        flops=4 * s.heads * s.size * _scores(seen),
+        peer=peer,
+        peer_name="SDPA",
+        tunable=_tunable_block(q, s.kv_heads, seen, ours),
+    )
+
+
+def _tunable_block(
+    q_TNH: Tensor, kv_heads: int, seen: Seen, ours: Callable[..., object]
+) -> Tunable:
+    from engine.kernels.gpu.block import choices
+
+    return Tunable(choices=choices(q_TNH, kv_heads, seen.end), run=lambda tile: ours(tile=tile))
+
+
+def _scores(seen: Seen) -> int:
+    """Return how many pairs of a query and a key that it sees there are."""
+    return int((seen.high_T - seen.low_T).sum())
+
+
+def _merge(kernels: PagedKernels, device: torch.device, s: Shapes) -> Case:
+    outs = torch.randn(2, s.tokens, s.heads, s.size, device=device)
+    lses = torch.randn(2, s.tokens, s.heads, device=device)
+    return Case(
+        name=f"merge, {s.tokens} tokens",
+        ours=partial(kernels.merge, outs[0], lses[0], outs[1], lses[1]),
+        bytes=(outs.numel() + lses.numel()) // 2 * 3 * 4,
+    )
+
+
+def _pack(kernels: PagedKernels, device: torch.device, s: Shapes) -> Case:
+    units = s.tokens // s.places
+    shape = (2, 2, units, s.kv_heads, s.places, s.size)
+    cache = torch.randn(shape, device=device, dtype=_DTYPE)
+    payload = torch.empty_like(cache)
+    blocks = torch.randperm(units, device=device)
+    heads = slice(0, s.kv_heads)
+    box = blocks, torch.zeros_like(blocks), heads, s.places, units * s.places
+
+    def peer() -> Tensor:
+        return torch.index_select(cache, 2, blocks)
+
+    def ours() -> Tensor:
+        kernels.pack(cache, payload, *box)
+        return payload
+
+    return Case(
+        name=f"pack, {units} blocks of 2 layers",
+        ours=ours,
+        bytes=2 * cache.numel() * cache.element_size(),
+        peer=peer,
+        peer_name="torch",
+    )

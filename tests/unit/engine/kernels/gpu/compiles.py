@@ -1,0 +1,82 @@
+"""Compiles every kernel for a GPU that need not be there, as launches on small tensors ask for it.
+
+A program of its own: Triton decides once in a process whether it interprets.
+"""
+
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from engine.kernels.gpu import block, decode, insert, merge, pack, rows
+from engine.kernels.gpu.options import DecodeOptions, causal
+from engine.kernels.rows import NormWeight
+
+HOPPER = GPUTarget("cuda", 90, 32)
+BF16, SIZE = torch.bfloat16, 64
+
+
+class AbsentGPU:
+    """What the compiler asks a driver for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return HOPPER
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only() -> set[str]:
+    """Let launches compile and go no further; return the names of what was, as they come."""
+    driver.set_active(AbsentGPU())
+    launched, run = set(), JITFunction.run
+
+    def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        made = run(kernel, *args, grid=grid, warmup=True, **options)
+        assert made.asm["cubin"]
+        launched.add(kernel.__name__)
+        return made
+
+    JITFunction.run = compiled
+    return launched
+
+
+def launch_rows() -> None:
+    norm = NormWeight(torch.ones(6, SIZE), 1e-6)
+    ours = rows.TritonRows(BF16)
+    ours.norm(torch.ones(2, SIZE), torch.ones(2, SIZE, dtype=BF16), NormWeight(torch.ones(64), 0.1))
+    ours.gated(torch.ones(2, 128, dtype=BF16))
+    angles = torch.ones(2, 1, SIZE)
+    qkv, cells = torch.ones(2, 8, SIZE, dtype=BF16), torch.ones(64, SIZE, dtype=BF16)
+    insert.rotate_insert(qkv, norm, angles, angles, cells, torch.zeros(2, 4, dtype=torch.int64))
+
+
+def launch_attention() -> None:
+    q, kv = torch.ones(2, 8, SIZE, dtype=BF16), torch.ones(9, 2, 16, SIZE, dtype=BF16)
+    tables, lengths = torch.zeros(2, 9, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    options = DecodeOptions(window=90, soft_cap=5.0, split_tokens=64)
+    decode.decode(q, kv, kv, tables, lengths, 140, options, with_lse=True)
+    seen = causal(2, 100, 40, q.device)
+    out, lse = block.block(q, kv, kv, seen, table_B=tables[0], soft_cap=5.0)
+    block.block(q, kv[:, :, 0], kv[:, :, 0], causal(2, 9, 5, q.device))
+    merge.merge(out, lse, out, lse)
+
+
+def launch_moves() -> None:
+    cache, units = torch.ones(1, 2, 3, 2, 16, SIZE, dtype=BF16), torch.zeros(2, dtype=torch.int64)
+    payload = torch.ones(1, 2, 2, 2, 8, SIZE, dtype=BF16)
+    for move in (pack.pack, pack.unpack):
+        move(cache, payload, units, units, slice(0, 2), 8, 13)
+
+
+if __name__ == "__main__":
+    names = compile_only()
+    launch_rows()
+    launch_attention()
+    launch_moves()
+    print(*sorted(names))
