@@ -11,7 +11,7 @@ import pytest
 from twinpool.errors import InvalidRequest, Refused, Unavailable
 
 from launch.builtin import MODEL_DIR
-from tests.integration.cluster import ROOT, Cluster, free_port, wait_until
+from tests.integration.cluster import ROOT, Cluster, free_port, some_slow, wait_until
 from tests.integration.conftest import BLOCK
 
 
@@ -58,7 +58,7 @@ def rename_architecture(folder: Path) -> None:
     ],
     ids=["no folder", "no config", "no weights", "cut weights", "architecture", "no tokenizer"],
 )
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("role", some_slow(["prefill", "decode"], "decode"))
 def test_bad_model_folder_is_named(
     broken: Path, role: str, damage: Callable[[Path], object], named: str
 ) -> None:

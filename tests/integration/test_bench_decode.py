@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -25,6 +26,7 @@ def quick(pattern: str, cache: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_batches_beside_the_limit_and_a_peer(tmp_path: Path) -> None:
     checkpoints.write_moe(checkpoints.kept_at(tmp_path, checkpoints.MOE), **SMALL, experts=8)
     row, served = quick("moe, batch", tmp_path)
@@ -46,6 +48,7 @@ def test_our_side_decodes_the_whole_batch_in_every_step_and_counts_experts(tmp_p
     assert 4 < side.experts(last_tokens=[5, 6, 7], context=20, steps=6)["experts"] <= 8
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_how_experts_are_spread_and_the_pause(tmp_path: Path) -> None:
     checkpoints.write_moe(checkpoints.kept_at(tmp_path, checkpoints.MOE), **SMALL, experts=8)
     *spread, pause = quick("balance", tmp_path)
@@ -56,6 +59,7 @@ def test_a_quick_run_measures_how_experts_are_spread_and_the_pause(tmp_path: Pat
     assert pause["ours"] > 0
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_what_is_not_the_models_and_the_latency_under_load(
     tmp_path: Path,
 ) -> None:

@@ -25,6 +25,7 @@ def quick(pattern: str, cache: Path, found: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_prompts_beside_the_limit_and_a_peer(tmp_path: Path) -> None:
     checkpoints.write_moe(checkpoints.kept_at(tmp_path, checkpoints.MOE), **SMALL, experts=8)
     row, served = quick("moe", tmp_path, tmp_path / "figures.json")
@@ -34,6 +35,7 @@ def test_a_quick_run_measures_prompts_beside_the_limit_and_a_peer(tmp_path: Path
     assert served["ours"] > 0
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_every_layout_of_two_ranks(tmp_path: Path) -> None:
     checkpoints.write_dense(checkpoints.kept_at(tmp_path, checkpoints.DENSE), **SMALL)
     rows = quick("layout", tmp_path, tmp_path / "figures.json")

@@ -33,7 +33,7 @@ def expected() -> Reference:
     return reference(MODEL_DIR)
 
 
-@pytest.fixture(scope="module", params=some_slow(LAYOUTS, "dp2 x tp2 x ep4"))
+@pytest.fixture(scope="module", params=some_slow(LAYOUTS, "tp2"))
 def split(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
@@ -134,9 +134,8 @@ def test_ranks_that_torchrun_starts_on_two_nodes_are_one_instance(
         assert second.wait(30) == 0, (tmp_path / "node-1.log").read_text()
 
 
-@pytest.mark.parametrize(
-    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_answers_of_a_lost_rank_go_on_elsewhere(
     tmp_path: Path, expected: Reference, how: signal.Signals
 ) -> None:

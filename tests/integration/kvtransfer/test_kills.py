@@ -6,6 +6,7 @@ from signal import SIGKILL, SIGSTOP, Signals
 
 import pytest
 
+from tests.integration.cluster import some_slow
 from tests.integration.kvtransfer.detection import Row, reported
 from tests.integration.kvtransfer.kills import fill, limit_s
 from tests.integration.kvtransfer.processes import WAYS, Ranks
@@ -25,7 +26,7 @@ def rows() -> Iterator[list[Row]]:
 
 @pytest.mark.parametrize("number", [SIGKILL, SIGSTOP], ids=["killed", "stopped"])
 @pytest.mark.parametrize("victim", ["send", "receive"])
-@pytest.mark.parametrize("lane", WAYS)
+@pytest.mark.parametrize("lane", some_slow(WAYS, "ucx-tcp"))
 def test_a_peer_lost_in_mid_transfer_is_noticed_and_harms_nobody(
     ranks: Ranks, rows: list[Row], lane: str, victim: str, number: Signals
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.slow
 def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     module = "tests.unit.engine.kernels.gpu.compiles"
