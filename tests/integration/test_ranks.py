@@ -253,6 +253,7 @@ def test_lost_rank_takes_its_instance_down_and_another_takes_over(
     twins.wait_idle()
 
 
+@pytest.mark.slow
 def test_drained_instance_ends_with_all_its_ranks(twins: Cluster, expected: Reference) -> None:
     others = other_ranks(twins, "b")
     attempts = [Attempt(twins, prompt_of(2500, 7000 + seed), 6) for seed in range(9)]
@@ -279,6 +280,7 @@ def test_layout_that_cannot_be_is_refused_with_those_that_can(tmp_path: Path) ->
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_grain_is_measured_at_the_first_start_and_known_at_the_next(
     tmp_path: Path, expected: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +302,7 @@ def test_grain_is_measured_at_the_first_start_and_known_at_the_next(
     assert 64 <= int(first) <= 1024
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_starts_on_two_nodes_are_one_instance(
     tmp_path: Path, expected: Reference
 ) -> None:
