@@ -136,8 +136,7 @@ class CreditUses:
         if self._large is not None and self._large.key in able:
             self._large = _Large(largest, self._large.key, self._large.dp_rank)
             return
-        views = [view for view in self._ledger.decodes() if view.key in able]
-        roomiest = min(views, key=lambda view: view.load, default=None)
+        roomiest = next((view for view in self._ledger.decodes() if view.key in able), None)
         self._large = (
             _Large(largest, roomiest.key, roomiest.dp_rank) if roomiest is not None else None
         )

@@ -180,12 +180,15 @@ class Gate:
         ]
         decisions += self._placeless(now)
         # One that has gone may have held others back.
-        if not decisions and self._newcomers is not None:
+        if not decisions and self._newcomers is not None and len(self._newcomers) < len(self.queue):
             room = self._room(now)
             if not any(w.is_queued and room.place(w) is not None for w in self._newcomers):
                 self._newcomers.clear()
                 return []
-        while (found := self.queue.next_admissible(self._room(now))) is not None:
+        while len(self.queue):
+            found = self.queue.next_admissible(self._room(now))
+            if found is None:
+                break
             self._book(*found, now)
             decisions.append(found)
         self._newcomers = []

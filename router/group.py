@@ -169,22 +169,22 @@ def _watch_room(metrics: Metrics, ledger: Ledger, breakers: Breakers[InstanceKey
         "ledger_blocks",
         "KV blocks of the decode pool by what the ledger knows of them.",
         {
-            "free": lambda: sum(d.free_blocks for d in ledger.decodes()),
-            "held": lambda: sum(d.capacity.dp_blocks - d.free_blocks for d in ledger.decodes()),
+            "free": lambda: ledger.amounts().free_blocks,
+            "held": lambda: (found := ledger.amounts()).blocks - found.free_blocks,
         },
     )
     metrics.watch(
         "ledger_free_blocks",
         "KV blocks of the decode pool that no request holds.",
-        lambda: sum(d.free_blocks for d in ledger.decodes()),
+        lambda: ledger.amounts().free_blocks,
     )
     metrics.watch(
         "ledger_total_blocks",
         "KV blocks of the decode pool.",
-        lambda: sum(d.capacity.dp_blocks for d in ledger.decodes()),
+        lambda: ledger.amounts().blocks,
     )
     metrics.watch(
         "prefill_outstanding_tokens",
         "Prompt tokens given to prefill and not done.",
-        lambda: sum(p.outstanding_tokens for p in ledger.prefills()),
+        lambda: ledger.amounts().owed_tokens,
     )

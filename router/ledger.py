@@ -8,6 +8,7 @@ no I/O and does not decide: `policy` picks a place, the ledger holds it.
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple
 
 from router.accounts import Account, DecodeAccount, PrefillAccount
@@ -51,15 +52,26 @@ class DecodeRoom(NamedTuple):
     sequences: int
 
 
-def _room_of(view: DecodeView) -> DecodeRoom:
+class Amounts(NamedTuple):
+    """What the instances that may be given work have together: decode's blocks, prefill's tokens.
+
+    Those are free that no request holds, and those are owed that prefill has yet to compute.
+    """
+
+    free_blocks: int
+    blocks: int
+    owed_tokens: int
+
+
+def _room_of(view: DecodeView) -> tuple[int, int, int, int]:
+    """As in `DecodeRoom`."""
     capacity = view.capacity
-    places = 0 if view.dp_rank else capacity.max_sequences
-    return DecodeRoom(
-        free_tokens=max(0, view.free_tokens),
-        tokens=capacity.dp_blocks * capacity.block_size,
-        free_sequences=places - (0 if view.dp_rank else view.sequences),
-        sequences=places,
-    )
+    tokens = capacity.dp_blocks * capacity.block_size
+    free_tokens = max(0, view.free_tokens)
+    if view.dp_rank:
+        return free_tokens, tokens, 0, 0
+    places = capacity.max_sequences
+    return free_tokens, tokens, places - view.sequences, places
 
 
 class Ledger:
@@ -73,8 +85,10 @@ class Ledger:
         self.is_colocated = False
         self._decode_of: dict[int, InstanceKey] = {}
         self._prefill_of: dict[int, InstanceKey] = {}
-        self._decode_views = KeptViews(self._views_of_decode, _room_of, len(DecodeRoom._fields))
-        self._prefill_views = KeptViews(self._views_of_prefill)
+        self._decode_views = KeptViews(
+            self._views_of_decode, attrgetter("load"), _room_of, len(DecodeRoom._fields)
+        )
+        self._prefill_views = KeptViews(self._views_of_prefill, attrgetter("load"))
         # What follows from which instances there are, until there are others.
         self._largest_prompt: int | None = None
         self._largest_request: int | None = None
@@ -173,14 +187,28 @@ class Ledger:
     # ---- views
 
     def decodes(self) -> list[DecodeView]:
+        """The dp ranks that may be given work, the one with most room first."""
         return self._decode_views.of(self._decodes)
 
     def prefills(self) -> list[PrefillView]:
+        """The instances that may be given work, the one that owes least first."""
         return self._prefill_views.of(self._prefills)
 
     def decode_room(self) -> DecodeRoom:
         """The room of all decode instances that may be given work."""
         return DecodeRoom(*self._decode_views.totals(self._decodes))
+
+    def amounts(self) -> Amounts:
+        """What there is now. Unlike the views it may be asked for by any thread."""
+        decodes = [account for account in list(self._decodes.values()) if account.takes_new]
+        prefills = [account for account in list(self._prefills.values()) if account.takes_new]
+        return Amounts(
+            free_blocks=sum(
+                account.free(rank) for account in decodes for rank in range(account.capacity.dp)
+            ),
+            blocks=sum(account.capacity.dp_blocks * account.capacity.dp for account in decodes),
+            owed_tokens=sum(account.total for account in prefills),
+        )
 
     def prefill_keys(self) -> tuple[InstanceKey, ...]:
         """The prefill instances that may be given work; the same object until there are others."""

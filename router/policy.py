@@ -21,6 +21,7 @@ class RoutingPolicy(Protocol):
     ) -> Placement | None:
         """Returns a placement that fits now, or None where there is none.
 
+        The instances come in order of their `load`, lowest first.
         What does not fit does not fit either with a longer prompt or more tokens to generate.
         `cached_tokens` may hash the prompt: it is not to be asked where nothing fits anyway.
         """

@@ -4,12 +4,11 @@ Values alone, as the ledger shows them and a policy weighs them; nothing here ch
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from service.step_fit import StepSpeed
 
@@ -131,8 +130,8 @@ class CachedTokens(ABC):
     def __call__(self, key: InstanceKey, dp_rank: int = 0) -> int:
         """Return those of an instance, and of one of its dp ranks."""
 
-    def holders(self) -> AbstractSet[InstanceKey] | None:
-        """Return the instances that have any; None where each is to be asked."""
+    def everywhere(self) -> Mapping[InstanceKey, Sequence[int]] | None:
+        """Return those of each dp rank by instance, where there are any; None: ask for each."""
         return None
 
 
@@ -142,8 +141,8 @@ class NothingCached(CachedTokens):
     def __call__(self, key: InstanceKey, dp_rank: int = 0) -> int:
         return 0
 
-    def holders(self) -> AbstractSet[InstanceKey]:
-        return frozenset()
+    def everywhere(self) -> Mapping[InstanceKey, Sequence[int]]:
+        return {}
 
 
 class AskEach(CachedTokens):
@@ -292,6 +291,8 @@ class DecodeView:
 @dataclass(frozen=True, kw_only=True)
 class PrefillView:
     """A prefill instance as a policy sees it; `owed_tokens` are those of each of its cp ranks."""
+
+    dp_rank: ClassVar[int] = 0  # it has no others
 
     key: InstanceKey
     capacity: Capacity

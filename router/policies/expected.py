@@ -6,7 +6,7 @@ decode instance's step grows with its sequences and the tokens that they hold; o
 for by all that are there, at each of its tokens. What is least in sum is taken.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import inf
 from statistics import fmean
 from typing import NamedTuple
@@ -79,40 +79,32 @@ class Expected:
         fitting = fit(prefills, decodes, need, cached_tokens)
         if fitting is None:
             return None
-        cached = fitting.known_at_prefill()
         paired = _PAIRED if len(fitting.able) > 1 and len(fitting.roomy) > 1 else 1
-        firsts = self._firsts(fitting.able, need, cached, paired)
+        firsts = self._firsts(fitting, paired)
         thens = _thens(fitting, paired) if need.decodes else []
         if thens:
-            _, _, first, then = min(
+            _, _, i, j = min(
                 (*_together(first, then, need), i, j)
                 for i, first in enumerate(firsts)
                 for j, then in enumerate(thens)
             )
-            return _placement(fitting, firsts[first], thens[then].view, cached)
-        decode = roomiest(fitting) if need.decodes else None
-        return _placement(fitting, firsts[0], decode, cached)
+            return fitting.placement(firsts[i].view, thens[j].view, first=firsts[i].first)
+        return fitting.placement(firsts[0].view, roomiest(fitting), first=firsts[0].first)
 
-    def _firsts(
-        self,
-        able: Sequence[PrefillView],
-        need: Need,
-        cached: Mapping[InstanceKey, int],
-        most: int,
-    ) -> list[_First]:
+    def _firsts(self, fitting: Fitting, most: int) -> list[_First]:
         """Returns the prefill instances that are best for a prompt, best first."""
+        able, need, cached = fitting.able, fitting.need, fitting.cached
         # Most have nothing of the prompt, and are compared by what is known of them beforehand.
         weighed = need.prompt_tokens * (1 + self._work_weight)
         scores = [p.ready_s + weighed * p.rank_token_s for p in able]
-        likely = _likely(scores, able, most)
+        likely = _likely(scores, most)
         closer = {able[i].key: able[i] for i in likely if scores[i] < inf}
-        if cached:
-            closer |= {p.key: p for p in able if p.key in cached}
+        closer |= {p.key: p for p in fitting.knowing}
         usual_s = 0.0
         if inf in scores:
             known = [p.rank_token_s for p in able if p.pace.speed is not None]
             if not known:
-                view, first = first_done(able, cached, need)
+                view, first = first_done(fitting)
                 return [_First(view, first, 0.0, 0.0, 0.0)]
             usual_s = fmean(known)
             closer |= {p.key: p for p, score in zip(able, scores, strict=True) if score == inf}
@@ -142,22 +134,13 @@ class Expected:
         return _First(view, first, late, ttft_s + self._work_weight * compute_s, compute_s)
 
 
-def _likely(
-    scores: Sequence[float], views: Sequence[PrefillView] | Sequence[DecodeView], most: int
-) -> list[int]:
-    """Returns the places of the best; among many that are alike, of the least loaded."""
+def _likely(scores: Sequence[float], most: int) -> list[int]:
+    """Returns the places of the best; among many that are alike, of those that come first."""
     limit = _ALIKE * min(scores)
     alike = [i for i, score in enumerate(scores) if score <= limit]
     if len(alike) > most:
-        return sorted(alike, key=lambda i: views[i].load)[:most]
+        return alike[:most]
     return sorted(range(len(scores)), key=scores.__getitem__)[:most]
-
-
-def _placement(
-    fitting: Fitting, first: _First, decode: DecodeView | None, cached: Mapping[InstanceKey, int]
-) -> Placement:
-    cached_tokens = cached.get(first.view.key, 0)
-    return fitting.placement(first.view, decode, cached_tokens=cached_tokens, first=first.first)
 
 
 def _thens(fitting: Fitting, most: int) -> list[_Then]:
@@ -177,18 +160,23 @@ def _thens(fitting: Fitting, most: int) -> list[_Then]:
         steps = [d.step_s + tokens * d.token_s for d in roomy]
         likely = sorted(order, key=lambda i: (max(limit_s, steps[i]), scores[i]))[:most]
     else:
-        likely = _likely(scores, roomy, most)
+        likely = _likely(scores, most)
     # A beginning that is there already saves its transfer, and no more than that.
-    closer = dict.fromkeys(likely, 0) | dict(fitting.known_at_decode())
+    closer = {_place(view): (view, held) for view, held in fitting.known_at_decode()}
     if inf in scores:
-        closer |= {i: closer.get(i, 0) for i in order if scores[i] == inf}
-    thens = [_then(roomy[i], need, held, known) for i, held in closer.items()]
+        likely += [i for i in order if scores[i] == inf]
+    closer |= {place: (roomy[i], 0) for i in likely if (place := _place(roomy[i])) not in closer}
+    thens = [_then(view, need, held, known) for view, held in closer.values()]
     least_s = min(then.cost_s for then in thens)
     thens = [
         then._replace(cost_s=least_s) if then.cost_s <= _ALIKE * least_s else then for then in thens
     ]
     thens.sort(key=lambda then: then.view.load)
     return thens
+
+
+def _place(view: DecodeView) -> tuple[InstanceKey, int]:
+    return view.key, view.dp_rank
 
 
 def _then(view: DecodeView, need: Need, held_tokens: int, known: StepSpeed) -> _Then:

@@ -1,12 +1,9 @@
 """The least loaded of each role: prefill by the tokens that it owes, decode by its room."""
 
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Iterable, Sequence
 
 from router.policies.fitting import Fitting, beginnings, fit
-from router.views import CachedTokens, DecodeView, InstanceKey, Need, Placement, PrefillView
-
-_LOAD = attrgetter("load")
+from router.views import CachedTokens, DecodeView, Need, Placement, PrefillView
 
 
 class LeastLoaded:
@@ -36,21 +33,16 @@ class LeastLoaded:
         fitting = fit(prefills, decodes, need, cached_tokens)
         if fitting is None:
             return None
-        cached = fitting.known_at_prefill()
-        prefill, first = first_done(fitting.able, cached, need)
-        decode = roomiest(fitting) if need.decodes else None
-        return fitting.placement(
-            prefill, decode, cached_tokens=cached.get(prefill.key, 0), first=first
-        )
+        prefill, first = first_done(fitting)
+        return fitting.placement(prefill, roomiest(fitting), first=first)
 
 
-def first_done(
-    able: Sequence[PrefillView], cached: Mapping[InstanceKey, int], need: Need
-) -> tuple[PrefillView, int]:
+def first_done(fitting: Fitting) -> tuple[PrefillView, int]:
     """Returns the one that computes the fewest tokens until it is done with a prompt.
 
     And the cp rank that the prompt is to begin at.
     """
+    need, cached = fitting.need, fitting.cached
     *_, first, prefill = min(
         (
             p.tokens_until(need.prompt_tokens, cached.get(p.key, 0), first),
@@ -59,30 +51,30 @@ def first_done(
             first,
             p,
         )
-        for p in _first_prefills(able, cached)
+        for p in _first_prefills(fitting)
         for first in beginnings(p, need)
     )
     return prefill, first
 
 
-def _first_prefills(
-    able: Sequence[PrefillView], cached: Mapping[InstanceKey, int]
-) -> Sequence[PrefillView]:
+def _first_prefills(fitting: Fitting) -> Iterable[PrefillView]:
     """Returns those that can be done with a prompt first: any that has some of it, and the one
     that owes least. With context parallelism it depends on the ranks, so that any of them can.
     """
-    idlest = min(able, key=_LOAD)
+    idlest, prompt_tokens = fitting.idlest, fitting.need.prompt_tokens
     if idlest.capacity.cp > 1:
-        return able
-    return [idlest, *(p for p in able if p.key in cached or p.capacity.cp > 1)]
+        return fitting.able
+    rings = [p for p in fitting.prefills if p.capacity.cp > 1]
+    return [idlest, *fitting.knowing, *(p for p in rings if prompt_tokens <= p.longest_prompt)]
 
 
-def roomiest(fitting: Fitting) -> DecodeView:
+def roomiest(fitting: Fitting) -> DecodeView | None:
     """Returns the one with the most room, what is cached of the prompt counted as such."""
-    best = min(fitting.roomy, key=_LOAD)
+    best = fitting.roomiest
+    if best is None:
+        return None
     least = best.load
-    for place, tokens in fitting.known_at_decode():
-        view = fitting.roomy[place]
+    for view, tokens in fitting.known_at_decode():
         load = (-view.room(tokens), *view.load[1:])
         if load < least:
             best, least = view, load

@@ -19,10 +19,10 @@ class PrefixOnly:
         fitting = fit(prefills, decodes, need, cached_tokens)
         if fitting is None:
             return None
-        prefill = min(fitting.able, key=lambda p: (-cached_tokens(p.key), p.load))
+        prefill = min(fitting.able, key=lambda p: (-fitting.cached.get(p.key, 0), p.load))
         decode = min(
             fitting.roomy,
             key=lambda d: (-cached_tokens(d.key, d.dp_rank), d.load),
             default=None,
         )
-        return fitting.placement(prefill, decode, cached_tokens=cached_tokens(prefill.key))
+        return fitting.placement(prefill, decode)

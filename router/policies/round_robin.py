@@ -34,7 +34,7 @@ class RoundRobin:
         if need.decodes:
             self._decode = _next(fitting.roomy, self._decode)
         decode = self._decode if need.decodes else None
-        return fitting.placement(prefill, decode, cached_tokens=cached_tokens(prefill.key))
+        return fitting.placement(prefill, decode)
 
 
 def _next(views: Sequence[_View], last: _View | None) -> _View:
@@ -47,4 +47,4 @@ def _next(views: Sequence[_View], last: _View | None) -> _View:
 
 
 def _place(view: DecodeView | PrefillView) -> tuple[str, int, int]:
-    return (*view.key, view.dp_rank if isinstance(view, DecodeView) else 0)
+    return (*view.key, view.dp_rank)

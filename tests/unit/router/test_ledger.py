@@ -398,5 +398,5 @@ def test_sequence_must_fit_one_dp_rank() -> None:
     assert not book.try_reserve(3, need(17, 15), second)
     assert [(view.dp_rank, view.free_blocks) for view in book.decodes()] == [(0, 1), (1, 1)]
     book.release(2)
-    assert [view.free_blocks for view in book.decodes()] == [1, 4]
+    assert [view.free_blocks for view in book.decodes()] == [4, 1]
     book.check_integrity()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import inf
 from types import MappingProxyType
+from typing import TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -39,6 +40,14 @@ def prefill(name: str, owed: int = 0, token_s: float | None = 1e-4, **ways: floa
     )
 
 
+_View = TypeVar("_View", DecodeView, PrefillView)
+
+
+def in_order(views: list[_View]) -> list[_View]:
+    """As the ledger gives them."""
+    return sorted(views, key=lambda view: view.load)
+
+
 def decode(
     name: str, sequences: int = 0, free: int = 1000, base_s: float | None = 0.02
 ) -> DecodeView:
@@ -59,7 +68,12 @@ def placed(
     need: Need = NEED,
     cached: Mapping[str, int] = NO_CACHE,
 ) -> Placement | None:
-    return policy.choose(prefills, decodes, need, AskEach(lambda key, _: cached.get(key.name, 0)))
+    return policy.choose(
+        in_order(prefills),
+        in_order(decodes),
+        need,
+        AskEach(lambda key, _: cached.get(key.name, 0)),
+    )
 
 
 def names(placement: Placement | None) -> tuple[str, str]:

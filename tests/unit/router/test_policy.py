@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -35,6 +36,14 @@ def wide(name: str, *owed_tokens: int) -> PrefillView:
     return replace(prefill(name), capacity=capacity, owed_tokens=owed_tokens)
 
 
+_View = TypeVar("_View", DecodeView, PrefillView)
+
+
+def in_order(views: list[_View]) -> list[_View]:
+    """As the ledger gives them."""
+    return sorted(views, key=lambda view: view.load)
+
+
 def decode(name: str, free: int = 10, sequences: int = 0) -> DecodeView:
     return DecodeView(
         key=InstanceKey(name, 1), capacity=CAPACITY, free_blocks=free, sequences=sequences
@@ -48,7 +57,10 @@ def chosen(
     cached: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[str, str] | None:
     placement = LeastLoaded().choose(
-        prefills, decodes, need, AskEach(lambda key, _: cached.get(key.name, 0))
+        in_order(prefills),
+        in_order(decodes),
+        need,
+        AskEach(lambda key, _: cached.get(key.name, 0)),
     )
     if placement is None:
         return None
@@ -92,7 +104,7 @@ def test_cached_beginning_is_worth_the_tokens_it_saves(queue: int, winner: str) 
 
 def beginning(prefills: list[PrefillView], tokens: int) -> tuple[str, int | None]:
     need = Need(prompt_tokens=tokens, max_new_tokens=1)
-    placement = LeastLoaded().choose(prefills, [], need, NothingCached())
+    placement = LeastLoaded().choose(in_order(prefills), [], need, NothingCached())
     assert placement is not None
     assert placement.prefill is not None
     return placement.prefill.name, placement.cp_first
@@ -253,7 +265,10 @@ def test_the_choice_is_that_of_comparing_all_with_all(data: st.DataObject) -> No
     cached = data.draw(st.dictionaries(st.sampled_from(names), st.integers(0, 40), max_size=4))
     need = Need(prompt_tokens=data.draw(st.integers(1, 60)), max_new_tokens=20)
     placement = LeastLoaded().choose(
-        prefills, decodes, need, AskEach(lambda key, _: cached.get(key.name, 0))
+        in_order(prefills),
+        in_order(decodes),
+        need,
+        AskEach(lambda key, _: cached.get(key.name, 0)),
     )
     expected = by_looking_at_all(prefills, decodes, need, cached)
     if expected is None:

@@ -1,11 +1,14 @@
 """What the router knows of prefix caches: lookups, gaps, bounds, and instances that come and go."""
 
 from dataclasses import replace
+from typing import Any
 
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from twinpool.v1 import worker_pb2
 
 from router.hello import prefix_events_from_wire
-from router.ledger import InstanceKey
+from router.ledger import CachedTokens, InstanceKey
 from router.membership import Instance
 from router.prefix_index import PrefixEvents, PrefixIndex
 from service.prefix_keys import PrefixKeys, prefix_salt, short_key
@@ -150,18 +153,91 @@ def test_no_more_is_remembered_than_the_instance_has_blocks() -> None:
         assert index.known_blocks(KEY) == most
 
 
-def test_holders_are_those_that_have_anything_of_a_prompt() -> None:
+def found_at_once(cached: CachedTokens) -> dict[InstanceKey, list[int]]:
+    everywhere = cached.everywhere()
+    assert everywhere is not None
+    return {key: [*of_ranks] for key, of_ranks in everywhere.items()}
+
+
+def test_all_that_have_anything_of_a_prompt_are_found_at_once() -> None:
     first, second = keys_of(*PROMPT)
     [elsewhere] = keys_of(*PROMPT[:BLOCK], first=1)
     index = PrefixIndex()
-    stored = {"both": (first, second), "tail": (second,), "other dp rank": (elsewhere,), "none": ()}
+    stored = {
+        "both": (first, second),
+        "one": (first,),
+        "tail": (second,),
+        "other dp rank": (elsewhere,),
+        "none": (),
+    }
     for name, keys in stored.items():
         made = holder(name)
         index.join(replace(made, capacity=replace(made.capacity, dp=2)))
         assert index.take(InstanceKey(name, 1), told(*keys))
     cached = index.lookup(request(*PROMPT))
-    assert cached.holders() == {InstanceKey("both", 1), InstanceKey("other dp rank", 1)}
-    assert cached(InstanceKey("both", 1)) == 2 * BLOCK
-    assert cached(InstanceKey("other dp rank", 1)) == 0
-    assert cached(InstanceKey("other dp rank", 1), 1) == BLOCK
-    assert index.lookup(request(1)).holders() == set()
+    found = {key.name: of_ranks for key, of_ranks in found_at_once(cached).items()}
+    assert found == {"both": [2 * BLOCK, 0], "one": [BLOCK, 0], "other dp rank": [0, BLOCK]}
+    for name in stored:
+        key = InstanceKey(name, 1)
+        assert [cached(key), cached(key, 1)] == found.get(name, [0, 0])
+    assert index.lookup(request(1)).everywhere() == {}
+
+
+class PrefixIndexWalk(RuleBasedStateMachine):
+    """Instances come, tell, forget and go; asking for all finds what asking for each does."""
+
+    PROMPTS = (tuple(range(18)), (*range(8), *range(50, 62)), (7, 7, 7, 7, 7, 7, 7, 7, 7))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = PrefixIndex()
+        self.known: dict[InstanceKey, tuple[int, set[int]]] = {}
+        self.keys = [keys_of(*prompt) for prompt in self.PROMPTS]
+
+    @rule(number=st.integers(0, 5), seed=st.sampled_from([SEED, b"other"]))
+    def joins(self, number: int, seed: bytes) -> None:
+        made = holder(f"i{number}", seed=seed)
+        self.index.join(made)
+        self.known[made.key] = (0, set())
+
+    @rule(number=st.integers(0, 5))
+    def leaves(self, number: int) -> None:
+        key = InstanceKey(f"i{number}", 1)
+        self.index.leave(key)
+        self.known.pop(key, None)
+
+    @rule(
+        number=st.integers(0, 5),
+        prompt=st.integers(0, 2),
+        blocks=st.integers(0, 4),
+        removed=st.integers(0, 4),
+    )
+    def tells(self, number: int, prompt: int, blocks: int, removed: int) -> None:
+        key = InstanceKey(f"i{number}", 1)
+        if key not in self.known:
+            return
+        sequence, keys = self.known[key]
+        gone, come = self.keys[prompt][:removed], self.keys[prompt][:blocks]
+        events = PrefixEvents(sequence=sequence + 1, reset=sequence == 0, stored=come, removed=gone)
+        assert self.index.take(key, events)
+        self.known[key] = sequence + 1, keys.difference(gone) | {*come}
+
+    @rule(number=st.integers(0, 5))
+    def loses_a_message(self, number: int) -> None:
+        key = InstanceKey(f"i{number}", 1)
+        if key in self.known and self.known[key][0]:
+            events = PrefixEvents(sequence=99_999, reset=False, stored=(), removed=())
+            assert not self.index.take(key, events)
+            self.known[key] = 0, set()
+
+    @invariant()
+    def both_ways_agree(self) -> None:
+        for key, (_, keys) in self.known.items():
+            assert self.index.keys(key) == keys
+        for prompt in self.PROMPTS:
+            cached = self.index.lookup(request(*prompt))
+            asked = {key: [tokens] for key in self.known if (tokens := cached(key))}
+            assert found_at_once(cached) == asked
+
+
+TestPrefixIndexWalk: Any = PrefixIndexWalk.TestCase
