@@ -5,7 +5,6 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from engine.pipeline import Logits
 from engine.ring import GroupComm, Wire
 from engine.runner import Chunk, ModelRunner
 from engine.weights import Reader
+from tests.integration.layouts.groups import TIMEOUT, Groups
 
 BLOCK_SIZE = 16
-TIMEOUT = timedelta(seconds=60)
 # Sequences of each dp rank: (tokens of the prompt, passes it sits out before it begins).
 SEQUENCES: Sequence[Sequence[tuple[int, int]]] = (
     ((5, 0), (33, 0), (1, 1)),
@@ -125,24 +124,6 @@ def _decode_counts(runner: ModelRunner) -> dict[str, list[int]]:
     runner.tally.take()
     runner.forward(of_all[layout.dp_rank], dp_tokens=[tokens_of(each) for each in of_all])
     return {kind: [count.calls, count.bytes] for kind, count in runner.tally.take().items()}
-
-
-class Groups:
-    """The process groups of the ranks that differ in some of their places only; made once each."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-
-    def mine(self, rank: int, lines: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
-        """Return the group of `rank`'s line; all ranks of the world call it with all lines."""
-        found = None
-        for line in lines:
-            members = tuple(int(each) for each in line)
-            if members not in self._made:
-                self._made[members] = dist.new_group(list(members), timeout=TIMEOUT)
-            if rank in members:
-                found = self._made[members]
-        return found
 
 
 def _run(case: dict[str, Any], rank: int, groups: Groups, out: Path) -> None:

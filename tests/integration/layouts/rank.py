@@ -24,6 +24,7 @@ from engine.parallel import Collectives, Layout
 from engine.pipeline import Logits
 from engine.ring import GroupComm, Wire
 from engine.runner import Chunk, ModelRunner
+from tests.integration.layouts.groups import TIMEOUT, Groups
 
 BLOCK_SIZE = 16
 LENGTHS = (1, 7, 64, 101, 203)
@@ -94,10 +95,10 @@ def logits(
     return torch.cat(found)
 
 
-def _groups(places: NDArray[np.int64], axis: int) -> list[dist.ProcessGroup]:
-    """Return groups of the ranks that differ in their place on one axis only; all ranks call it."""
-    lines = np.moveaxis(places, axis, -1).reshape(-1, places.shape[axis])
-    return [dist.new_group(ranks.tolist()) for ranks in lines]
+def _lines(places: NDArray[np.int64], axis: int) -> list[list[int]]:
+    """Return the ranks that differ in their place on one axis only, line by line."""
+    lines: list[list[int]] = np.moveaxis(places, axis, -1).reshape(-1, places.shape[axis]).tolist()
+    return lines
 
 
 def main() -> None:
@@ -105,18 +106,22 @@ def main() -> None:
     rank, world, port = (int(text) for text in sys.argv[1:4])
     cases, out = json.loads(sys.argv[4]), Path(sys.argv[5])
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world,
+        timeout=TIMEOUT,
     )
+    groups = Groups()
     for case in cases:
         numbers = np.arange(case["pp"] * case["cp"] * case["tp"])
         places = numbers.reshape(case["pp"], case["cp"], case["tp"])
-        everybody = dist.new_group(numbers.tolist())
-        groups = [_groups(places, axis) for axis in range(3)]
+        everybody = groups.mine(rank, [numbers.tolist()])
+        stages, ring, ranks = (groups.mine(rank, _lines(places, axis)) for axis in range(3))
         if rank >= places.size:
             continue
-        stages, ring, ranks = (
-            next(group for group in of_axis if dist.get_rank(group) >= 0) for of_axis in groups
-        )
+        assert stages is not None
+        assert ring is not None
         pp_rank, cp_rank, tp_rank = (int(found) for [found] in np.nonzero(places == rank))
         found = logits(
             Path(case["model"]),
