@@ -213,7 +213,8 @@ async def test_every_method_is_refused_over_the_wire(access: Access) -> None:
                 error = await _error_of_stream(channel, method, token)
                 assert isinstance(error, Unauthenticated)
             assert isinstance(await _error_of_stream(channel, method, wrong), PermissionDenied)
-            error = await _error_of_stream(channel, method, TOKENS[RIGHTS[method]])
+            # With a message: a handler that gets in and takes one would wait for it.
+            error = await _error_of_stream(channel, method, TOKENS[RIGHTS[method]], b"answer")
             assert not isinstance(error, Unauthenticated | PermissionDenied)
 
 
@@ -231,11 +232,11 @@ async def test_health_is_open_and_reflection_is_not(access: Access) -> None:
 
 
 async def _error_of_stream(
-    channel: grpc.aio.Channel, path: str, token: str | None
+    channel: grpc.aio.Channel, path: str, token: str | None, *messages: bytes
 ) -> ServiceError | None:
     metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
     start: Any = channel.stream_stream(path)
-    call = start(iter(()), metadata=metadata, timeout=10)
+    call = start(iter(messages), metadata=metadata, timeout=10)
     try:
         async for _ in call:
             pass
