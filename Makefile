@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
+# Unit tests need no core but their own. The others are systems that have all cores to themselves.
+PARALLEL := -n logical --maxprocesses 8
+
 # Which tests `make check` runs; none where `make test` follows, which runs them too.
 FAST_TESTS ?= tests/unit
 
@@ -22,7 +25,8 @@ demo: $(STAMP) ## Start router, prefill and decode, send prompts, show tokens an
 	$(BIN)/twinpool demo
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/pytest --ignore tests/soak
+	$(BIN)/pytest $(PARALLEL) tests/unit
+	$(BIN)/pytest tests/integration
 
 check: $(STAMP) ## Format, lint, types, import floors, generated code, fast tests
 	$(BIN)/ruff format --check .
@@ -30,7 +34,7 @@ check: $(STAMP) ## Format, lint, types, import floors, generated code, fast test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python proto/generate.py --check
-	$(if $(FAST_TESTS),$(BIN)/pytest $(FAST_TESTS))
+	$(if $(FAST_TESTS),$(BIN)/pytest $(PARALLEL) $(FAST_TESTS))
 
 proto: $(STAMP) ## Generate the wire types from proto/
 	$(BIN)/python proto/generate.py
