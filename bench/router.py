@@ -9,7 +9,8 @@ measure. It has one core; mocks and clients share another one, and a clock.
   a phase of its own. Added is the time from the moment that a mock hands a step to gRPC to the one
   at which a client reads the token from its socket: the last of a step's tokens has waited for all
   others. Memory counts from the router with nothing to do. With --minutes N also the first, the
-  last and the worst minute.
+  last and the worst minute. The limit is a relay on the same core and library that passes the same
+  steps on and does nothing else.
 - Decision: from a request's arrival to its booking, in the router's pure parts alone; half of the
   instances are prefill. Where caches are known, hashing the prompt is part of it.
 - Overload: requests at random times, ten times as many as there are slots for; goodput beside the

@@ -6,12 +6,13 @@ Of one process, so that both read the same clock and share what was sent when.
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from twinpool import AsyncClient
 
+from bench.routers.bare_mocks import Feeds
 from bench.routers.calls import Connection
 from bench.routers.http_calls import HttpCalls
 from bench.routers.http_mocks import HttpWorkers
@@ -40,6 +41,7 @@ class Around:
         sequences: What each decode instance can take at once.
         interval_s: Between two of its steps; None: as soon as the last ones have arrived.
         http_ports: Where the peer expects its workers, prefill first; None for our own router.
+        bare: Whether there is a relay in the router's place.
     """
 
     routers: Sequence[str]
@@ -47,6 +49,7 @@ class Around:
     sequences: int
     interval_s: float | None
     http_ports: Sequence[int] | None = None
+    bare: bool = False
 
     @property
     def prefills(self) -> int:
@@ -79,6 +82,13 @@ async def client_of(around: Around) -> AsyncIterator[Client]:
             async with _warm(calls, Http(), stamps) as client:
                 yield client
         return
+    if around.bare:
+        [relay] = around.routers
+        calls = await _connections(around, clock)
+        feeds = Feeds(relay, around.decodes, stamps=stamps, pace=paces)
+        async with feeds, _warm(calls, Grpc(), stamps) as client:
+            yield client
+        return
     pools = Pools(
         list(around.routers),
         prefills=around.prefills,
@@ -90,10 +100,13 @@ async def client_of(around: Around) -> AsyncIterator[Client]:
     async with pools:
         for router in around.routers:
             await _ready(router, pools.instances)
-        turns = [router for _ in range(_CONNECTIONS) for router in around.routers]
-        calls = [await Connection.open(router, METHOD, clock) for router in turns]
-        async with _warm(calls, Grpc(), stamps) as client:
+        async with _warm(await _connections(around, clock), Grpc(), stamps) as client:
             yield client
+
+
+async def _connections(around: Around, clock: Callable[[], float]) -> list[Connection]:
+    turns = [router for _ in range(_CONNECTIONS) for router in around.routers]
+    return [await Connection.open(router, METHOD, clock) for router in turns]
 
 
 @asynccontextmanager

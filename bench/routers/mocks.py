@@ -6,7 +6,7 @@ decode of its process that the KV is complete; none is moved.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -126,7 +126,7 @@ class Mock:
         )
 
 
-class _Batch:
+class Batch:
     """The sequences of one router: those that run, with the tokens that each is still to get."""
 
     def __init__(self) -> None:
@@ -134,10 +134,12 @@ class _Batch:
         self.has_work = asyncio.Event()
 
     def join(self, request_id: int, tokens: int) -> None:
+        """Take a sequence in."""
         self.left[request_id] = tokens
         self.has_work.set()
 
     def drop(self, request_id: int) -> None:
+        """Take one out; unknown ones are no error."""
         if self.left.pop(request_id, None) is not None and not self.left:
             self.has_work.clear()
 
@@ -153,6 +155,25 @@ class _Batch:
                 self.left[request_id] = left - 1
             outputs.append(output)
         return worker_pb2.DecodeRunResponse(outputs=outputs)
+
+
+async def steps(
+    batch: Batch,
+    pace: Pace,
+    stamps: Stamps,
+    write: Callable[[worker_pb2.DecodeRunResponse], Awaitable[None]],
+) -> None:
+    """Step a batch for ever, at its pace."""
+    while True:
+        await batch.has_work.wait()
+        await pace.next()
+        if not batch.left:  # the last one has been aborted meanwhile
+            pace.arrived()
+        else:
+            token_id = stamps.open(len(batch.left), pace.arrived)
+            message = batch.step(token_id)
+            stamps.sent(token_id)
+            await write(message)
 
 
 class MockDecode(Mock, worker_pb2_grpc.DecodeServicer):
@@ -172,9 +193,9 @@ class MockDecode(Mock, worker_pb2_grpc.DecodeServicer):
         super().__init__(name, text, max_sequences=max_sequences)
         self._stamps = stamps
         self._pace = pace
-        self._batches: dict[str, _Batch] = {}
+        self._batches: dict[str, Batch] = {}
         # Of those that do not run yet: the batch, the tokens, and what is still missing.
-        self._waiting: dict[int, tuple[_Batch, int, set[str]]] = {}
+        self._waiting: dict[int, tuple[Batch, int, set[str]]] = {}
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add the role's servicer."""
@@ -208,27 +229,14 @@ class MockDecode(Mock, worker_pb2_grpc.DecodeServicer):
     ) -> None:
         """Serve one router."""
         router_id = (await anext(request_iterator)).hello.router_id
-        batch = self._batches[router_id] = _Batch()
-        steps = asyncio.create_task(self._steps(batch, context))
+        batch = self._batches[router_id] = Batch()
+        stepping = asyncio.create_task(steps(batch, self._pace(), self._stamps, context.write))
         try:
             async for request in request_iterator:
                 self.has(request.activate.request_id, "token")
         finally:
-            steps.cancel()
+            stepping.cancel()
             del self._batches[router_id]
-
-    async def _steps(self, batch: _Batch, context: Any) -> None:
-        pace = self._pace()
-        while True:
-            await batch.has_work.wait()
-            await pace.next()
-            if not batch.left:  # the last one has been aborted meanwhile
-                pace.arrived()
-            else:
-                token_id = self._stamps.open(len(batch.left), pace.arrived)
-                message = batch.step(token_id)
-                self._stamps.sent(token_id)
-                await context.write(message)
 
     async def Regrant(
         self, request: worker_pb2.RegrantRequest, context: Any

@@ -34,7 +34,20 @@ class Started:
 @contextmanager
 def router(core: int, options: Sequence[str] = ()) -> Iterator[Started]:
     """Run a router on one core until the block ends; raises SideFailed where it does not start."""
-    command = [sys.executable, "-m", "router", "--port", "0", "--log-level", "warning", *options]
+    with _started(core, ["router", "--port", "0", "--log-level", "warning", *options]) as found:
+        yield found
+
+
+@contextmanager
+def bare(core: int) -> Iterator[Started]:
+    """Run a relay in a router's place, as `router` does: see `bare`."""
+    with _started(core, ["bench.routers.bare"]) as found:
+        yield found
+
+
+@contextmanager
+def _started(core: int, module: Sequence[str]) -> Iterator[Started]:
+    command = [sys.executable, "-m", *module]
     with ExitStack() as stack:
         stderr = stack.enter_context(tempfile.TemporaryFile())
         process = stack.enter_context(_process(core, command, stderr, subprocess.PIPE))
@@ -43,7 +56,7 @@ def router(core: int, options: Sequence[str] = ()) -> Iterator[Started]:
         if _READY not in ready:
             stderr.seek(0)
             said = stderr.read().decode(errors="replace").strip()
-            raise SideFailed(f"the router does not start; it said: {said[-2000:] or 'nothing'}")
+            raise SideFailed(f"{module[0]} does not start; it said: {said[-2000:] or 'nothing'}")
         yield Started(ready.partition(_READY)[2].strip(), process.pid)
 
 

@@ -46,6 +46,24 @@ def run(
     return windows
 
 
+def run_bare(
+    settings: Settings, *, decodes: int, interval_s: float | None, **load: Any
+) -> list[dict[str, float]]:
+    """As `run` of streams, with nothing but gRPC in the router's place."""
+    with processes.bare(settings.router_cores[0]) as relay:
+        around = {
+            "routers": [relay.address],
+            "decodes": decodes,
+            "sequences": 0,
+            "interval_s": interval_s,
+            "bare": True,
+        }
+        windows = _ask("streams", settings, around, [relay], load)
+    if any(window["unfinished"] for window in windows):
+        raise SideFailed("the bare relay has not answered all requests to their end")
+    return windows
+
+
 def run_peer(
     settings: Settings, *, decodes: int, interval_s: float | None, **load: Any
 ) -> list[dict[str, float]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.report import Row, median_and_spread
-from bench.routers.runs import run
+from bench.routers.runs import run, run_bare
 from bench.routers.settings import Settings
 
 Say = Callable[[str], None]
@@ -21,14 +21,20 @@ def rows(settings: Settings, say: Say) -> list[Row]:
     name = f"{settings.streams} streams"
     if not settings.wants(name):
         return []
+    bare = {**_work(settings), **_rounds(settings)}
+    del bare["sequences"]
+    most = _median(run_bare(settings, **bare, interval_s=None), "tokens_per_s")
+    say(f"measured {name} of bare gRPC")
     best = run("streams", settings, **_work(settings), interval_s=None, **_rounds(settings))
     say(f"measured {name} at saturation")
     per_s, spread = median_and_spread([window["tokens_per_s"] for window in best])
+    interval_s = 2 * settings.streams / per_s
+    at_half = run_bare(settings, **bare, interval_s=interval_s)
     minutes = run(
         "streams",
         settings,
         **_work(settings),
-        interval_s=2 * settings.streams / per_s,
+        interval_s=interval_s,
         settle_s=settings.settle_s,
         window_s=settings.minute_s,
         windows=settings.minutes,
@@ -41,18 +47,34 @@ def rows(settings: Settings, say: Say) -> list[Row]:
             unit="tokens/s",
             higher_is_better=True,
             spread=spread,
+            limit=most,
         ),
-        *half_load_rows(f"{name}, half load", minutes),
+        *half_load_rows(f"{name}, half load", minutes, at_half),
     ]
 
 
-def half_load_rows(name: str, minutes: Sequence[dict[str, float]]) -> list[Row]:
-    """Return the rows of windows of a minute each: the median one, the worst, and memory."""
+def half_load_rows(
+    name: str, minutes: Sequence[dict[str, float]], bare: Sequence[dict[str, float]]
+) -> list[Row]:
+    """Return the rows of windows of a minute each: the median one, the worst, and memory.
+
+    `bare` are windows of a relay that is nothing but gRPC, with the same steps.
+    """
+
+    def row(what: str, figure: str, unit: str, scale: float = 1, *, higher: bool = False) -> Row:
+        return Row(
+            row=f"{name}, {what}",
+            ours=_median(minutes, figure) * scale,
+            unit=unit,
+            higher_is_better=higher,
+            limit=_median(bare, figure) * scale,
+        )
+
     found = [
-        _row(f"{name}, tokens", _median(minutes, "tokens_per_s"), "tokens/s", higher=True),
-        _row(f"{name}, added p50", _median(minutes, "on_way_p50_s") * 1e3, "ms"),
-        _row(f"{name}, added p99", _median(minutes, "on_way_p99_s") * 1e3, "ms"),
-        _row(f"{name}, router's core", _median(minutes, "router_cpu") * 100, "%"),
+        row("tokens", "tokens_per_s", "tokens/s", higher=True),
+        row("added p50", "on_way_p50_s", "ms", 1e3),
+        row("added p99", "on_way_p99_s", "ms", 1e3),
+        row("router's core", "router_cpu", "%", 100),
         _row(f"{name}, memory grown", max(m["grown_bytes"] for m in minutes) / _MB, "MB"),
     ]
     if len(minutes) > 1:

@@ -22,8 +22,11 @@ def quick(pattern: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_quick_run_measures_streams_and_decisions(tmp_path: Path) -> None:
-    rows = {row["row"]: row["ours"] for row in quick("^24 streams|decision", tmp_path)}
+    found = quick("^24 streams|decision", tmp_path)
+    rows = {row["row"]: row["ours"] for row in found}
     assert rows["24 streams, saturation"] > 0
+    [limit] = [row["limit"] for row in found if row["row"] == "24 streams, saturation"]
+    assert limit > 0
     assert 0 < rows["24 streams, half load, added p50"] <= rows["24 streams, half load, added p99"]
     assert sum(name.startswith("decision") for name in rows) == 4
 
