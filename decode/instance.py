@@ -36,6 +36,7 @@ from engine.config import MoeConfig
 from engine.dispatch import ExpertMap
 from engine.prefix_cache import PrefixCache
 from kvtransfer import AgentStats, CacheLayout, TransferEvent
+from service.hung_steps import end_where_a_step_hangs
 from service.instance import (
     Incarnation,
     Model,
@@ -88,6 +89,7 @@ class Instance:
             on_sent=lambda event: self.sender.take(0, event),
         )
         self._followers = followers
+        self._step_timeout_s = settings.step_timeout_s
         self.sender = Sender(
             settings,
             who.name,
@@ -254,6 +256,10 @@ class Instance:
         self._worker.start()
         return address
 
+    async def watch_steps(self) -> None:
+        """End the process where a step hangs."""
+        await end_where_a_step_hangs(lambda: self._worker.step_under_way, self._step_timeout_s, die)
+
     def close(self) -> None:
         """Stop the threads."""
         self._worker.stop()
@@ -384,7 +390,7 @@ async def _serve(
             server,
             registry,
             drain=instance.service.drain,
-            background=[routers.run(), instance.service.sweep()],
+            background=[routers.run(), instance.service.sweep(), instance.watch_steps()],
         )
     finally:
         instance.close()

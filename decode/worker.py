@@ -19,8 +19,12 @@ from decode.scheduler import Scheduler
 from decode.scheduler import Step as Batch
 from decode.sequence import SequenceRecord, State
 from engine.sampling import Sampled
+from service.hung_steps import StepHangs
 
 log = logging.getLogger(__name__)
+
+# Which the step under way has when the worker is to stop.
+_LAST_STEP_S = 30.0
 
 
 class First(NamedTuple):
@@ -133,6 +137,7 @@ class Worker:
         self._wake = threading.Condition()
         self._stopping = False
         self._under_way = 0
+        self._ended_steps = 0
         self._grown_blocks = 0
         self._stepping: set[int] = set()
         # Sequences that were aborted during a step of theirs: they end with it.
@@ -173,12 +178,14 @@ class Worker:
         self._post(_Room())
 
     def stop(self) -> None:
-        """Stop after the step in progress and wait for the thread to end."""
+        """Stop after the step in progress and wait for the thread to end; if that hangs, break."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_LAST_STEP_S)
+            if self._thread.is_alive():
+                self._on_fatal(StepHangs())
 
     @property
     def running(self) -> int:
@@ -189,6 +196,11 @@ class Worker:
     def waiting(self) -> int:
         """Sequences that are ready but find no room in the batch."""
         return self._scheduler.waiting
+
+    @property
+    def step_under_way(self) -> int | None:
+        """The number of the oldest step that has not ended, None where there is none."""
+        return self._ended_steps if self._under_way else None
 
     def _post(self, item: _Item) -> None:
         with self._wake:
@@ -302,6 +314,7 @@ class Worker:
 
     def _finish(self, step: _Computed) -> None:
         self._under_way -= 1
+        self._ended_steps += 1
         self._scheduler.finished(step.batch)
         tokens: dict[str, list[Token]] = defaultdict(list)
         for rows, part in zip(step.rows, step.parts, strict=True):

@@ -26,6 +26,7 @@ from prefill.records import StepReport
 from prefill.scheduler import Scheduler
 from prefill.server import PrefillService
 from prefill.worker import Worker
+from service.hung_steps import end_where_a_step_hangs
 from service.instance import (
     Incarnation,
     Model,
@@ -69,6 +70,7 @@ class Instance:
         identity = make_identity(model, who)
         self._rank = Rank(settings, model, identity, region, lambda event: self._on_event(event))
         self._followers = followers
+        self._step_timeout_s = settings.step_timeout_s
         transfers = self._transfers(settings.ranks)
         self._steps = Steps(
             self._rank.compute, depth=settings.pp, tell=self._tell_step, on_fatal=die
@@ -143,6 +145,10 @@ class Instance:
         """Start the threads."""
         self._rank.agent.start()
         self._worker.start()
+
+    async def watch_steps(self) -> None:
+        """End the process where a step hangs."""
+        await end_where_a_step_hangs(lambda: self._worker.step_under_way, self._step_timeout_s, die)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -254,7 +260,7 @@ async def _serve(
             server,
             registry,
             drain=instance.service.drain,
-            background=[routers.run()],
+            background=[routers.run(), instance.watch_steps()],
         )
     finally:
         instance.close()

@@ -32,10 +32,14 @@ from prefill.records import (
     Transferred,
 )
 from prefill.scheduler import Prompt, Scheduler, Slice, Step
+from service.hung_steps import StepHangs
 from service.logs import about_request
 from service.prefix_keys import prefix_salt
 
 log = logging.getLogger(__name__)
+
+# Which the step under way has when the worker is to stop.
+_LAST_STEP_S = 30.0
 
 # How much of the throughput's estimate each further step is.
 _THROUGHPUT_WEIGHT = 0.2
@@ -102,6 +106,7 @@ class Worker:
         self._jobs: dict[int, _Job] = {}
         self._tokens_per_s = math.inf
         self._under_way = 0
+        self._ended_steps = 0
         self._last_computed_s = -math.inf
         self._inbox: deque[Request | int | TransferEvent | _Computed] = deque()
         self._wake = threading.Condition()
@@ -136,12 +141,19 @@ class Worker:
         return -(-tokens // self._block_tokens)
 
     def stop(self) -> None:
-        """Stop after the step in progress and wait for the thread to end."""
+        """Stop after the step in progress and wait for the thread to end; if that hangs, break."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_LAST_STEP_S)
+            if self._thread.is_alive():
+                self._on_fatal(StepHangs())
+
+    @property
+    def step_under_way(self) -> int | None:
+        """The number of the oldest step that has not ended, None where there is none."""
+        return self._ended_steps if self._under_way else None
 
     def _post(self, item: Request | int | TransferEvent | _Computed) -> None:
         with self._wake:
@@ -255,6 +267,7 @@ class Worker:
 
     def _finish(self, step: _Computed) -> None:
         self._under_way -= 1
+        self._ended_steps += 1
         finishing_s = time.monotonic()
         tokens = sum(piece.length for _, piece in step.work)
         self._measure(tokens, step)

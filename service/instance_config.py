@@ -83,6 +83,12 @@ class InstanceConfig(BaseModel):
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="Seconds that open requests may take after SIGTERM."
     )
+    step_timeout_s: float = Field(
+        default=300.0,
+        ge=0,
+        description="Seconds after which a step is taken to hang: the instance then ends, so that"
+        " its requests go on elsewhere; 0 waits for ever.",
+    )
     tls_cert: TlsCert = None
     tls_key: TlsKey = None
     tls_ca: TlsCa = None

@@ -1,6 +1,7 @@
 """The step loop: whose tokens go out, and when a sequence that is in a step may end."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -14,6 +15,7 @@ from decode.worker import Step, Worker
 from engine.blocks import BlockPool
 from engine.sampling import Sampled, SamplingParams
 from engine.stopping import StopCriteria
+from service.hung_steps import StepHangs
 
 WAIT_S = 5.0
 PROMPT_TOKENS = 5
@@ -345,3 +347,29 @@ def test_sequence_that_is_to_pause_in_mid_prompt_is_handed_back(system: System) 
     assert [record.request_id for record in system.handed_back] == [1]
     assert system.paused == []
     assert not system.admission.holds(1)
+
+
+def test_step_under_way_is_told_until_it_ends(system: System) -> None:
+    assert system.worker.step_under_way is None
+    system.run(1, max_new_tokens=3)
+    system.worker.start()
+    for number in range(2):
+        system.compute.wait_begun(number + 1)
+        system.wait(lambda number=number: system.worker.step_under_way == number)  # type: ignore[misc]
+        system.compute.end_step()
+        system.wait(lambda number=number: len(system.steps) > number)  # type: ignore[misc]
+    assert system.worker.step_under_way is None
+    finish(system, 0)
+
+
+def test_worker_that_cannot_stop_is_broken(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("decode.worker._LAST_STEP_S", 0.05)
+    released = threading.Event()
+    monkeypatch.setattr(system.compute, "run", lambda rows, done: released.wait(WAIT_S))
+    system.run(1)
+    system.worker.start()
+    while system.worker.step_under_way is None:
+        time.sleep(0.001)
+    system.worker.stop()
+    assert [type(error) for error in system.fatal] == [StepHangs]
+    released.set()
