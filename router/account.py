@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from router.access_log import AccessEntry, AccessLog
 from router.inflight import Job
-from router.metrics import Hops, Metrics, Outcomes
+from router.metrics.requests import Hops, Outcomes, RequestMetrics
 from router.request import AnswerPart, Finish, Stats
 from service.security.access import current_caller
 from service.trace import current_trace
@@ -44,7 +44,7 @@ class Account:
             trace_id=trace.trace_id if trace is not None else "",
         )
         self._unplaced = unplaced
-        self._metrics: Metrics | None = None
+        self._metrics: RequestMetrics | None = None
         self._log = log
         self._clock = clock
         self._wall_s = wall_s
@@ -52,7 +52,7 @@ class Account:
         self._last_at = 0.0
         self._finish: Finish | None = None
 
-    def enter(self, model: str, metrics: Metrics) -> None:
+    def enter(self, model: str, metrics: RequestMetrics) -> None:
         """From here on the request counts among those of a model."""
         self.entry.model = model
         self._metrics = metrics
@@ -94,7 +94,7 @@ class Account:
             self._count_end(self._metrics, now)
         self.write(now)
 
-    def _count_end(self, metrics: Metrics, now: float) -> None:
+    def _count_end(self, metrics: RequestMetrics, now: float) -> None:
         if self._finish is not None:
             self._count_finished(metrics, now)
         finished_reason = _FINISHED_REASONS.get(self.outcome)
@@ -131,7 +131,7 @@ class Account:
         gaps = self.entry.output_tokens - self.entry.resumed_tokens - 1
         return (self._last_at - (self._first_at or 0.0)) / gaps if gaps > 0 else 0.0
 
-    def _count_finished(self, metrics: Metrics, now: float) -> None:
+    def _count_finished(self, metrics: RequestMetrics, now: float) -> None:
         entry, stats = self.entry, self.stats
         metrics.tokens(entry.prompt_tokens, entry.output_tokens)
         if entry.resumed_tokens:

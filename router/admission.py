@@ -9,7 +9,7 @@ from itertools import islice
 
 from router.gate import Decision, Gate
 from router.ledger import InstanceKey, Need, Placement
-from router.metrics import Metrics
+from router.metrics.admission import AdmissionMetrics
 from router.queue import Waiting
 from service.errors import ServiceError
 
@@ -17,7 +17,9 @@ from service.errors import ServiceError
 class Admission:
     """Gives requests their placement, in order, when there is room; all on one event loop."""
 
-    def __init__(self, *, gate: Gate, metrics: Metrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, *, gate: Gate, metrics: AdmissionMetrics, clock: Callable[[], float]
+    ) -> None:
         self._gate = gate
         self.local = gate.local
         self.learns_lengths = gate.lengths.is_on
@@ -45,12 +47,12 @@ class Admission:
         try:
             placement = await self._admit(waiting)
         except ServiceError as exc:
-            self._metrics.admission("refused", exc.reason)
+            self._metrics.ended("refused", exc.reason)
             raise
         except asyncio.CancelledError:
-            self._metrics.admission("left")
+            self._metrics.ended("left")
             raise
-        self._metrics.admission("admitted")
+        self._metrics.ended("admitted")
         if waiting.predicted_s is not None:
             waited_s = self._clock() - waiting.came_at
             self._metrics.foretold(waiting.predicted_s, waited_s)

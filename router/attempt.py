@@ -89,7 +89,7 @@ class Attempt:
             request,
             pools=pools,
             admission=admission,
-            metrics=metrics,
+            metrics=metrics.admission,
             tasks=tasks,
             deadline=deadline,
             clock=clock,
@@ -100,7 +100,9 @@ class Attempt:
         )
         self._leg: PrefillLeg | None = None
         # Its leg gets no grant before its token has come first: decode takes from one alone.
-        self._hedge = Hedge(hedging, metrics, lambda: self._leg and self._legs.beside(self._leg))
+        self._hedge = Hedge(
+            hedging, metrics.survival, lambda: self._leg and self._legs.beside(self._leg)
+        )
         self._decode: DecodeLink | None = None
         self._reserving: asyncio.Task[None] | None = None
         self._resuming: asyncio.Task[None] | None = None
@@ -404,7 +406,7 @@ class Attempt:
 
     def _note_resumed(self, outcome: str) -> None:
         if not self._is_hedged:
-            self._metrics.resumed(outcome)
+            self._metrics.survival.resumed(outcome)
 
     def _take_resume_failed(self, error: ServiceError) -> None:
         if self._has_output:

@@ -58,7 +58,7 @@ class ModelGroup:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing in it: no instance, no request."""
-        return not self.has_instances and not self.metrics.open_requests
+        return not self.has_instances and not self.metrics.requests.open_requests
 
     async def close(self) -> None:
         """Lets go of the instances. To be called when no request is open any more."""
@@ -85,7 +85,7 @@ def build_group(
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     ledger = Ledger(max_prefill_requests=config.max_prefill_requests)
-    admission = Admission(gate=_gate(config, ledger), metrics=metrics, clock=clock)
+    admission = Admission(gate=_gate(config, ledger), metrics=metrics.admission, clock=clock)
     breakers = Breakers[InstanceKey](
         breaker or BreakerSettings(share=config.breaker_share), random.Random()
     )
@@ -96,7 +96,7 @@ def build_group(
         clock=clock,
         dial=dial,
         breakers=breakers,
-        on_breaker=metrics.breaker,
+        on_breaker=metrics.survival.breaker,
     )
     inflight = Inflight(
         pools=pools,
@@ -144,11 +144,11 @@ def _gate(config: RouterConfig, ledger: Ledger) -> Gate:
 
 def _watch_requests(metrics: Metrics, admission: Admission) -> None:
     metrics.watch("queue_depth", "Requests that wait for room.", lambda: admission.queued)
-    metrics.watch("open_requests", "Requests open.", lambda: metrics.open_requests)
+    metrics.watch("open_requests", "Requests open.", lambda: metrics.requests.open_requests)
     metrics.watch(
         "num_requests_running",
         "Requests that have room in the pools.",
-        lambda: metrics.open_requests - admission.queued,
+        lambda: metrics.requests.open_requests - admission.queued,
         prefix="twinpool",
     )
     metrics.watch(

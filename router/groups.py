@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from router.group import ModelGroup
 from router.membership import Instance, Member
-from router.model_metrics import ModelMetrics
+from router.metrics.models import ModelMetrics
 from service.errors import Incompatible, InvalidRequest, NotFound, ServiceError, Unavailable
 
 _RETRY_AFTER_S = 1.0

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 
 from router.hedging import Hedging
-from router.metrics import Metrics
+from router.metrics.survival import SurvivalMetrics
 from router.prefill_leg import PrefillLeg
 
 _log = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ class Hedge:
     """At most one leg beside another. `open_leg` opens it where there is room this moment."""
 
     def __init__(
-        self, hedging: Hedging, metrics: Metrics, open_leg: Callable[[], PrefillLeg | None]
+        self, hedging: Hedging, metrics: SurvivalMetrics, open_leg: Callable[[], PrefillLeg | None]
     ) -> None:
         self._hedging = hedging
         self._metrics = metrics

@@ -20,7 +20,7 @@ from router.group import ModelGroup
 from router.groups import Groups
 from router.inflight import Job
 from router.membership import Model
-from router.metrics import Outcomes
+from router.metrics.requests import Outcomes
 from router.outbox import Outbox
 from router.proof import Proofs
 from router.request import (
@@ -108,7 +108,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._idle.clear()
         try:
             group = self._group(request.model)
-            account.enter(group.name, group.metrics)
+            account.enter(group.name, group.metrics.requests)
             with self._callers.admitted(current_caller()):
                 await self._generate(group, request, context, account)
             account.outcome = "finished"

@@ -177,7 +177,7 @@ class Inflight:
             )
         run.resume()
         run.goes_ahead = resumed.goes_ahead
-        self._metrics.taken_over()
+        self._metrics.survival.taken_over()
         _log.info(
             "goes on after %d tokens of another router, in the pools as %016x",
             len(token_ids),
@@ -218,7 +218,7 @@ class Inflight:
         run.goes_ahead = True
         run.stats.queue_s += waited_s
         run.stats.admit_s += waited_s
-        self._metrics.waited(waited_s, run.request.priority)
+        self._metrics.admission.waited(waited_s, run.request.priority)
         return placement
 
     def _waiting(self, run: Progress, need: Need, start_by: float) -> Waiting:
@@ -237,7 +237,7 @@ class Inflight:
         )
 
     def _attempt(self, job: Job, run: Progress, placement: Placement) -> Try:
-        self._metrics.placed(placement.cached_tokens)
+        self._metrics.admission.placed(placement.cached_tokens)
         return Attempt(
             run.id,
             run.request,
@@ -298,7 +298,7 @@ class Inflight:
         """Gives tokens out; returns whether they are the last."""
         part, pause_s = run.push(tokens)
         if pause_s is not None:
-            self._metrics.paused(pause_s, run.way)
+            self._metrics.survival.paused(pause_s, run.way)
         emit(part)
         if part.finish is None:
             return False
@@ -352,12 +352,12 @@ class Inflight:
         except ServiceError as exc:
             if carried.suspect is not None:
                 self._doubt(carried.suspect, exc)
-            self._metrics.carried("stayed")
+            self._metrics.survival.carried("stayed")
             _log.info("not carried over: %s", exc.message, extra={"request_id": job.shown_id})
             return False
         run.carried()
-        self._metrics.moved("drained", "kv")
-        self._metrics.carried("carried", carried.kv_bytes)
+        self._metrics.survival.moved("drained", "kv")
+        self._metrics.survival.carried("carried", carried.kv_bytes)
         _log.info("carried over", extra={"request_id": job.shown_id})
         return True
 
@@ -388,9 +388,9 @@ class Inflight:
         if attempt.suspect is not None:
             run.avoid |= {attempt.suspect}
         if moves:
-            self._metrics.moved(_why_moved(error))
+            self._metrics.survival.moved(_why_moved(error))
         else:
-            self._metrics.retried()
+            self._metrics.survival.retried()
         _log.info(
             "%s: %s",
             "going on elsewhere" if moves else "starting over",

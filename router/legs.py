@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from router.admission import Admission
 from router.events import TRANSFER_LOST, PrefillEvent
 from router.ledger import InstanceKey, Need, Placement
-from router.metrics import Metrics
+from router.metrics.admission import AdmissionMetrics
 from router.pools import Pools
 from router.prefill_leg import PrefillLeg
 from router.queue import Waiting
@@ -33,7 +33,7 @@ class Legs:
         *,
         pools: Pools,
         admission: Admission,
-        metrics: Metrics,
+        metrics: AdmissionMetrics,
         tasks: Tasks,
         deadline: float,
         clock: Callable[[], float],

@@ -19,7 +19,7 @@ from router.hello import (
     prefix_events_from_wire,
 )
 from router.membership import Instance, Member, Role
-from router.metrics import Outcomes
+from router.metrics.requests import Outcomes
 from router.roster import Roster
 from router.status import status_to_wire
 from service.errors import InvalidRequest, ServiceError, Unavailable

@@ -20,8 +20,8 @@ from router.group import build_group
 from router.groups import Groups
 from router.inference import InferenceService
 from router.membership import Role
-from router.metrics import Outcomes
-from router.model_metrics import NO_MODEL, ModelMetrics
+from router.metrics.models import NO_MODEL, ModelMetrics
+from router.metrics.requests import Outcomes
 from router.proof import Proofs
 from router.registration import MembershipService
 from router.roster import Roster

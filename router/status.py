@@ -42,12 +42,12 @@ def status_to_wire(
 
 
 def _requests(group: ModelGroup) -> worker_pb2.RequestCounts:
-    counts = _ended(group.metrics.outcomes)
+    counts = _ended(group.metrics.requests.outcomes)
     counts.queued = group.admission.queued
-    counts.running = group.metrics.open_requests - counts.queued
-    counts.retried = group.metrics.retries
-    counts.overcommitted = group.metrics.overcommitted_count
-    counts.outgrown = group.metrics.outgrown_count
+    counts.running = group.metrics.requests.open_requests - counts.queued
+    counts.retried = group.metrics.survival.retries
+    counts.overcommitted = group.metrics.admission.overcommitted_count
+    counts.outgrown = group.metrics.admission.outgrown_count
     return counts
 
 

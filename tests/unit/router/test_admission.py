@@ -10,7 +10,7 @@ from router.admission import Admission
 from router.fairness import Tenants
 from router.gate import Gate
 from router.ledger import Capacity, InstanceKey, Ledger, Need
-from router.metrics import Metrics
+from router.metrics.admission import AdmissionMetrics
 from router.policies.least_loaded import LeastLoaded
 from router.queue import Waiting
 from service.errors import Refused
@@ -32,7 +32,7 @@ def admission(*, max_requests: int = 8) -> Admission:
         grace_s=1.0,
         refuses_early=False,
     )
-    made = Admission(gate=gate, metrics=Metrics(CollectorRegistry()), clock=time.monotonic)
+    made = Admission(gate=gate, metrics=AdmissionMetrics(CollectorRegistry()), clock=time.monotonic)
     made.instances_changed()
     return made
 

@@ -13,7 +13,7 @@ from router.config import RouterConfig
 from router.group import ModelGroup, build_group
 from router.groups import Groups
 from router.membership import Instance
-from router.model_metrics import ModelMetrics
+from router.metrics.models import ModelMetrics
 from service.errors import Incompatible, InvalidRequest, NotFound, Unavailable
 from tests.unit.router.fakes import model
 from tests.unit.router.test_membership import instance
@@ -183,7 +183,7 @@ async def test_model_with_open_requests_does_not_make_room(make: MakeGroups) -> 
     groups = make("a", most=1)
     group = groups.for_request("a")
     empty(group)
-    group.metrics.began()
+    group.metrics.requests.began()
     with pytest.raises(Incompatible, match="one too many"):
         groups.join(of_model("b"))
 

@@ -239,7 +239,7 @@ async def test_status_counts_what_happened() -> None:
         assert reserved == {"prefill": 0, "decode": 7}
         call.cancel()
         await system.settled()
-        await until(lambda: system.group.metrics.outcomes["aborted"] == 1)
+        await until(lambda: system.group.metrics.requests.outcomes["aborted"] == 1)
         counts = (await _status(system)).requests
     assert (counts.finished, counts.refused, counts.aborted, counts.failed) == (1, 1, 1, 0)
     assert (counts.queued, counts.running) == (0, 0)

@@ -62,7 +62,7 @@ async def test_status_tells_how_many_outgrew_and_the_risk() -> None:
         calls = [system.generate(max_new_tokens=900) for _ in range(2)]
         for call in calls:
             await call.read()
-        await until(lambda: system.group.metrics.outgrown_count == 2)
+        await until(lambda: system.group.metrics.admission.outgrown_count == 2)
         found = await status(system)
         assert (found.requests.overcommitted, found.requests.outgrown) == (2, 2)
         # Two times 900 tokens are more than there is, and nothing says that they will be fewer.
@@ -82,7 +82,7 @@ async def test_answers_teach_how_much_to_book() -> None:
         for _ in range(20):
             assert text_of(await collect(system.generate(**fields))) == ANSWER[:-1]
         await system.settled()
-        assert system.group.metrics.overcommitted_count == 0
+        assert system.group.metrics.admission.overcommitted_count == 0
         decode.step_gate.clear()
         short = system.generate(**fields)
         await short.read()
