@@ -56,6 +56,12 @@ class Shapes:
     places: int = 32
     decodes: tuple[tuple[int, int], ...] = ((1, 131072), (16, 8192), (128, 4096))
     prefills: tuple[tuple[int, int], ...] = ((8192, 8192), (2048, 32768))
+    # Of a sparse model's layer (30 billion parameters, 3 of them active).
+    sparse_hidden: int = 2048
+    sparse_inner: int = 768
+    experts: int = 128
+    choices: int = 8
+    sparse: tuple[int, ...] = (1, 32, 8192)
 
 
 def cases(kernels: PagedKernels, device: torch.device, shapes: Shapes) -> Iterator[Case]:
@@ -67,6 +73,8 @@ def cases(kernels: PagedKernels, device: torch.device, shapes: Shapes) -> Iterat
         yield _decode(kernels, device, shapes, sequences, length)
     for tokens, keys in shapes.prefills:
         yield _block(kernels, device, shapes, tokens, keys)
+    for tokens in shapes.sparse:
+        yield _experts(kernels, device, shapes, tokens)
     yield _merge(kernels, device, shapes)
     yield _pack(kernels, device, shapes)
 
@@ -198,6 +206,54 @@ def _tunable_block(
 def _scores(seen: Seen) -> int:
     """Return how many pairs of a query and a key that it sees there are."""
     return int((seen.high_T - seen.low_T).sum())
+
+
+def _experts(kernels: PagedKernels, device: torch.device, s: Shapes, tokens: int) -> Case:
+    shape = s.experts, 2 * s.sparse_inner, s.sparse_hidden
+    gate_up = torch.randn(shape, device=device, dtype=_DTYPE) * s.sparse_hidden**-0.5
+    shape = s.experts, s.sparse_hidden, s.sparse_inner
+    down = torch.randn(shape, device=device, dtype=_DTYPE) * s.sparse_inner**-0.5
+    x_TD = torch.randn(tokens, s.sparse_hidden, device=device, dtype=_DTYPE)
+    scores = torch.rand(tokens, s.experts, device=device)
+    weights_TK, experts_TK = scores.topk(s.choices, sorted=False)
+    ours = partial(kernels.experts, x_TD, gate_up, down, experts_TK, weights_TK)
+    used = len({*experts_TK.flatten().tolist()}) * (gate_up[0].numel() + down[0].numel())
+    is_bound_by_memory = tokens * s.choices < s.experts * 64
+    return Case(
+        name=f"experts, {tokens} x {s.choices} of {s.experts}",
+        ours=ours,
+        bytes=used * 2 if is_bound_by_memory else 0,
+        flops=0 if is_bound_by_memory else 6 * experts_TK.numel() * down[0].numel(),
+        peer=_grouped_products(x_TD, gate_up, down, experts_TK, weights_TK),
+        peer_name="torch, grouped_mm",
+        tunable=_tunable_experts(x_TD, s, experts_TK.numel(), ours),
+    )
+
+
+def _grouped_products(
+    x_TD: Tensor, gate_up: Tensor, down: Tensor, experts_TK: Tensor, weights_TK: Tensor
+) -> Run:
+    """Return the same by torch's grouped products; the sorting is a part of it."""
+    tokens, choices = experts_TK.shape
+    numbers = torch.arange(len(gate_up), device=x_TD.device)
+
+    def run() -> Tensor:
+        experts_P, order_P = experts_TK.flatten().sort(stable=True)
+        ends = torch.searchsorted(experts_P, numbers, right=True).int()
+        both = F.grouped_mm(x_TD[order_P // choices], gate_up.transpose(1, 2), offs=ends)
+        gate, up = both.chunk(2, dim=-1)
+        sorted_PD = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+        y_PD = torch.empty_like(sorted_PD).index_copy_(0, order_P, sorted_PD)
+        return (y_PD.view(tokens, choices, -1).float() * weights_TK[..., None]).sum(1)
+
+    return run
+
+
+def _tunable_experts(x_TD: Tensor, s: Shapes, pairs: int, ours: Callable[..., object]) -> Tunable:
+    from engine.kernels.gpu.experts import choices_of
+
+    choices = choices_of(x_TD, s.experts, s.sparse_inner, pairs)
+    return Tunable(choices=choices, run=lambda tile: ours(tile=tile))
 
 
 def _merge(kernels: PagedKernels, device: torch.device, s: Shapes) -> Case:

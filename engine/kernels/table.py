@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from engine.errors import UnsupportedError
-from engine.kernels.gpu import block_torch, decode_torch, insert_torch, merge_torch, pack_torch
+from engine.kernels.gpu import (
+    block_torch,
+    decode_torch,
+    experts_torch,
+    insert_torch,
+    merge_torch,
+    pack_torch,
+)
 from engine.kernels.rows import RowKernels, TorchRows
 
 Attended = tuple[Tensor, Tensor | None]
@@ -25,6 +32,8 @@ class PagedKernels:
     decode: Callable[..., Attended]
     block: Callable[..., tuple[Tensor, Tensor]]
     merge: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    experts: Callable[..., Tensor]
+    expert_pairs: Callable[..., Tensor]
     pack: Callable[..., None]
     unpack: Callable[..., None]
 
@@ -44,6 +53,8 @@ def _by_torch() -> PagedKernels:
         decode=decode_torch.decode,
         block=block_torch.block,
         merge=merge_torch.merge,
+        experts=experts_torch.experts,
+        expert_pairs=experts_torch.expert_pairs,
         pack=pack_torch.pack,
         unpack=pack_torch.unpack,
     )
@@ -52,7 +63,7 @@ def _by_torch() -> PagedKernels:
 def _by_triton() -> PagedKernels:
     # Only now: a machine without a GPU need not have Triton.
     try:
-        from engine.kernels.gpu import block, decode, insert, merge, pack, rows
+        from engine.kernels.gpu import block, decode, experts, insert, merge, pack, rows
     except ImportError as exc:
         raise UnsupportedError(
             f"the kernels for GPUs need Triton, which cannot be imported ({exc}): "
@@ -64,6 +75,8 @@ def _by_triton() -> PagedKernels:
         decode=decode.decode,
         block=block.block,
         merge=merge.merge,
+        experts=experts.experts,
+        expert_pairs=experts.expert_pairs,
         pack=pack.pack,
         unpack=pack.unpack,
     )

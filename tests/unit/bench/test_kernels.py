@@ -25,6 +25,11 @@ TINY = Shapes(
     places=16,
     decodes=((2, 40),),
     prefills=((16, 16), (8, 24)),
+    sparse_hidden=32,
+    sparse_inner=16,
+    experts=4,
+    choices=2,
+    sparse=(2, 160),
 )
 
 
@@ -68,7 +73,7 @@ def test_every_case_runs_and_computes_what_its_peer_does() -> None:
             assert isinstance(theirs, Tensor)
             torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
             compared.add(case.name.split(",")[0])
-    assert compared == {"SiLU and multiply", "decode", "prefill", "pack"}
+    assert compared == {"SiLU and multiply", "decode", "experts", "prefill", "pack"}
 
 
 def timer_of(*seconds: float) -> Timer:

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from engine.kernels.gpu import block, decode, insert, merge, pack, rows
+from engine.kernels.gpu import block, decode, experts, insert, merge, pack, rows
 from engine.kernels.gpu.options import DecodeOptions, causal
 from engine.kernels.rows import NormWeight
 
@@ -74,9 +74,17 @@ def launch_moves() -> None:
         move(cache, payload, units, units, slice(0, 2), 8, 13)
 
 
+def launch_experts() -> None:
+    x, chosen = torch.ones(3, SIZE, dtype=BF16), torch.zeros(3, 2, dtype=torch.int64)
+    gate_up, down = torch.ones(4, 64, SIZE, dtype=BF16), torch.ones(4, SIZE, 32, dtype=BF16)
+    experts.experts(x, gate_up, down, chosen, torch.ones(3, 2))
+    experts.expert_pairs(x, gate_up, down, chosen[:, 0], chosen[:, 1])
+
+
 if __name__ == "__main__":
     names = compile_only()
     launch_rows()
     launch_attention()
+    launch_experts()
     launch_moves()
     print(*sorted(names))

@@ -25,11 +25,16 @@ def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
         "_block_kernel",
+        "_count_kernel",
         "_decode_kernel",
+        "_down_kernel",
+        "_gate_up_kernel",
         "_gated_kernel",
         "_insert_kernel",
         "_merge_kernel",
         "_merge_parts_kernel",
         "_move_kernel",
         "_norm_kernel",
+        "_place_kernel",
+        "_sum_kernel",
     ]
