@@ -1,17 +1,19 @@
 """What people get wrong ends in one line that says what to do, never in a trace or a hang."""
 
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from twinpool.errors import InvalidRequest, Refused, Unavailable
 
 from launch.builtin import MODEL_DIR
-from tests.integration.cluster import ROOT, Cluster, free_port, some_slow, wait_until
+from tests.integration.cluster import ROOT, Cluster, free_port, wait_until
 from tests.integration.conftest import BLOCK
 
 
@@ -46,26 +48,43 @@ def rename_architecture(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        (shutil.rmtree, "model"),
-        (lambda f: (f / "config.json").unlink(), "config.json"),
-        (lambda f: (f / "model.safetensors").unlink(), "safetensors"),
-        (cut_weights, "model.safetensors"),
-        (rename_architecture, "GPT5ForCausalLM"),
-        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
-    ],
-    ids=["no folder", "no config", "no weights", "cut weights", "architecture", "no tokenizer"],
-)
-@pytest.mark.parametrize("role", some_slow(["prefill", "decode"], "decode"))
+# What is done to a model's folder, and what the refusal names.
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "model"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors"),
+    "cut weights": (cut_weights, "model.safetensors"),
+    "architecture": (rename_architecture, "GPT5ForCausalLM"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
+}
+ROLES = ("prefill", "decode")
+
+
+@pytest.fixture(scope="module")
+def refusals(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[tuple[str, str], subprocess.CompletedProcess[str]]:
+    """What each role says to each damage; side by side, since each takes seconds to load."""
+
+    def refused(role: str, damage: str) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path_factory.mktemp("broken") / "model"
+        shutil.copytree(MODEL_DIR, folder)
+        DAMAGES[damage][0](folder)
+        return launch(role, str(folder), "--router", f"127.0.0.1:{free_port()}")
+
+    asked = list(itertools.product(ROLES, DAMAGES))
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(asked, pool.map(lambda each: refused(*each), asked), strict=True))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("role", ROLES)
 def test_bad_model_folder_is_named(
-    broken: Path, role: str, damage: Callable[[Path], object], named: str
+    refusals: dict[tuple[str, str], subprocess.CompletedProcess[str]], role: str, damage: str
 ) -> None:
-    damage(broken)
-    done = launch(role, str(broken), "--router", f"127.0.0.1:{free_port()}")
+    done = refusals[role, damage]
     assert done.returncode == 1
-    assert named in done.stderr
+    assert DAMAGES[damage][1] in done.stderr
     assert "Traceback" not in done.stderr
 
 
