@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from engine.kernels.gpu import draw_torch
 from engine.kernels.gpu.options import DecodeOptions, Seen, causal
 from engine.kernels.gpu.tune import Choices, Tile
 from engine.kernels.rows import NormWeight
@@ -62,6 +63,8 @@ class Shapes:
     experts: int = 128
     choices: int = 8
     sparse: tuple[int, ...] = (1, 32, 8192)
+    vocabulary: int = 151936
+    drawn: int = 128
 
 
 def cases(kernels: PagedKernels, device: torch.device, shapes: Shapes) -> Iterator[Case]:
@@ -75,6 +78,7 @@ def cases(kernels: PagedKernels, device: torch.device, shapes: Shapes) -> Iterat
         yield _block(kernels, device, shapes, tokens, keys)
     for tokens in shapes.sparse:
         yield _experts(kernels, device, shapes, tokens)
+    yield _draw(kernels, device, shapes)
     yield _merge(kernels, device, shapes)
     yield _pack(kernels, device, shapes)
 
@@ -254,6 +258,21 @@ def _tunable_experts(x_TD: Tensor, s: Shapes, pairs: int, ours: Callable[..., ob
 
     choices = choices_of(x_TD, s.experts, s.sparse_inner, pairs)
     return Tunable(choices=choices, run=lambda tile: ours(tile=tile))
+
+
+def _draw(kernels: PagedKernels, device: torch.device, s: Shapes) -> Case:
+    logits_SV = 3 * torch.randn(s.drawn, s.vocabulary, device=device)
+    ones_S = torch.ones(s.drawn, device=device)
+    top_k_S = torch.full((s.drawn,), 50, dtype=torch.int32, device=device)
+    numbers_S = torch.rand(s.drawn, dtype=torch.float64, device=device)
+    asked = logits_SV, 0.8 * ones_S, top_k_S, 0.9 * ones_S, 0 * ones_S, numbers_S
+    return Case(
+        name=f"draw, {s.drawn} rows of {s.vocabulary}",
+        ours=partial(kernels.draw, *asked),
+        bytes=logits_SV.numel() * 4,
+        peer=partial(draw_torch.draw, *asked),
+        peer_name="torch, sorted",
+    )
 
 
 def _merge(kernels: PagedKernels, device: torch.device, s: Shapes) -> Case:

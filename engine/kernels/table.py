@@ -13,6 +13,7 @@ from engine.errors import UnsupportedError
 from engine.kernels.gpu import (
     block_torch,
     decode_torch,
+    draw_torch,
     experts_torch,
     insert_torch,
     merge_torch,
@@ -34,6 +35,7 @@ class PagedKernels:
     merge: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     experts: Callable[..., Tensor]
     expert_pairs: Callable[..., Tensor]
+    draw: Callable[..., Tensor]
     pack: Callable[..., None]
     unpack: Callable[..., None]
 
@@ -55,6 +57,7 @@ def _by_torch() -> PagedKernels:
         merge=merge_torch.merge,
         experts=experts_torch.experts,
         expert_pairs=experts_torch.expert_pairs,
+        draw=draw_torch.draw,
         pack=pack_torch.pack,
         unpack=pack_torch.unpack,
     )
@@ -63,7 +66,7 @@ def _by_torch() -> PagedKernels:
 def _by_triton() -> PagedKernels:
     # Only now: a machine without a GPU need not have Triton.
     try:
-        from engine.kernels.gpu import block, decode, experts, insert, merge, pack, rows
+        from engine.kernels.gpu import block, decode, draw, experts, insert, merge, pack, rows
     except ImportError as exc:
         raise UnsupportedError(
             f"the kernels for GPUs need Triton, which cannot be imported ({exc}): "
@@ -77,6 +80,7 @@ def _by_triton() -> PagedKernels:
         merge=merge.merge,
         experts=experts.experts,
         expert_pairs=experts.expert_pairs,
+        draw=draw.draw,
         pack=pack.pack,
         unpack=pack.unpack,
     )

@@ -30,6 +30,8 @@ TINY = Shapes(
     experts=4,
     choices=2,
     sparse=(2, 160),
+    vocabulary=200,
+    drawn=3,
 )
 
 
@@ -73,7 +75,7 @@ def test_every_case_runs_and_computes_what_its_peer_does() -> None:
             assert isinstance(theirs, Tensor)
             torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
             compared.add(case.name.split(",")[0])
-    assert compared == {"SiLU and multiply", "decode", "experts", "prefill", "pack"}
+    assert compared == {"SiLU and multiply", "decode", "draw", "experts", "prefill", "pack"}
 
 
 def timer_of(*seconds: float) -> Timer:

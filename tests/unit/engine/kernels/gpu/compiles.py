@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from engine.kernels.gpu import block, decode, experts, insert, merge, pack, rows
+from engine.kernels.gpu import block, decode, draw, experts, insert, merge, pack, rows
 from engine.kernels.gpu.options import DecodeOptions, causal
 from engine.kernels.rows import NormWeight
 
@@ -67,6 +67,12 @@ def launch_attention() -> None:
     merge.merge(out, lse, out, lse)
 
 
+def launch_draw() -> None:
+    of_rows = torch.ones(2)
+    numbers = of_rows.double()
+    draw.draw(torch.ones(2, 5000), of_rows, of_rows.int(), of_rows, of_rows, numbers)
+
+
 def launch_moves() -> None:
     cache, units = torch.ones(1, 2, 3, 2, 16, SIZE, dtype=BF16), torch.zeros(2, dtype=torch.int64)
     payload = torch.ones(1, 2, 2, 2, 8, SIZE, dtype=BF16)
@@ -86,5 +92,6 @@ if __name__ == "__main__":
     launch_rows()
     launch_attention()
     launch_experts()
+    launch_draw()
     launch_moves()
     print(*sorted(names))

@@ -28,6 +28,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path: Path) -> None:
         "_count_kernel",
         "_decode_kernel",
         "_down_kernel",
+        "_draw_kernel",
         "_gate_up_kernel",
         "_gated_kernel",
         "_insert_kernel",
