@@ -57,6 +57,11 @@ class Shapes:
     places: int = 32
     decodes: tuple[tuple[int, int], ...] = ((1, 131072), (16, 8192), (128, 4096))
     prefills: tuple[tuple[int, int], ...] = ((8192, 8192), (2048, 32768))
+    # Of a layer with latent attention (DeepSeek-V3).
+    latent_heads: int = 128
+    latent: int = 512
+    turned: int = 64
+    latents: tuple[tuple[int, int], ...] = ((1, 131072), (64, 8192))
     # Of a sparse model's layer (30 billion parameters, 3 of them active).
     sparse_hidden: int = 2048
     sparse_inner: int = 768
@@ -76,6 +81,8 @@ def cases(kernels: PagedKernels, device: torch.device, shapes: Shapes) -> Iterat
         yield _decode(kernels, device, shapes, sequences, length)
     for tokens, keys in shapes.prefills:
         yield _block(kernels, device, shapes, tokens, keys)
+    for sequences, length in shapes.latents:
+        yield _latent(kernels, device, shapes, sequences, length)
     for tokens in shapes.sparse:
         yield _experts(kernels, device, shapes, tokens)
     yield _draw(kernels, device, shapes)
@@ -210,6 +217,37 @@ def _tunable_block(
 def _scores(seen: Seen) -> int:
     """Return how many pairs of a query and a key that it sees there are."""
     return int((seen.high_T - seen.low_T).sum())
+
+
+def _latent(
+    kernels: PagedKernels, device: torch.device, s: Shapes, sequences: int, length: int
+) -> Case:
+    counts, size = -(-length // s.places), s.latent + s.turned
+    shape = sequences * counts, s.places, size
+    cells_BPX = torch.randn(shape, device=device, dtype=_DTYPE)
+    tables = torch.randperm(len(cells_BPX), device=device).int().view(sequences, counts)
+    lengths = torch.full((sequences,), length, dtype=torch.int32, device=device)
+    q_SNX = torch.randn(sequences, s.latent_heads, size, device=device, dtype=_DTYPE)
+    ours = partial(
+        kernels.latent,
+        *(q_SNX, cells_BPX, s.latent, tables, lengths, length),
+        scale=size**-0.5,
+    )
+    # With so many heads for each cell it is arithmetic that bounds it.
+    return Case(
+        name=f"latent decode, {sequences} x {length} cells",
+        ours=lambda: ours()[0],
+        flops=2 * sequences * length * s.latent_heads * (size + s.latent),
+        tunable=_tunable_latent(q_SNX, s.latent, length, ours),
+    )
+
+
+def _tunable_latent(
+    q_SNX: Tensor, latent: int, length: int, ours: Callable[..., object]
+) -> Tunable:
+    from engine.kernels.gpu.latent import choices
+
+    return Tunable(choices=choices(q_SNX, latent, length), run=lambda tile: ours(tile=tile))
 
 
 def _experts(kernels: PagedKernels, device: torch.device, s: Shapes, tokens: int) -> Case:

@@ -16,6 +16,7 @@ from engine.kernels.gpu import (
     draw_torch,
     experts_torch,
     insert_torch,
+    latent_torch,
     merge_torch,
     pack_torch,
 )
@@ -33,6 +34,7 @@ class PagedKernels:
     decode: Callable[..., Attended]
     block: Callable[..., tuple[Tensor, Tensor]]
     merge: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    latent: Callable[..., Attended]
     experts: Callable[..., Tensor]
     expert_pairs: Callable[..., Tensor]
     draw: Callable[..., Tensor]
@@ -55,6 +57,7 @@ def _by_torch() -> PagedKernels:
         decode=decode_torch.decode,
         block=block_torch.block,
         merge=merge_torch.merge,
+        latent=latent_torch.attend,
         experts=experts_torch.experts,
         expert_pairs=experts_torch.expert_pairs,
         draw=draw_torch.draw,
@@ -66,7 +69,17 @@ def _by_torch() -> PagedKernels:
 def _by_triton() -> PagedKernels:
     # Only now: a machine without a GPU need not have Triton.
     try:
-        from engine.kernels.gpu import block, decode, draw, experts, insert, merge, pack, rows
+        from engine.kernels.gpu import (
+            block,
+            decode,
+            draw,
+            experts,
+            insert,
+            latent,
+            merge,
+            pack,
+            rows,
+        )
     except ImportError as exc:
         raise UnsupportedError(
             f"the kernels for GPUs need Triton, which cannot be imported ({exc}): "
@@ -78,6 +91,7 @@ def _by_triton() -> PagedKernels:
         decode=decode.decode,
         block=block.block,
         merge=merge.merge,
+        latent=latent.attend,
         experts=experts.experts,
         expert_pairs=experts.expert_pairs,
         draw=draw.draw,

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from engine.kernels.gpu import block, decode, draw, experts, insert, merge, pack, rows
+from engine.kernels.gpu import block, decode, draw, experts, insert, latent, merge, pack, rows
 from engine.kernels.gpu.options import DecodeOptions, causal
 from engine.kernels.rows import NormWeight
 
@@ -65,6 +65,8 @@ def launch_attention() -> None:
     out, lse = block.block(q, kv, kv, seen, table_B=tables[0], soft_cap=5.0)
     block.block(q, kv[:, :, 0], kv[:, :, 0], causal(2, 9, 5, q.device))
     merge.merge(out, lse, out, lse)
+    cells, wide = torch.ones(9, 64, 576, dtype=BF16), torch.ones(2, 128, 576, dtype=BF16)
+    latent.attend(wide, cells, 512, tables, lengths, 140, split_tokens=64, with_lse=True)
 
 
 def launch_draw() -> None:

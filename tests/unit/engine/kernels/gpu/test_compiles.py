@@ -32,6 +32,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path: Path) -> None:
         "_gate_up_kernel",
         "_gated_kernel",
         "_insert_kernel",
+        "_latent_kernel",
         "_merge_kernel",
         "_merge_parts_kernel",
         "_move_kernel",

@@ -36,7 +36,7 @@ def test_without_triton_a_gpu_is_refused_and_a_cpu_is_not(monkeypatch: pytest.Mo
         monkeypatch.delitem(sys.modules, name)
     # `from package import module` finds what an earlier import left as the package's attribute.
     package = sys.modules["engine.kernels.gpu"]
-    for name in ("block", "decode", "draw", "experts", "insert", "merge", "pack", "rows"):
+    for name in ("block", "decode", "draw", "experts", "insert", "latent", "merge", "pack", "rows"):
         monkeypatch.delattr(package, name, raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UnsupportedError, match="install the package triton"):
