@@ -51,17 +51,9 @@ def run_bare(
 ) -> list[dict[str, float]]:
     """As `run` of streams, with nothing but gRPC in the router's place."""
     with processes.bare(settings.router_cores[0]) as relay:
-        around = {
-            "routers": [relay.address],
-            "decodes": decodes,
-            "sequences": 0,
-            "interval_s": interval_s,
-            "bare": True,
-        }
+        around = _around(relay, decodes, interval_s, bare=True)
         windows = _ask("streams", settings, around, [relay], load)
-    if any(window["unfinished"] for window in windows):
-        raise SideFailed("the bare relay has not answered all requests to their end")
-    return windows
+    return _whole(windows, "the bare relay")
 
 
 def run_peer(
@@ -74,16 +66,26 @@ def run_peer(
     with processes.sglang(
         settings.peer_python, settings.router_cores[0], ports[:prefills], ports[prefills:]
     ) as peer:
-        around = {
-            "routers": [peer.address],
-            "decodes": decodes,
-            "sequences": 0,
-            "interval_s": interval_s,
-            "http_ports": ports,
-        }
+        around = _around(peer, decodes, interval_s, http_ports=ports)
         windows = _ask("streams", settings, around, [peer], load)
+    return _whole(windows, "sglang's router")
+
+
+def _around(
+    started: processes.Started, decodes: int, interval_s: float | None, **more: Any
+) -> dict[str, Any]:
+    return {
+        "routers": [started.address],
+        "decodes": decodes,
+        "sequences": 0,
+        "interval_s": interval_s,
+        **more,
+    }
+
+
+def _whole(windows: list[dict[str, float]], who: str) -> list[dict[str, float]]:
     if any(window["unfinished"] for window in windows):
-        raise SideFailed("sglang's router has not answered all requests to their end")
+        raise SideFailed(f"{who} has not answered all requests to their end")
     return windows
 
 
