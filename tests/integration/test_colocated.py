@@ -19,6 +19,7 @@ from tests.integration.test_ranks import prompt_of
 CHUNK = 40
 FLAGS = ("--dtype", "float32", "--block-size", str(BLOCK))
 COLOCATED = (*FLAGS, "--colocated", "--chunk-tokens", str(CHUNK), "--max-batch", "12")
+DRAIN_S = 2
 LAYOUTS = {
     "tp2": ("--tp", "2"),
     "pp2": ("--pp", "2"),
@@ -31,7 +32,8 @@ SEEDED = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
 def twins(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A router with two colocated instances and nothing else."""
     logs = tmp_path_factory.mktemp("colocated")
-    with Cluster(model, logs, *COLOCATED, prefills=(), decodes=("a", "b")) as cluster:
+    flags = (*COLOCATED, "--drain-timeout-s", str(DRAIN_S))
+    with Cluster(model, logs, *flags, prefills=(), decodes=("a", "b")) as cluster:
         yield cluster
 
 
@@ -112,7 +114,7 @@ def test_clients_that_leave_in_mid_prompt_give_everything_back(
 
 @pytest.mark.slow
 def test_answers_of_a_drained_replica_go_on_at_the_other(twins: Cluster, single: Reference) -> None:
-    attempts = under_way(twins)
+    attempts = under_way(twins, 8, tokens=500)  # more than may still be generated there
     twins.signal("a", signal.SIGTERM)
     check(attempts, single)
     twins.wait_exit("a")
@@ -133,9 +135,9 @@ def test_answers_wait_for_replicas_that_start_again(twins: Cluster, single: Refe
     twins.wait_idle()
 
 
-def under_way(twins: Cluster, count: int = 16) -> list[Attempt]:
+def under_way(twins: Cluster, count: int = 16, tokens: int = 60) -> list[Attempt]:
     """Requests of which some are in mid prompt, some run, and some wait for their turn."""
-    attempts = [Attempt(twins, prompt_of(30 + 20 * i, 500 + i), 60) for i in range(count)]
+    attempts = [Attempt(twins, prompt_of(30 + 20 * i, 500 + i), tokens) for i in range(count)]
     wait_until(lambda: sum(bool(each.tokens) for each in attempts) > 3, "the first tokens")
     return attempts
 
