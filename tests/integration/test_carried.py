@@ -26,8 +26,6 @@ from tests.integration.test_moves import (
 )
 from tests.integration.test_ranks import prompt_of
 
-pytestmark = pytest.mark.slow
-
 __all__ = ["wanted"]  # a fixture, of whatever `twins` are here
 
 FLAGS = ("--dtype", "float32", "--block-size", str(BLOCK), "--drain-timeout-s", "20")

@@ -17,8 +17,6 @@ from tests.integration.cluster import Cluster, free_port, some_slow, wait_until
 from tests.integration.conftest import BLOCK, Reference, reference
 from tests.integration.test_ranks import answer, other_ranks, prompt_of
 
-pytestmark = pytest.mark.slow
-
 LAYOUTS = {
     "dp2 x ep2": ("--dp", "2", "--ep", "2", "--redundant-experts", "1"),
     "tp2 x ep2": ("--tp", "2", "--ep", "2"),

@@ -15,8 +15,6 @@ from tests.integration.conftest import BLOCK, Reference, reference
 from tests.integration.test_faults import Attempt
 from tests.integration.test_ranks import prompt_of
 
-pytestmark = pytest.mark.slow
-
 FLAGS = ("--dtype", "float32", "--block-size", str(BLOCK))
 MOST = 100
 # Two pieces for most prompts here, three for some.

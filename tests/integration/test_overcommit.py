@@ -13,8 +13,6 @@ from tests.integration.cluster import Cluster, free_port, some_slow
 from tests.integration.conftest import Reference, reference
 from tests.integration.test_ranks import answer, prompt_of
 
-pytestmark = pytest.mark.slow
-
 FLAGS = ("--dtype", "float32", "--block-size", "8")
 # The memory holds 256 tokens for each rank of tp; a request has up to 180.
 TINY = ("--kv-memory-mib", "1", "--kv-overcommit", "4", "--max-sequences", "16")
