@@ -156,16 +156,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def _relay(self, job: Job, account: Account, outbox: Outbox, context: Any) -> None:
         """Writes the answer's parts as they come, until there are no more."""
         shown_id, prompt_tokens = job.shown_id, len(job.request.prompt_token_ids)
-        fingerprint = job.model.fingerprint
-        proof = self._proofs.give(shown_id, job.request, fingerprint)
-        terms: inference_pb2.Terms | None = terms_to_wire(job.request, fingerprint, proof)
+        is_first = True
         while (part := await outbox.next()) is not None:
             account.give(part)
             message = response_to_wire(shown_id, part, prompt_tokens, account.stats)
-            if terms is not None:
-                message.terms.CopyFrom(terms)
-                terms = None
+            if is_first:
+                message.terms.CopyFrom(self._terms(job))
+                is_first = False
             await context.write(message)
+
+    def _terms(self, job: Job) -> inference_pb2.Terms:
+        fingerprint = job.model.fingerprint
+        proof = self._proofs.give(job.shown_id, job.request, fingerprint)
+        return terms_to_wire(job.request, fingerprint, proof)
 
     def _account(self, method: str) -> Account:
         return Account(method, unplaced=self._unplaced, log=self._access_log, clock=self._clock)

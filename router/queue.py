@@ -13,6 +13,7 @@ overtaken since others are entitled to more gains nothing by that.
 """
 
 import math
+import sys
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,10 +22,17 @@ from typing import Any, NamedTuple, Protocol
 
 from router.fairness import FairShares, Tenants
 from router.ledger import CachedTokens, InstanceKey, Need, Placement
-from router.views import NothingCached
+from router.views import NothingCached, Size
 
 # Time limits of requests that have left are kept until there are so many.
 _MOST_LEFT_LIMITS = 64
+
+
+_NO_LIMIT: Size = (sys.maxsize, sys.maxsize, sys.maxsize)
+
+
+def _least_of(one: Size, other: Size) -> Size:
+    return (min(one[0], other[0]), min(one[1], other[1]), min(one[2], other[2]))
 
 
 class Placer(Protocol):
@@ -36,6 +44,10 @@ class Placer(Protocol):
 
     def fits_ever(self, need: Need) -> bool:
         """Whether it would fit if the instances were empty."""
+        ...
+
+    def is_too_small_for(self, size: Size) -> bool:
+        """Whether it is known that nothing fits now that needs so much of each, or more."""
         ...
 
 
@@ -164,6 +176,9 @@ class AdmissionQueue:
         self._queued: dict[str, int] = {}
         self._new = 0
         self._arrivals = 0
+        # No request needs less of any of these.
+        self._least: Size = _NO_LIMIT
+        self._left_since = 0
         # Also of requests that have left since; the first one has not.
         self._limits: list[tuple[float, int, Waiting]] = []
 
@@ -223,6 +238,7 @@ class AdmissionQueue:
 
     def _add(self, waiting: Waiting) -> None:
         waiting.is_queued = True
+        self._least = _least_of(self._least, waiting.need.size)
         heappush(self._limits, (waiting.start_by, waiting.arrival, waiting))
         if waiting.resumes:
             insort(self._resuming, waiting, key=_resuming_order)
@@ -238,6 +254,12 @@ class AdmissionQueue:
     def _remove(self, waiting: Waiting) -> None:
         waiting.is_queued = False
         self._leave_order(waiting)
+        self._left_since += 1
+        if self._left_since > len(self):
+            # Those that have left may have needed less than all that are here.
+            self._left_since, self._least = 0, _NO_LIMIT
+            for left in self:
+                self._least = _least_of(self._least, left.need.size)
         while self._limits and not self._limits[0][-1].is_queued:
             heappop(self._limits)
         if len(self._limits) > 2 * len(self) + _MOST_LEFT_LIMITS:
@@ -272,6 +294,9 @@ class AdmissionQueue:
             # One that no instance of now can ever hold waits for another instance to come; the
             # room it would need cannot be saved up for it.
             if waiting.overdue and placer.fits_ever(waiting.need):
+                return None
+            # There may be a thousand more of them.
+            if placer.is_too_small_for(self._least):
                 return None
             tried.append(waiting)
         return None

@@ -10,6 +10,7 @@ from router.ledger import DecodeView, InstanceKey, Ledger, Need, Placement, Pref
 from router.local_prefill import LocalPrefill
 from router.policy import RoutingPolicy
 from router.queue import Waiting
+from router.views import Size
 
 # What is left of a limit that has gone by.
 _LEAST_SLACK_S = 0.001
@@ -22,14 +23,15 @@ class Misfits:
 
     def __init__(self) -> None:
         self._tried: set[Waiting] = set()
-        # What has not fitted anywhere, as (prompt, new, expected) tokens, without what needs as
-        # much of each as another, which does not fit either.
-        self._least: list[tuple[int, int, int]] = []
+        # What has not fitted anywhere, without what needs as much of each as another, which does
+        # not fit either.
+        self._least: list[Size] = []
 
     def __contains__(self, waiting: Waiting) -> bool:
-        if waiting in self._tried:
-            return True
-        size = _size(waiting.need)
+        return waiting in self._tried or self.has(waiting.need.size)
+
+    def has(self, size: Size) -> bool:
+        """Whether what needs so much of each, or more, does not fit."""
         return any(_is_as_large(size, least) for least in self._least)
 
     def add(self, waiting: Waiting, *, is_telling: bool = True) -> None:
@@ -37,7 +39,7 @@ class Misfits:
         self._tried.add(waiting)
         if waiting.avoid or not is_telling:
             return  # it may not have been tried everywhere
-        size = _size(waiting.need)
+        size = waiting.need.size
         self._least = [least for least in self._least if not _is_as_large(least, size)]
         self._least.append(size)
 
@@ -93,12 +95,11 @@ class Room:
     def fits_ever(self, need: Need) -> bool:
         return self._ledger.fits_ever(need)
 
+    def is_too_small_for(self, size: Size) -> bool:
+        return self._misfits.has(size)
 
-def _size(need: Need) -> tuple[int, int, int]:
-    return need.prompt_tokens, need.max_new_tokens, need.expected_new_tokens
 
-
-def _is_as_large(size: tuple[int, int, int], least: tuple[int, int, int]) -> bool:
+def _is_as_large(size: Size, least: Size) -> bool:
     return size[0] >= least[0] and size[1] >= least[1] and size[2] >= least[2]
 
 

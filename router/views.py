@@ -16,6 +16,10 @@ from service.step_fit import StepSpeed
 _ROOM_WEIGHT = 0.1
 
 
+# A request's prompt, new and expected tokens.
+Size = tuple[int, int, int]
+
+
 class InstanceKey(NamedTuple):
     """One life of one instance: after a restart the name is the same and the epoch is higher."""
 
@@ -116,6 +120,11 @@ class Need:
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.max_new_tokens
+
+    @cached_property
+    def size(self) -> Size:
+        """What fits nowhere does not fit with more of any of these either."""
+        return (self.prompt_tokens, self.max_new_tokens, self.expected_new_tokens)
 
     @property
     def decodes(self) -> bool:

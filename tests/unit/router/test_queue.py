@@ -4,6 +4,7 @@ import pytest
 
 from router.ledger import Need, Placement
 from router.queue import AdmissionQueue, QueueFull, Waiting
+from router.views import Size
 from tests.unit.router.test_ledger import PLACE
 
 
@@ -13,12 +14,17 @@ class Room:
     def __init__(self, free: int, total: int = 1000) -> None:
         self.free = free
         self.total = total
+        self.asked = 0
 
     def place(self, waiting: Waiting) -> Placement | None:
+        self.asked += 1
         return PLACE if waiting.need.total_tokens <= self.free else None
 
     def fits_ever(self, need: Need) -> bool:
         return need.total_tokens <= self.total
+
+    def is_too_small_for(self, size: Size) -> bool:
+        return size[0] + size[1] > self.free
 
 
 def waiting(
@@ -114,3 +120,29 @@ def test_expired_requests_are_taken_out() -> None:
     assert [w.request_id for w in line.take_expired(3)] == [2, 1]
     assert line.next_expiry() == 5
     assert len(line) == 1
+
+
+def test_of_many_that_are_too_large_only_one_is_tried() -> None:
+    line = queue(*(waiting(number, 100 + number) for number in range(8)))
+    room = Room(99)
+    assert line.next_admissible(room) is None
+    assert room.asked == 1
+    small = waiting(99, 10)
+    line.push(small)
+    found = line.next_admissible(room)
+    assert found is not None
+    assert found[0] is small
+    # The small one has gone, and with it the reason to look at all.
+    for entry in [*line][:5]:
+        line.discard(entry)
+    room.asked = 0
+    assert line.next_admissible(room) is None
+    assert room.asked == 1
+
+
+def test_what_is_smaller_in_one_way_only_is_still_looked_for() -> None:
+    """The least of each amount is of two requests, of which neither has both."""
+    line = queue(waiting(1, 200), waiting(2, 90))
+    found = line.next_admissible(Room(95))
+    assert found is not None
+    assert found[0].request_id == 2
