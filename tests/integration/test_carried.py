@@ -29,10 +29,17 @@ from tests.integration.test_ranks import prompt_of
 __all__ = ["wanted"]  # a fixture, of whatever `twins` are here
 
 FLAGS = ("--dtype", "float32", "--block-size", str(BLOCK), "--drain-timeout-s", "20")
-# All have as many blocks, so that each instance gets some of the sequences.
+# Each dp rank has as many blocks, so that each instance gets some of the sequences.
 ONE, TP2, PP2 = (), ("--tp", "2", "--kv-memory-mib", "128"), ("--pp", "2", "--kv-memory-mib", "128")
+DP2 = ("--dp", "2", "--ep", "2")
 # Of the instances that sequences leave and go to.
-LAYOUTS = {"tp2 to 1": (TP2, ONE), "1 to pp2": (ONE, PP2), "tp2 to tp2": (TP2, TP2)}
+LAYOUTS = {
+    "tp2 to 1": (TP2, ONE),
+    "1 to pp2": (ONE, PP2),
+    "tp2 to tp2": (TP2, TP2),
+    "dp2 x ep2 to 1": (DP2, ONE),
+    "1 to dp2 x ep2": (ONE, DP2),
+}
 LONG: dict[str, Any] = {"max_new_tokens": 1500, "ignore_eos": True, "temperature": 0.7, "seed": 3}
 
 
