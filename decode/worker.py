@@ -19,12 +19,9 @@ from decode.scheduler import Scheduler
 from decode.scheduler import Step as Batch
 from decode.sequence import SequenceRecord, State
 from engine.sampling import Sampled
-from service.hung_steps import StepHangs
+from service.hung_steps import await_last_step
 
 log = logging.getLogger(__name__)
-
-# Which the step under way has when the worker is to stop.
-_LAST_STEP_S = 30.0
 
 
 class First(NamedTuple):
@@ -182,10 +179,7 @@ class Worker:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join(_LAST_STEP_S)
-            if self._thread.is_alive():
-                self._on_fatal(StepHangs())
+        await_last_step(self._thread, self._on_fatal)
 
     @property
     def running(self) -> int:

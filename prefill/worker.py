@@ -32,14 +32,12 @@ from prefill.records import (
     Transferred,
 )
 from prefill.scheduler import Prompt, Scheduler, Slice, Step
-from service.hung_steps import StepHangs
+from service.hung_steps import await_last_step
 from service.logs import about_request
 from service.prefix_keys import prefix_salt
 
 log = logging.getLogger(__name__)
 
-# Which the step under way has when the worker is to stop.
-_LAST_STEP_S = 30.0
 
 # How much of the throughput's estimate each further step is.
 _THROUGHPUT_WEIGHT = 0.2
@@ -145,10 +143,7 @@ class Worker:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join(_LAST_STEP_S)
-            if self._thread.is_alive():
-                self._on_fatal(StepHangs())
+        await_last_step(self._thread, self._on_fatal)
 
     @property
     def step_under_way(self) -> int | None:

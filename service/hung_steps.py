@@ -8,6 +8,7 @@ import asyncio
 import faulthandler
 import logging
 import sys
+import threading
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
@@ -15,6 +16,8 @@ log = logging.getLogger(__name__)
 # How often is looked, in parts of the limit and in seconds at most.
 _LOOKS = 10
 _MOST_S = 5.0
+# Which the step under way has when an engine is to stop.
+_LAST_STEP_S = 30.0
 
 
 class StepHangs(Exception):
@@ -46,3 +49,11 @@ async def end_where_a_step_hangs(
     )
     faulthandler.dump_traceback(sys.stderr)
     die(StepHangs())
+
+
+def await_last_step(thread: threading.Thread, die: Callable[[BaseException], object]) -> None:
+    """Wait for an engine's thread that is to stop; `die` where its last step hangs."""
+    if thread.is_alive():
+        thread.join(_LAST_STEP_S)
+        if thread.is_alive():
+            die(StepHangs())

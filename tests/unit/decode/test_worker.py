@@ -363,7 +363,7 @@ def test_step_under_way_is_told_until_it_ends(system: System) -> None:
 
 
 def test_worker_that_cannot_stop_is_broken(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("decode.worker._LAST_STEP_S", 0.05)
+    monkeypatch.setattr("service.hung_steps._LAST_STEP_S", 0.05)
     released = threading.Event()
     monkeypatch.setattr(system.compute, "run", lambda rows, done: released.wait(WAIT_S))
     system.run(1)
