@@ -38,14 +38,15 @@ class Admission:
         """Returns the needs of the first so many that wait, in order, and take part at decode."""
         return [waiting.need for waiting in islice(self._gate.queue, most) if waiting.need.decodes]
 
-    async def admit(self, waiting: Waiting) -> Placement:
+    async def admit(self, waiting: Waiting, now: float) -> Placement:
         """Waits for room and books it in the ledger under `waiting.request_id`.
 
-        The caller releases the request whatever the outcome. Raises Refused (a cap, queue full,
-        waited too long, would wait too long, never fits) and Unavailable (a role has no instance).
+        `now` is when it was asked for: it is tried once, however late that comes. The caller
+        releases the request whatever the outcome. Raises Refused (a cap, queue full, waited too
+        long, would wait too long, never fits) and Unavailable (a role has no instance).
         """
         try:
-            placement = await self._admit(waiting)
+            placement = await self._admit(waiting, now)
         except ServiceError as exc:
             self._metrics.ended("refused", exc.reason)
             raise
@@ -58,12 +59,12 @@ class Admission:
             self._metrics.foretold(waiting.predicted_s, waited_s)
         return placement
 
-    async def _admit(self, waiting: Waiting) -> Placement:
-        self._act_on(self._gate.offer(waiting, self._clock()))
+    async def _admit(self, waiting: Waiting, now: float) -> Placement:
+        self._act_on(self._gate.offer(waiting, now))
         future: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
         self._futures[waiting] = future
         try:
-            self._pump()
+            self._pump(now)
             return await future
         finally:
             was_waiting = waiting.is_queued
@@ -131,12 +132,12 @@ class Admission:
 
     # ---- acting on decisions
 
-    def _pump(self) -> None:
+    def _pump(self, now: float | None = None) -> None:
         """Acts on what has changed; costs next to nothing while nobody waits."""
         self.on_change()
         if not self.queued:
             return
-        now = self._clock()
+        now = self._clock() if now is None else now
         self._act_on(self._gate.decide(now))
         self._set_timer(now)
 

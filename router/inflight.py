@@ -203,7 +203,7 @@ class Inflight:
             start_by = job.deadline
         waiting = self._waiting(run, run.request.need, start_by)
         try:
-            placement = await self._admission.admit(waiting)
+            placement = await self._admission.admit(waiting, asked_at)
         except BaseException as exc:
             # It may have been cancelled in the very moment that room was found.
             self._admission.release(waiting.request_id)

@@ -81,7 +81,9 @@ class Legs:
         if leg_id is None:
             raise Unavailable("no more tries", reason="RETRIES_EXHAUSTED")
         try:
-            placement = await self._admission.admit(self._waiting(leg_id, self._lost))
+            placement = await self._admission.admit(
+                self._waiting(leg_id, self._lost), self._clock()
+            )
             self._metrics.placed(placement.cached_tokens)
             return self.open(leg_id, placement)
         except BaseException:

@@ -194,8 +194,8 @@ def _sum_kernel(
         pair = token * TOP_K + choice
         value = tl.load(y + pair * y_p + columns, mask=inside, other=0.0).to(tl.float32)
         # What an expert that is not here would have written is undefined.
-        here = tl.load(experts + pair) >= 0
-        total += tl.where(here, value * tl.load(weights + pair), 0.0)
+        value = tl.where(tl.load(experts + pair) >= 0, value, 0.0)
+        total += value * tl.load(weights + pair)
     tl.store(out + token * out_t + columns, total, mask=inside)
 
 

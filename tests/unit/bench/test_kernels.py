@@ -77,7 +77,10 @@ def test_every_case_runs_and_computes_what_its_peer_does() -> None:
             theirs = case.peer()
             assert isinstance(ours, Tensor)
             assert isinstance(theirs, Tensor)
-            torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2)
+            # Sums of bf16 products that nearly cancel are as exact as what was added up.
+            near = 2e-2 if theirs.is_floating_point() else 0
+            atol = near * theirs.float().abs().max().item()
+            torch.testing.assert_close(ours.float(), theirs.float(), rtol=near, atol=atol)
             compared.add(case.name.split(",")[0])
     assert compared == {"SiLU and multiply", "decode", "draw", "experts", "prefill", "pack"}
 

@@ -41,7 +41,7 @@ def asks(room: Admission, request_id: int, blocks: int) -> "asyncio.Task[object]
     need = Need(prompt_tokens=16 * blocks - 2, max_new_tokens=2)
     start_by = time.monotonic() + 60.0
     waiting = Waiting(request_id=request_id, need=need, priority=0, start_by=start_by)
-    return asyncio.create_task(room.admit(waiting))
+    return asyncio.create_task(room.admit(waiting, time.monotonic()))
 
 
 async def passed(*tasks: "asyncio.Task[object]") -> list[bool]:

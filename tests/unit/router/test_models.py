@@ -122,7 +122,8 @@ async def _order_of_service(system: System, served: Served) -> list[str]:
     await until(lambda: len(served.prefill.starts) == seen)
     calls = []
     for waiting, tenant in enumerate(("greedy", "modest"), start=1):
-        call = system.generate(model=name, tenant=tenant, max_new_tokens=50)
+        # Of two that are entitled to the same it is the earlier time limit that decides.
+        call = system.generate(model=name, tenant=tenant, max_new_tokens=50, timeout=20 + waiting)
         calls.append(asyncio.ensure_future(collect(call)))
         await until(lambda count=waiting: group.admission.queued == count)  # type: ignore[misc]
     served.decode.step_gate.set()
