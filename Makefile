@@ -44,6 +44,7 @@ format: $(STAMP) ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 soak: $(STAMP) ## Long fault tests: kill processes at random points, many times
+	$(BIN)/pytest $(PARALLEL) tests/unit --hypothesis-profile default
 	$(BIN)/pytest tests/unit tests/integration -m slow --timeout 600
 	$(BIN)/pytest tests/soak -s --timeout 3600
 	TWINPOOL_FUZZ_REQUESTS=1000000 $(BIN)/pytest tests/unit/router/test_fuzz.py -s --timeout 3600

@@ -11,7 +11,7 @@ from router.gate import Decision, Gate
 from router.ledger import InstanceKey, Need, Placement
 from router.metrics.admission import AdmissionMetrics
 from router.queue import Waiting
-from service.errors import ServiceError
+from service.errors import Refused, ServiceError
 
 
 class Admission:
@@ -37,6 +37,17 @@ class Admission:
     def waiting_for_decode(self, most: int) -> list[Need]:
         """Returns the needs of the first so many that wait, in order, and take part at decode."""
         return [waiting.need for waiting in islice(self._gate.queue, most) if waiting.need.decodes]
+
+    def check_queue(self, tenant: str, priority: int, needed: int) -> None:
+        """Raises Refused where a new request would find the queue full, before it costs anything.
+
+        `needed` are the tokens that it is known to ask for.
+        """
+        try:
+            self._gate.check_queue(tenant, priority, needed)
+        except Refused as exc:
+            self._metrics.ended("refused", exc.reason)
+            raise
 
     async def admit(self, waiting: Waiting, now: float) -> Placement:
         """Waits for room and books it in the ledger under `waiting.request_id`.

@@ -59,6 +59,15 @@ def caps_of(caller: Caller | None, caps: Caps) -> Caps:
     )
 
 
+def standing(caller: Caller | None, tenant: str, priority: int) -> tuple[str, int]:
+    """Returns for whom a request counts and its priority; given is what it says of itself."""
+    if caller is None:
+        return tenant, priority
+    if caller.max_priority is not None:
+        priority = min(priority, caller.max_priority)
+    return caller.tenant, priority
+
+
 def owned_by(caller: Caller | None, request: ValidRequest) -> ValidRequest:
     """Returns a request as the caller's: its tenant, its priority at most, its own cached prompts.
 
@@ -67,8 +76,6 @@ def owned_by(caller: Caller | None, request: ValidRequest) -> ValidRequest:
     """
     if caller is None:
         return request
-    priority = request.priority
-    if caller.max_priority is not None:
-        priority = min(priority, caller.max_priority)
+    tenant, priority = standing(caller, request.tenant, request.priority)
     salt = hashlib.sha256(f"{caller.tenant}\0{request.cache_salt}".encode()).hexdigest()
-    return replace(request, tenant=caller.tenant, priority=priority, cache_salt=salt)
+    return replace(request, tenant=tenant, priority=priority, cache_salt=salt)

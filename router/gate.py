@@ -95,6 +95,14 @@ class Gate:
 
     # ---- coming
 
+    def check_queue(self, tenant: str, priority: int, needed: int) -> None:
+        """Raises Refused where the queue has no place for a new request, whatever it asks for.
+
+        `needed` are the tokens that it is known to ask for.
+        """
+        if not self.queue.has_place(tenant, priority):
+            raise self._queue_full(needed)
+
     def offer(self, waiting: Waiting, now: float) -> list[Decision]:
         """Takes a request into the queue; returns what that decides for others.
 
@@ -118,13 +126,13 @@ class Gate:
         try:
             gives_way = self.queue.push(waiting)
         except QueueFull as exc:
-            raise self._queue_full(waiting) from exc
+            raise self._queue_full(waiting.need.total_tokens) from exc
         if self._newcomers is not None:
             self._newcomers.append(waiting)
         if gives_way is None:
             return []
         self._newcomers = None
-        return [(gives_way, self._queue_full(gives_way))]
+        return [(gives_way, self._queue_full(gives_way.need.total_tokens))]
 
     def _check_caps(self, waiting: Waiting) -> None:
         if not self._tenants.have_caps:
@@ -140,7 +148,7 @@ class Gate:
         if predicted_s is None or not self._refuses_early:
             return
         if now + predicted_s > waiting.start_by:
-            raise self._refusal("PREDICTED_WAIT", waiting.need, predicted_s)
+            raise self._refusal("PREDICTED_WAIT", waiting.need.total_tokens, predicted_s)
 
     def _predict(self, waiting: Waiting, now: float) -> float | None:
         room = self._ledger.decode_room()
@@ -175,7 +183,7 @@ class Gate:
         if not len(self.queue):
             return []
         decisions: list[Decision] = [
-            (waiting, self._refusal("QUEUE_WAIT", waiting.need, self._retry_after_s()))
+            (waiting, self._refusal("QUEUE_WAIT", waiting.need.total_tokens, self._retry_after_s()))
             for waiting in self.queue.take_expired(now)
         ]
         decisions += self._placeless(now)
@@ -397,7 +405,7 @@ class Gate:
         if missing is not None:
             raise _no_instance(missing)
         if self._is_complete(need) and not self._ledger.fits_ever(need):
-            raise self._refusal("NEVER_FITS", need, retry_after_s=None)
+            raise self._refusal("NEVER_FITS", need.total_tokens, retry_after_s=None)
 
     def _missing_role(self, waiting: Waiting, now: float) -> str | None:
         need = waiting.need
@@ -434,15 +442,15 @@ class Gate:
     def _retry_after_s(self) -> float:
         return max(RETRY_AFTER_S, self._forecast.mean_hold_s or 0.0)
 
-    def _refusal(self, reason: str, need: Need, retry_after_s: float | None) -> Refused:
+    def _refusal(self, reason: str, needed: int, retry_after_s: float | None) -> Refused:
         free = max(
             (max(0, d.free_blocks) * d.capacity.block_size for d in self._ledger.decodes()),
             default=0,
         )
-        return Refused(reason, needed=need.total_tokens, free=free, retry_after_s=retry_after_s)
+        return Refused(reason, needed=needed, free=free, retry_after_s=retry_after_s)
 
-    def _queue_full(self, waiting: Waiting) -> Refused:
-        return self._refusal("QUEUE_FULL", waiting.need, self._retry_after_s())
+    def _queue_full(self, needed: int) -> Refused:
+        return self._refusal("QUEUE_FULL", needed, self._retry_after_s())
 
     def _over_cap(self, broken: BrokenCap) -> Refused:
         is_ever = broken.needed <= broken.limit

@@ -15,7 +15,7 @@ from twinpool.v1 import inference_pb2, inference_pb2_grpc
 
 from router.access_log import AccessLog
 from router.account import Account
-from router.callers import Callers, caps_of, owned_by
+from router.callers import Callers, caps_of, owned_by, standing
 from router.group import ModelGroup
 from router.groups import Groups
 from router.inflight import Job
@@ -132,6 +132,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         account: Account,
     ) -> None:
         deadline = account.began_at + self._allowed_s(context)
+        if not request.HasField("resume"):
+            self._check_queue(request, group)
         model, tokenizer = await _served(group)
         checked, resumed = await self._check(request, group, model, tokenizer)
         job = Job(
@@ -152,6 +154,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         finally:
             life.cancel()
             await asyncio.gather(life, return_exceptions=True)
+
+    def _check_queue(self, request: inference_pb2.GenerateRequest, group: ModelGroup) -> None:
+        """Refuses whom the queue has no place for while its prompt has not cost anything."""
+        tenant, priority = standing(current_caller(), request.tenant, request.priority)
+        new_tokens = request.stop.max_new_tokens or self._caps.default_max_new_tokens
+        needed = len(request.prompt.token_ids.ids) + new_tokens
+        group.admission.check_queue(tenant, priority, needed)
 
     async def _relay(self, job: Job, account: Account, outbox: Outbox, context: Any) -> None:
         """Writes the answer's parts as they come, until there are no more."""

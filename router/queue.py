@@ -209,7 +209,7 @@ class AdmissionQueue:
         """
         gives_way = None
         if not waiting.resumes and self._new >= self._max_requests:
-            gives_way = self._gives_way(waiting)
+            gives_way = self._gives_way(waiting.tenant, waiting.priority)
             if gives_way is None:
                 raise QueueFull
             self._remove(gives_way)
@@ -218,18 +218,23 @@ class AdmissionQueue:
         self._add(waiting)
         return gives_way
 
-    def _gives_way(self, newcomer: Waiting) -> Waiting | None:
+    def has_place(self, tenant: str, priority: int) -> bool:
+        """Whether a new request would be taken in, whatever it asks for."""
+        is_full = self._new >= self._max_requests
+        return not is_full or self._gives_way(tenant, priority) is not None
+
+    def _gives_way(self, for_tenant: str, for_priority: int) -> Waiting | None:
         def crowd(tenant: str, more: int = 0) -> float:
             return (self._queued.get(tenant, 0) + more) / self._tenants.weight(tenant)
 
         lanes = [
             (crowd(tenant), -priority, lane)
             for priority, lanes in self._lanes.items()
-            if priority <= newcomer.priority
+            if priority <= for_priority
             for tenant, lane in lanes.items()
         ]
         most, _, lane = max(lanes, key=lambda found: found[:2], default=(0.0, 0, _Lane()))
-        return lane.entries[-1] if most > crowd(newcomer.tenant, 1) else None
+        return lane.entries[-1] if most > crowd(for_tenant, 1) else None
 
     def discard(self, waiting: Waiting) -> None:
         """Takes a request out; no error where it is not in."""

@@ -31,6 +31,11 @@ async def test_full_queue_refuses_with_a_retry_time() -> None:
         assert isinstance(error, Refused)
         assert error.retryable
         assert error.reason == "QUEUE_FULL"
+        assert error.needed == 1000
+        # Its prompt is not even looked at.
+        error = await error_of(system.generate(""))
+        assert error.reason == "QUEUE_FULL"
+        assert admissions(system, "refused", "QUEUE_FULL") == 2
         waiting.cancel()
         await until(lambda: system.group.admission.queued == 0)
         running_call.cancel()
