@@ -150,7 +150,19 @@ def quiet_trace(exc: BaseException) -> str:
 async def abort_with(context: Any, error: ServiceError) -> None:
     """Ends a grpc.aio call with an error's rich status; always raises, as context.abort does."""
     code, message, trailing = rich_status(error)
-    await context.abort(code, message, trailing)
+    try:
+        await context.abort(code, message, trailing)
+    finally:
+        # gRPC's call keeps what abort raises, which keeps this frame: nothing here may keep the
+        # call, or each refusal is garbage that only the collector finds.
+        del context, error
+
+
+def _forget_frames(exc: BaseException | None) -> None:
+    """Lets go of the frames that an error went through, and of all that they hold; see above."""
+    while exc is not None:
+        exc.__traceback__ = None
+        exc = exc.__cause__ or exc.__context__
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
@@ -225,7 +237,11 @@ def _guard_call(
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
         except Exception as exc:
-            await abort_with(context, as_service_error(exc, method))
+            error = as_service_error(exc, method)
+            _forget_frames(exc)
+            await abort_with(context, error)
+        finally:
+            del request, context
 
     return guarded
 

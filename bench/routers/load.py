@@ -184,16 +184,16 @@ class Streams:
 
 
 async def arrivals(
-    client: Client, body: bytes, per_s: float, seconds: float, rng: random.Random
+    client: Client, bodies: Sequence[bytes], per_s: float, seconds: float, rng: random.Random
 ) -> None:
-    """Send requests at random times, `per_s` of them in a second, whatever becomes of them."""
+    """Send any of these requests at random times, `per_s` a second, whatever becomes of them."""
     due = client.clock()
     end = due + seconds
     while (due := due + rng.expovariate(per_s)) < end:
         wait_s = due - client.clock()
         if wait_s > 0:
             await asyncio.sleep(wait_s)
-        client.send(body, _whatever)
+        client.send(rng.choice(bodies), _whatever)
 
 
 def _whatever(finished: bool) -> None:

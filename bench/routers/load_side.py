@@ -71,13 +71,17 @@ async def _offered(
     settle_s: float,
     seconds: float,
 ) -> dict[str, float]:
-    """Offer `per_s` requests a second; the window begins after `settle_s`."""
+    """Offer `per_s` requests a second; the window begins after `settle_s`.
+
+    They are for half to one and a half times `tokens`, so that answers do not end all at once.
+    """
     rng = random.Random(2)
     async with client_of(around) as client:
-        body = client.dialect.request(tokens, PROMPT)
-        await arrivals(client, body, per_s, settle_s, rng)
+        lengths = range(tokens - tokens // 2, tokens + tokens // 2 + 1)
+        bodies = [client.dialect.request(length, PROMPT) for length in lengths]
+        await arrivals(client, bodies, per_s, settle_s, rng)
         window = Window(client, processes)
-        await arrivals(client, body, per_s, seconds, rng)
+        await arrivals(client, bodies, per_s, seconds, rng)
         return window.end()
 
 

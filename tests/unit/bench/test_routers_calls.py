@@ -146,7 +146,7 @@ async def test_a_client_notes_what_was_answered_and_what_was_not(
     served: tuple[Server, Connection],
 ) -> None:
     client = Client([served[1]], Grpc(), Stamps(time.monotonic), time.monotonic)
-    await arrivals(client, Grpc().request(4, "p"), 1000.0, 0.02, random.Random(0))
+    await arrivals(client, [Grpc().request(4, "p")], 1000.0, 0.02, random.Random(0))
     sent = client.open + client.tally.finished
     ended: list[bool] = []
     client.send(Grpc().request(13, "p"), ended.append)
