@@ -9,6 +9,7 @@ Legend: T tokens of the pass, S sequences, B blocks of a table, G KV heads, X = 
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -46,12 +47,30 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillSpan:
-    """Rows `begin` to `end` of the pass: tokens of one sequence after `start` others."""
+    """Rows `begin` to `end` of the pass: tokens of one sequence after `start` others.
+
+    `table` are the blocks of all of them.
+    """
 
     begin: int
     end: int
     start: int
-    run_indices: Tensor | None  # of the `start` tokens; None where there are none
+    table: NDArray[np.int64]
+    cache: KVCache
+
+    @cached_property
+    def run_indices(self) -> Tensor | None:
+        """Those of the `start` tokens; None where there are none."""
+        blocks = -(-self.start // self.cache.block_size)
+        return self.cache.run_indices(self.table[None, :blocks]) if blocks else None
+
+    @cached_property
+    def on_device(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The table, and each row's first key and the end of the keys that it sees, all int32."""
+        device, tokens = self.cache.tensor.device, self.end - self.begin
+        table_B = torch.from_numpy(self.table.astype(np.int32)).to(device)
+        end_T = torch.arange(tokens, dtype=torch.int32, device=device) + (self.start + 1)
+        return table_B, torch.zeros_like(end_T), end_T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,13 +264,7 @@ def _rows(chunks: Sequence[Chunk], order: Sequence[int]) -> tuple[slice, ...]:
 def _prefill_span(
     chunk: Chunk, table: NDArray[np.int64], rows: slice, cache: KVCache
 ) -> PrefillSpan:
-    prefix_blocks = -(-chunk.start // cache.block_size)
-    return PrefillSpan(
-        begin=rows.start,
-        end=rows.stop,
-        start=chunk.start,
-        run_indices=cache.run_indices(table[None, :prefix_blocks]) if prefix_blocks else None,
-    )
+    return PrefillSpan(begin=rows.start, end=rows.stop, start=chunk.start, table=table, cache=cache)
 
 
 def _last_rows(

@@ -1,7 +1,8 @@
 """The rows of a pass that are one new token of a sequence each, and where their keys are.
 
-Owns two forms of the same: tables as they are, which compiled attention reads the cache by, and
-groups of like length to be gathered, made only where that is what is done.
+Owns three forms of the same, each made only where it is asked for: tables as they are, which
+compiled attention reads the cache by; those as tensors on the device, for a GPU's; and groups of
+like length to be gathered.
 
 Legend: S sequences, B blocks of a table, L cached tokens (padded), G KV heads.
 """
@@ -71,6 +72,16 @@ class DecodeRows:
         """Where in `blocks` each table begins."""
         counts = [len(table) for table in self.tables]
         return np.cumsum([0, *counts[:-1]])
+
+    @cached_property
+    def on_device(self) -> tuple[Tensor, Tensor]:
+        """The tables, [S, B] with zeros behind each, and the lengths, both int32."""
+        tables_SB = np.zeros((len(self.tables), len(self.tables[0])), np.int32)
+        for row, table in zip(tables_SB, self.tables, strict=True):
+            row[: len(table)] = table
+        device = self.cache.tensor.device
+        lengths_S = torch.from_numpy(self.lengths_S.astype(np.int32))
+        return torch.from_numpy(tables_SB).to(device), lengths_S.to(device)
 
     @cached_property
     def groups(self) -> tuple[DecodeGroup, ...]:

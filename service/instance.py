@@ -286,14 +286,18 @@ def _name(settings: InstanceConfig, role: str) -> str:
 
 
 def _device(name: str) -> torch.device:
-    if name == "cuda":
-        try:
-            check_device_memory(os.environ)
-        except SlowMemory as error:
-            raise StartError(f"--device cuda: {error}") from error
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device(name)
+    try:
+        check_device_memory(os.environ)
+    except SlowMemory as error:
+        raise StartError(f"--device cuda: {error}") from error
+    if not torch.cuda.is_available():
         raise StartError("--device cuda: found no CUDA device that torch can use; use --device cpu")
-    return torch.device(name)
+    raise StartError(
+        "--device cuda: the engine runs there, but KV in a GPU's memory cannot be handed over yet;"
+        " use --device cpu"
+    )
 
 
 def _num_blocks(

@@ -71,7 +71,7 @@ class Counted:
 
     def __call__(self, x_TD: Tensor, routes: Routes) -> Tensor:
         if self.counts is not None:
-            self.counts.append(sum(load > 0 for load in routes.loads))
+            self.counts.append(sum(load > 0 for load in routes.pairs.loads))
         return self._experts(x_TD, routes)
 
 

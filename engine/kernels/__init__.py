@@ -6,7 +6,8 @@ weight, rows what becomes of them between products; none knows of models.
 What is asked for as `deterministic` gives a token the same bits whatever else is in the batch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -25,9 +26,9 @@ from engine.kernels import (
     step_cpu,
 )
 from engine.kernels.experts import Experts, ExpertsKernel
+from engine.kernels.gpu import passes
 from engine.kernels.rows import RowKernels
 from engine.kernels.step import Product, StepKernel
-from engine.kernels.table import paged_kernels
 
 __all__ = [
     "AttentionKernel",
@@ -62,19 +63,38 @@ class AttentionKernel(Protocol):
 ProductKernel = Callable[[Tensor], Product]  # a constant weight [O, I] -> x [T, I] -> [T, O]
 
 
-def _rows_of_gpus(dtype: torch.dtype, *, deterministic: bool = False) -> RowKernels:
-    if deterministic:
-        raise UnsupportedError("no deterministic kernels for the device cuda; there are: cpu")
-    return paged_kernels(torch.device("cuda")).rows(dtype)
+@dataclass(frozen=True, kw_only=True)
+class _Kernels:
+    """A device's; see the functions of the same names."""
+
+    attention: Callable[..., AttentionKernel]
+    product: Callable[..., Product]
+    router: Callable[..., Product]
+    experts: Callable[..., Experts]
+    rows: Callable[..., RowKernels]
+    argmax: Callable[[], Callable[[Tensor], list[int]]]
+    step: StepKernel
 
 
-_ATTENTION: Mapping[str, Callable[..., AttentionKernel]] = {"cpu": attention_cpu.attention}
-_PRODUCT: Mapping[str, Callable[..., Product]] = {"cpu": linear_cpu.product}
-_ROUTER: Mapping[str, Callable[..., Product]] = {"cpu": router_cpu.router}
-_EXPERTS: Mapping[str, Callable[..., Experts]] = {"cpu": experts_cpu.experts}
-_ROWS: Mapping[str, Callable[..., RowKernels]] = {"cpu": rows_cpu.rows, "cuda": _rows_of_gpus}
-_ARGMAX: Mapping[str, Callable[[], Callable[[Tensor], list[int]]]] = {"cpu": argmax_cpu.finder}
-_STEP: Mapping[str, StepKernel] = {"cpu": step_cpu.step}
+_CPU = _Kernels(
+    attention=attention_cpu.attention,
+    product=linear_cpu.product,
+    router=router_cpu.router,
+    experts=experts_cpu.experts,
+    rows=rows_cpu.rows,
+    argmax=argmax_cpu.finder,
+    step=step_cpu.step,
+)
+_CUDA = _Kernels(
+    attention=passes.Attention,
+    product=passes.product,
+    router=passes.router,
+    experts=passes.Experts,
+    rows=passes.rows,
+    argmax=passes.argmax_finder,
+    step=passes.no_step,
+)
+_KERNELS: dict[str, _Kernels] = {"cpu": _CPU, "cuda": _CUDA}
 
 
 def attention_kernel(device: torch.device, *, deterministic: bool = False) -> AttentionKernel:
@@ -82,31 +102,31 @@ def attention_kernel(device: torch.device, *, deterministic: bool = False) -> At
 
     What has to be compiled is compiled here, so that no pass waits for it.
     """
-    return _ATTENTION[_supported(device)](deterministic=deterministic)
+    return _of(device).attention(deterministic=deterministic)
 
 
 def product_kernel(device: torch.device, *, deterministic: bool = False) -> ProductKernel:
     """Return what makes products on a device; raises UnsupportedError where there is nothing."""
-    return partial(_PRODUCT[_supported(device)], deterministic=deterministic)
+    return partial(_of(device).product, deterministic=deterministic)
 
 
 def router_kernel(
     device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
 ) -> ProductKernel:
     """Return what makes routers' scores of rows of this dtype; raises UnsupportedError."""
-    return partial(_ROUTER[_supported(device)], dtype=dtype, deterministic=deterministic)
+    return partial(_of(device).router, dtype=dtype, deterministic=deterministic)
 
 
 def experts_kernel(device: torch.device, *, deterministic: bool = False) -> ExpertsKernel:
     """Return what makes experts on a device; raises UnsupportedError where there is nothing."""
-    return partial(_EXPERTS[_supported(device)], deterministic=deterministic)
+    return partial(_of(device).experts, deterministic=deterministic)
 
 
 def row_kernels(
     device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
 ) -> RowKernels:
     """Return what is done to rows on a device by a model of this dtype; raises UnsupportedError."""
-    return _ROWS[_supported(device, _ROWS)](dtype, deterministic=deterministic)
+    return _of(device).rows(dtype, deterministic=deterministic)
 
 
 def argmax_kernel(device: torch.device) -> Callable[[Tensor], list[int]]:
@@ -114,16 +134,16 @@ def argmax_kernel(device: torch.device) -> Callable[[Tensor], list[int]]:
 
     It is the first of equals, or of NaNs. Raises UnsupportedError where there is nothing.
     """
-    return _ARGMAX[_supported(device)]()
+    return _of(device).argmax()
 
 
 def step_kernel(device: torch.device) -> StepKernel:
     """Return what joins layers on a device; raises UnsupportedError where there is nothing."""
-    return _STEP[_supported(device)]
+    return _of(device).step
 
 
-def _supported(device: torch.device, kernels: Mapping[str, object] = _ATTENTION) -> str:
-    if device.type not in kernels:
-        known = ", ".join(kernels)
+def _of(device: torch.device) -> _Kernels:
+    if device.type not in _KERNELS:
+        known = ", ".join(_KERNELS)
         raise UnsupportedError(f"no kernels for the device {device.type}; there are: {known}")
-    return device.type
+    return _KERNELS[device.type]

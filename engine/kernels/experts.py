@@ -70,11 +70,13 @@ class ProductExperts:
 
     def __call__(self, x_TD: Tensor, routes: Routes) -> Tensor:
         """See `Experts`."""
-        if self._together and len(x_TD) * len(routes.loads) <= _ALL_EXPERTS_PAIRS:
+        experts = len(self._down_products)
+        if self._together and len(x_TD) * experts <= _ALL_EXPERTS_PAIRS:
             return self._through_all(x_TD, routes, *self._together)
-        y_PD = torch.cat(list(self._through_chosen(x_TD, routes.tokens_P, routes.loads)))
+        pairs = routes.pairs
+        y_PD = torch.cat(list(self._through_chosen(x_TD, pairs.tokens_P, pairs.loads)))
         # One choice after another: torch multiplies bf16 by fp32 an order slower than two fp32.
-        choices = zip(routes.place_TK.unbind(1), routes.weights_TK.unbind(1), strict=True)
+        choices = zip(pairs.place_TK.unbind(1), routes.weights_TK.unbind(1), strict=True)
         place_T, weight_T = next(choices)
         sum_TD = y_PD.index_select(0, place_T).float().mul_(weight_T[:, None])
         for place_T, weight_T in choices:

@@ -58,15 +58,16 @@ class NativeExperts:
         """See `Experts`."""
         assert x_TD.is_contiguous()
         assert x_TD.shape[1] == self._hidden
-        tokens, top_k = routes.place_TK.shape
-        experts = len(routes.loads)
+        pairs = routes.pairs
+        tokens, top_k = pairs.place_TK.shape
+        experts = len(pairs.loads)
         y_PD = x_TD.new_empty(tokens * top_k, self._hidden)
         sum_TD = torch.empty_like(x_TD, dtype=torch.float32)
         work = len(y_PD) * 3 * self._hidden * self.inner
         self._run(
             *(x_TD.data_ptr(), self.gate_up.data_ptr(), self.down.data_ptr()),
-            (ctypes.c_int64 * experts)(*routes.loads),
-            *(routes.tokens_P.data_ptr(), routes.place_TK.data_ptr()),
+            (ctypes.c_int64 * experts)(*pairs.loads),
+            *(pairs.tokens_P.data_ptr(), pairs.place_TK.data_ptr()),
             *(routes.weights_TK.data_ptr(), y_PD.data_ptr(), sum_TD.data_ptr()),
             *(tokens, experts, top_k, self._hidden, self.inner),
             torch.get_num_threads() if work >= _THREADED else 1,

@@ -136,14 +136,16 @@ class FixedExperts(ProductExperts):
 
     def __call__(self, x_TD: Tensor, routes: Routes) -> Tensor:
         """See `Experts`."""
-        y_PD = torch.cat(list(self._through_chosen(x_TD, routes.tokens_P, routes.loads)))
+        y_PD = torch.cat(
+            list(self._through_chosen(x_TD, routes.pairs.tokens_P, routes.pairs.loads))
+        )
         first, *more = self._weighted(y_PD, routes)
         for part in more:
             first += part
         return first
 
     def _weighted(self, y_PD: Tensor, routes: Routes) -> Iterator[Tensor]:
-        choices = zip(routes.place_TK.unbind(1), routes.weights_TK.unbind(1), strict=True)
+        choices = zip(routes.pairs.place_TK.unbind(1), routes.weights_TK.unbind(1), strict=True)
         for place_T, weight_T in choices:
             yield y_PD.index_select(0, place_T).float().mul_(weight_T[:, None])
 

@@ -28,18 +28,51 @@ class NormWeight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routes:
-    """Which experts see which tokens: pairs of a token and its choice, sorted by expert.
+class SortedPairs:
+    """Pairs of a token and its choice, sorted by expert.
 
-    `tokens_P` are the sorted pairs' tokens, of which the first `loads[0]` are for expert 0 and so
-    on; `place_TK` says where a token's k-th choice is among them.
+    `tokens_P` are the pairs' tokens, of which the first `loads[0]` are for expert 0 and so on;
+    `place_TK` says where a token's k-th choice is among them.
     """
 
-    weights_TK: Tensor
-    experts_TK: Tensor
     tokens_P: Tensor
     place_TK: Tensor
     loads: list[int]
+
+
+class Routes:
+    """Which of `num_experts` experts see which tokens, and with which weights, both [T, K]."""
+
+    def __init__(
+        self,
+        weights_TK: Tensor,
+        experts_TK: Tensor,
+        num_experts: int,
+        pairs: SortedPairs | None = None,
+    ) -> None:
+        """`pairs` where they are known: else they are sorted by whoever asks for them first."""
+        self.weights_TK = weights_TK
+        self.experts_TK = experts_TK
+        self._num_experts = num_experts
+        self._pairs = pairs
+
+    @property
+    def pairs(self) -> SortedPairs:
+        """The pairs by expert. How many an expert has is asked of the device, which takes time."""
+        if self._pairs is None:
+            self._pairs = self._sorted()
+        return self._pairs
+
+    def _sorted(self) -> SortedPairs:
+        experts_P, top_k = self.experts_TK.flatten(), self.experts_TK.shape[1]
+        order_P = experts_P.argsort(stable=True)
+        place_P = torch.empty_like(order_P)
+        place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+        return SortedPairs(
+            tokens_P=order_P // top_k,
+            place_TK=place_P.view(self.experts_TK.shape),
+            loads=experts_P.bincount(minlength=self._num_experts).tolist(),
+        )
 
 
 class RowKernels(Protocol):
@@ -116,17 +149,7 @@ class TorchRows:
     def route(self, logits_TE: Tensor, top_k: int, normalise: bool) -> Routes:
         """See `RowKernels`."""
         weights_TK, experts_TK = self.choose(logits_TE, top_k, normalise)
-        experts_P = experts_TK.flatten()
-        order_P = experts_P.argsort(stable=True)
-        place_P = torch.empty_like(order_P)
-        place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-        return Routes(
-            weights_TK=weights_TK,
-            experts_TK=experts_TK,
-            tokens_P=order_P // top_k,
-            place_TK=place_P.view(experts_TK.shape),
-            loads=experts_P.bincount(minlength=logits_TE.shape[1]).tolist(),
-        )
+        return Routes(weights_TK, experts_TK, logits_TE.shape[1])
 
     def choose(self, logits_TE: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
         """See `RowKernels`."""

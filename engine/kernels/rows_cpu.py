@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.fixed import FixedRows
-from engine.kernels.rows import NormWeight, Routes, RowKernels, TorchRows
+from engine.kernels.rows import NormWeight, Routes, RowKernels, SortedPairs, TorchRows
 from native import OPENMP, load_if_possible
 
 _SOURCE = Path(__file__).with_name("rows_cpu.cpp")
@@ -126,13 +126,8 @@ class NativeRows:
             loads,
             torch.get_num_threads(),
         )
-        return Routes(
-            weights_TK=weights_TK,
-            experts_TK=experts_TK,
-            tokens_P=tokens_P,
-            place_TK=place_TK,
-            loads=list(loads),
-        )
+        pairs = SortedPairs(tokens_P=tokens_P, place_TK=place_TK, loads=list(loads))
+        return Routes(weights_TK, experts_TK, experts, pairs)
 
     def choose(self, logits_TE: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
         """See `RowKernels`."""

@@ -153,16 +153,16 @@ def test_routes_are_the_highest_scores_and_their_order(
     routes = make().route(logits_TE, top_k, normalise)
     assert torch.equal(routes.experts_TK, experts_TK)
     torch.testing.assert_close(routes.weights_TK.double(), exact_TK, rtol=1e-5, atol=0)
-    assert routes.loads == experts_TK.flatten().bincount(minlength=experts).tolist()
+    assert routes.pairs.loads == experts_TK.flatten().bincount(minlength=experts).tolist()
     order_P = experts_TK.flatten().argsort(stable=True)
-    assert torch.equal(routes.tokens_P, order_P // top_k)
-    assert torch.equal(routes.place_TK.flatten()[order_P], torch.arange(tokens * top_k))
+    assert torch.equal(routes.pairs.tokens_P, order_P // top_k)
+    assert torch.equal(routes.pairs.place_TK.flatten()[order_P], torch.arange(tokens * top_k))
 
 
 def test_routes_of_scores_that_are_no_numbers_stay_within_bounds() -> None:
     routes = native().route(torch.full((3, 4), torch.nan), 2, True)
-    assert sum(routes.loads) == 6
-    assert sorted(routes.place_TK.flatten().tolist()) == list(range(6))
+    assert sum(routes.pairs.loads) == 6
+    assert sorted(routes.pairs.place_TK.flatten().tolist()) == list(range(6))
 
 
 def test_a_row_is_the_same_whatever_is_beside_it() -> None:
