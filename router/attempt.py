@@ -84,7 +84,7 @@ class Attempt:
         self._clock = clock
         self._hedging = hedging
         # What happens, and the leg it comes from or is meant for; None: it concerns the whole try.
-        self._inbox: Inbox[tuple[PrefillLeg | None, Event]] = Inbox()
+        self._inbox = inbox = Inbox[tuple[PrefillLeg | None, Event]]()
         self._legs = Legs(
             request,
             pools=pools,
@@ -96,7 +96,7 @@ class Attempt:
             next_id=next_id,
             hedge_id=hedge_id,
             decode=placement.decode,
-            inbox=lambda leg, event: self._inbox.put_nowait((leg, event)),
+            inbox=lambda leg, event: inbox.put_nowait((leg, event)),
         )
         self._leg: PrefillLeg | None = None
         # Its leg gets no grant before its token has come first: decode takes from one alone.

@@ -14,6 +14,10 @@ from router.prefill_leg import PrefillLeg
 _log = logging.getLogger(__name__)
 
 
+def _no_leg() -> None:
+    return None
+
+
 class Hedge:
     """At most one leg beside another. `open_leg` opens it where there is room this moment."""
 
@@ -22,7 +26,7 @@ class Hedge:
     ) -> None:
         self._hedging = hedging
         self._metrics = metrics
-        self._open_leg = open_leg
+        self._open_leg: Callable[[], PrefillLeg | None] = open_leg
         self._timer: asyncio.TimerHandle | None = None
         self.leg: PrefillLeg | None = None
 
@@ -60,5 +64,6 @@ class Hedge:
     def _end(self) -> PrefillLeg | None:
         if self._timer is not None:
             self._timer.cancel()
+        self._open_leg = _no_leg  # what it was made for need not wait for the collector
         leg, self.leg = self.leg, None
         return leg

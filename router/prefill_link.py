@@ -126,6 +126,10 @@ class PrefillLink:
                 )
 
 
+def _to_nobody(event: PrefillEvent) -> None:
+    pass
+
+
 class PrefillCall:
     """One request's stream to prefill. `task` is done once the stream has ended."""
 
@@ -138,7 +142,7 @@ class PrefillCall:
     ) -> None:
         self._instance = instance
         self._stream = stream
-        self._inbox = inbox
+        self._inbox: Callable[[PrefillEvent], None] = inbox
         self._grant: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
         self.task = asyncio.create_task(self._converse(start))
 
@@ -169,7 +173,8 @@ class PrefillCall:
         finally:
             sender.cancel()
             self._stream.cancel()
-        self._inbox(PrefillEnded(error))
+        inbox, self._inbox = self._inbox, _to_nobody  # which is free once nothing more comes
+        inbox(PrefillEnded(error))
 
     async def _send(self, start: worker_pb2.PrefillStart) -> None:
         # A write fails only where the stream is broken, and then the reader tells.

@@ -133,17 +133,19 @@ def leaves(exc: BaseException) -> list[BaseException]:
     return [exc]
 
 
-def quiet_trace(exc: BaseException) -> str:
+def quiet_trace(exc: BaseException, _shown: frozenset[int] = frozenset()) -> str:
     """Formats where an exception came from: types and frames, no messages and no values."""
     parts = []
-    if exc.__cause__ is not None:
-        parts.append(quiet_trace(exc.__cause__) + "caused:\n")
-    elif exc.__context__ is not None and not exc.__suppress_context__:
-        parts.append(quiet_trace(exc.__context__) + "while handling it:\n")
+    shown = _shown | {id(exc)}
+    cause, context = exc.__cause__, exc.__context__
+    if cause is not None and id(cause) not in shown:
+        parts.append(quiet_trace(cause, shown) + "caused:\n")
+    elif context is not None and id(context) not in shown and not exc.__suppress_context__:
+        parts.append(quiet_trace(context, shown) + "while handling it:\n")
     parts.append("".join(traceback.format_tb(exc.__traceback__)))
     parts.append(f"{type(exc).__qualname__}\n")
     if isinstance(exc, BaseExceptionGroup):
-        parts.extend(f"within the group:\n{quiet_trace(inner)}" for inner in exc.exceptions)
+        parts.extend(f"within the group:\n{quiet_trace(inner, shown)}" for inner in exc.exceptions)
     return "".join(parts)
 
 
@@ -160,7 +162,9 @@ async def abort_with(context: Any, error: ServiceError) -> None:
 
 def _forget_frames(exc: BaseException | None) -> None:
     """Lets go of the frames that an error went through, and of all that they hold; see above."""
-    while exc is not None:
+    seen = set()  # one that is raised again may come to be a cause of itself
+    while exc is not None and id(exc) not in seen:
+        seen.add(id(exc))
         exc.__traceback__ = None
         exc = exc.__cause__ or exc.__context__
 

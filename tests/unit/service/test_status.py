@@ -201,6 +201,18 @@ async def test_error_out_of_a_task_group_is_unwrapped() -> None:
     assert (await failure(group)).code() is grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [(NotFound, grpc.StatusCode.NOT_FOUND), (ValueError, grpc.StatusCode.INTERNAL)],
+)
+async def test_error_that_is_its_own_causes_cause_ends_the_call(
+    kind: type[Exception], code: grpc.StatusCode
+) -> None:
+    error, other = kind("the first"), ValueError("raised for it")
+    error.__cause__, other.__cause__ = other, error
+    assert (await failure(error)).code() is code
+
+
 async def test_defect_shows_an_id_and_logs_a_trace_without_values(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
