@@ -295,8 +295,7 @@ def _device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise StartError("--device cuda: found no CUDA device that torch can use; use --device cpu")
     raise StartError(
-        "--device cuda: the engine runs there, but KV in a GPU's memory cannot be handed over yet;"
-        " use --device cpu"
+        "--device cuda: KV in a GPU's memory cannot be handed over yet; use --device cpu"
     )
 
 
