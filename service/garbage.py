@@ -3,8 +3,9 @@
 import gc
 
 # Of objects made and not freed, before the youngest are looked at: by default 700, which a step of
-# a hundred streams makes. The older ones are looked at after so many times of that.
-_YOUNGEST, _MIDDLE, _OLDEST = 20_000, 50, 100
+# a hundred streams makes. The older ones are looked at after so many times of that. What a
+# long answer leaves in cycles is old when it ends, and stays until the oldest are looked at.
+_YOUNGEST, _MIDDLE, _OLDEST = 20_000, 10, 10
 
 
 def collect_rarely() -> None:
