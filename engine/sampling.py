@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import SamplingError
-from engine.kernels import argmax_kernel
+from engine.kernels import Draw, argmax_kernel, draw_kernel
 from engine.philox import uniforms
 
 _SEED_LIMIT = 1 << 64
@@ -137,16 +137,18 @@ class SequenceState:
             # An id in both prompt and output gets the same value twice.
             seen = torch.cat((self._prompt_ids, torch.tensor(list(self._output_counts)))).long()
             seen, _ = _inside(seen - first_id, len(logits_V))
+            seen = seen.to(logits_V.device)
             values = logits_V[seen]
             factor = params.repetition_penalty
             logits_V[seen] = torch.where(values > 0, values / factor, values * factor)
         if self._output_counts and (params.presence_penalty or params.frequency_penalty):
             ids, inside = _inside(torch.tensor(list(self._output_counts)) - first_id, len(logits_V))
             counts = torch.tensor(list(self._output_counts.values()), dtype=logits_V.dtype)[inside]
-            logits_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
+            penalties = params.presence_penalty + params.frequency_penalty * counts
+            logits_V[ids.to(logits_V.device)] -= penalties.to(logits_V.device)
         if self.suppresses:
             suppressed, _ = _inside(torch.tensor(self._suppressed_ids) - first_id, len(logits_V))
-            logits_V[suppressed] = -torch.inf
+            logits_V[suppressed.to(logits_V.device)] = -torch.inf
 
 
 def _inside(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -213,6 +215,12 @@ def _choose(logits_SV: Tensor, states: Sequence[SequenceState]) -> list[int]:
             states[row].adjust(logits_SV[row])
     token_ids = argmax_kernel(logits_SV.device)(logits_SV)
     rows = [row for row, state in enumerate(states) if state.params.temperature]
+    draw = draw_kernel(logits_SV.device)
+    if rows and draw is not None:
+        drawn = _draw_by(draw, logits_SV[rows], [states[row] for row in rows])
+        for row, token_id in zip(rows, drawn, strict=True):
+            token_ids[row] = token_id
+        return token_ids
     filtered = [row for row in rows if states[row].params.top_k or states[row].params.top_p < 1]
     for chosen in (filtered, [row for row in rows if row not in set(filtered)]):
         if chosen:
@@ -220,6 +228,25 @@ def _choose(logits_SV: Tensor, states: Sequence[SequenceState]) -> list[int]:
             for row, token_id in zip(chosen, drawn, strict=True):
                 token_ids[row] = token_id
     return token_ids
+
+
+def _draw_by(draw: Draw, logits_RV: Tensor, states: Sequence[SequenceState]) -> list[int]:
+    """Draw by a device's kernel, which does with each row what `_draw` and `pick` do."""
+    params, device = [state.params for state in states], logits_RV.device
+    numbers = uniforms([p.seed for p in params], [state.position for state in states])
+
+    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    found_R = draw(
+        logits_RV,
+        column([p.temperature for p in params]),
+        column([p.top_k for p in params], torch.int32),
+        column([p.top_p for p in params]),
+        column([p.min_p for p in params]),
+        torch.from_numpy(numbers).to(device),
+    )
+    return [int(token_id) for token_id in found_R.tolist()]
 
 
 def _draw(logits_RV: Tensor, states: Sequence[SequenceState], filtered: bool) -> list[int]:

@@ -32,11 +32,13 @@ from engine.kernels.step import Product, StepKernel
 
 __all__ = [
     "AttentionKernel",
+    "Draw",
     "Product",
     "ProductKernel",
     "RowKernels",
     "argmax_kernel",
     "attention_kernel",
+    "draw_kernel",
     "experts_kernel",
     "product_kernel",
     "router_kernel",
@@ -60,6 +62,8 @@ class AttentionKernel(Protocol):
         ...
 
 
+# Logits [S, V], temperatures, top-k, top-p, min-p and random numbers [S] -> tokens [S].
+Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 ProductKernel = Callable[[Tensor], Product]  # a constant weight [O, I] -> x [T, I] -> [T, O]
 
 
@@ -73,6 +77,7 @@ class _Kernels:
     experts: Callable[..., Experts]
     rows: Callable[..., RowKernels]
     argmax: Callable[[], Callable[[Tensor], list[int]]]
+    draw: Callable[[], Draw | None]
     step: StepKernel
 
 
@@ -83,6 +88,7 @@ _CPU = _Kernels(
     experts=experts_cpu.experts,
     rows=rows_cpu.rows,
     argmax=argmax_cpu.finder,
+    draw=lambda: None,
     step=step_cpu.step,
 )
 _CUDA = _Kernels(
@@ -92,6 +98,7 @@ _CUDA = _Kernels(
     experts=passes.Experts,
     rows=passes.rows,
     argmax=passes.argmax_finder,
+    draw=passes.draw,
     step=passes.no_step,
 )
 _KERNELS: dict[str, _Kernels] = {"cpu": _CPU, "cuda": _CUDA}
@@ -135,6 +142,14 @@ def argmax_kernel(device: torch.device) -> Callable[[Tensor], list[int]]:
     It is the first of equals, or of NaNs. Raises UnsupportedError where there is nothing.
     """
     return _of(device).argmax()
+
+
+def draw_kernel(device: torch.device) -> Draw | None:
+    """Return what draws tokens on a device, of rows with any filters, as `draw_torch` documents.
+
+    None where torch's operators do. Raises UnsupportedError.
+    """
+    return _of(device).draw()
 
 
 def step_kernel(device: torch.device) -> StepKernel:

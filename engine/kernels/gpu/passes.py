@@ -128,6 +128,11 @@ def argmax(logits_SV: Tensor) -> list[int]:
     return token_ids
 
 
+def draw() -> Callable[..., Tensor]:
+    """Return what draws tokens."""
+    return kernels().draw
+
+
 def no_step(layers: Sequence[LayerWeights], end: EndWeights | None) -> Step | None:
     """Leave a step to the layers' own kernels; see `StepKernel`."""
     return None

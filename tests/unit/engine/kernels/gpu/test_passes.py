@@ -12,6 +12,7 @@ from engine.errors import UnsupportedError
 from engine.kernels import argmax_kernel
 from engine.kernels.table import PagedKernels
 from engine.runner import Chunk, ModelRunner
+from engine.sampling import SamplingParams, SequenceState, sample
 from tests.unit.engine.checkpoints import hugging_face_logits
 
 TOKENS = [(7 * i * i + 3 * i) % 100 for i in range(45)]
@@ -79,6 +80,37 @@ def test_the_greatest_is_the_first_of_equals_or_of_nans(device: torch.device) ->
     rows[2, :] = -torch.inf
     rows[3, 49_999] = 1e-30
     assert argmax_kernel(device)(rows) == [17, 5, 0, 49_999]
+
+
+@pytest.mark.usefixtures("make")
+def test_tokens_are_drawn_as_by_torch(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits_SV = 3 * torch.randn(8, 500, generator=torch.Generator().manual_seed(1))
+    ways = [
+        {"temperature": 0.7},
+        {"temperature": 1.0, "top_k": 20},
+        {"temperature": 1.3, "top_p": 0.8},
+        {},
+        {"temperature": 0.9, "min_p": 0.1},
+        {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "presence_penalty": 1.5},
+        {"temperature": 1.0, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+        {"presence_penalty": 2.0},
+    ]
+    states = [
+        SequenceState(
+            SamplingParams(**way, seed=seed),  # type: ignore[arg-type]
+            prompt_len=9,
+            prompt_ids=range(9),
+            output_ids=(40, 41, 41),
+            min_new_tokens=5,
+            suppressed_ids=(3, 4),
+        )
+        for seed, way in enumerate(ways)
+    ]
+    found = [each.token_id for each in sample(logits_SV.to(device), states)]
+    monkeypatch.undo()  # from here on by the CPU's
+    assert found == [each.token_id for each in sample(logits_SV, states)]
 
 
 @pytest.mark.usefixtures("make")
