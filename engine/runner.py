@@ -31,6 +31,8 @@ from engine.ring.comm import Wire
 from engine.ring.cyclic import Dealing
 from engine.ring.passes import AUTO, Ring
 from engine.split_experts import SplitExperts
+from engine.step_graphs import Capture, StepGraphs
+from engine.step_graphs import capture as cuda_graph
 from engine.step_watch import COLLECTIVES, REST, StepWatch
 from engine.tally import CountedCollectives, CountedExperts, Tally
 from engine.vocabulary import Vocabulary
@@ -166,6 +168,7 @@ class ModelRunner:
         self._ring = self._join_ring(ring, ring_mode) if layout.cp > 1 else None
         if layout.pp > 1:
             self._stages = self._join_stages(stages, keeps_logits)
+        self._graphs: StepGraphs | None = None
 
     def _join_ring(self, wire: Wire | None, mode: str) -> Ring:
         layout = self.layout
@@ -267,6 +270,37 @@ class ModelRunner:
         wanted_S = batch.last_rows_S
         return self._run(replace(inputs, batch=batch), wanted_S, None, None, meanwhile).wait()
 
+    @torch.inference_mode()
+    def record_steps(
+        self, max_sequences: int, max_tokens: int, capture: Capture = cuda_graph
+    ) -> int:
+        """Record passes of up to so many decoding sequences of up to so many tokens each.
+
+        From here on they are played where they fit; returns how many there are. Raises
+        UnsupportedError where a pass needs the host on its way: with several ranks, and on a CPU.
+        """
+        if self.layout.ranks > 1:
+            raise UnsupportedError(
+                f"steps of {self.layout} cannot be recorded: only those of a rank"
+            )
+        if self._placement.device.type == "cpu" and capture is cuda_graph:
+            raise UnsupportedError("steps on the device cpu cannot be recorded; there is: cuda")
+
+        def run(batch: Batch, angles: Angles) -> Tensor:
+            shared = self._pass(Inputs(batch=batch, angles=angles, most_rows=len(batch.decode)))
+            return self._model(shared, batch.last_rows_S, None)
+
+        self._graphs = StepGraphs(
+            run,
+            self.cache,
+            head_size=self.config.head_size,
+            max_sequences=max_sequences,
+            max_tokens=min(max_tokens, self.num_blocks * self.block_tokens),
+            capture=capture,
+        )
+        self.experts.take_loads()
+        return len(self._graphs)
+
     def forward_all(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Do as `forward` does, and return the logits of every token: [T, V] for each chunk.
 
@@ -347,11 +381,29 @@ class ModelRunner:
         meanwhile: Callable[[], None] | None = None,
     ) -> Logits:
         batch = inputs.batch
+        is_step = not batch.prefill and on_layer is None and wanted_S is batch.last_rows_S
+        if self._graphs is not None and is_step:
+            logits_SV = self._graphs.play(batch, inputs.angles)
+            if logits_SV is not None:
+                if meanwhile is not None:
+                    meanwhile()
+                return self._pass_on(logits_SV, len(wanted_S))
+        shared = self._pass(inputs, attend_last, on_layer, meanwhile)
+        return self._pass_on(self._model(shared, wanted_S, self._receive(shared)), len(wanted_S))
+
+    def _pass(
+        self,
+        inputs: Inputs,
+        attend_last: Attend | None = None,
+        on_layer: OnLayer | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Pass:
+        batch = inputs.batch
 
         def attend(layer: int, qkv_TNH: Tensor) -> Tensor:
             return self._attend(qkv_TNH, self.cache.runs[layer], batch, self._num_heads)
 
-        shared = Pass(
+        return Pass(
             token_ids_T=batch.token_ids_T,
             slot_mapping_TX=batch.slot_mapping_TX,
             angles=inputs.angles,
@@ -363,7 +415,6 @@ class ModelRunner:
             most_rows=inputs.most_rows,
             meanwhile=meanwhile,
         )
-        return self._pass_on(self._model(shared, wanted_S, self._receive(shared)), len(wanted_S))
 
     @torch.inference_mode()
     def _run_ring(self, ring: Ring, chunks: Sequence[Chunk], on_layer: OnLayer | None) -> Logits:

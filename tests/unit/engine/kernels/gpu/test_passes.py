@@ -13,10 +13,26 @@ from engine.kernels import argmax_kernel
 from engine.kernels.table import PagedKernels
 from engine.runner import Chunk, ModelRunner
 from engine.sampling import SamplingParams, SequenceState, sample
+from engine.step_graphs import capture as cuda_graph
+from engine.step_graphs import key_sizes, row_sizes
 from tests.unit.engine.checkpoints import hugging_face_logits
+from tests.unit.engine.conftest import MakeRunner
 
 TOKENS = [(7 * i * i + 3 * i) % 100 for i in range(45)]
 Make = Callable[[Path, torch.dtype], ModelRunner]
+
+
+def run_again(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    """Stand in for a CUDA graph where there is none: all that may differ is in the same memory."""
+    result = run()
+
+    def replay() -> None:
+        result.copy_(run())
+
+    return replay, result
+
+
+RECORD = cuda_graph if torch.cuda.is_available() else run_again
 
 
 @pytest.fixture
@@ -59,6 +75,55 @@ def test_prompts_in_pieces_and_steps_in_a_batch_equal_hugging_face_in_fp32(
     other = Chunk(token_ids=TOKENS[21:22], start=21, block_table=others)
     steps_SV = runner.forward([other, step]).cpu()
     torch.testing.assert_close(steps_SV, wanted_TV[[21, 44]], atol=1e-4, rtol=0)
+
+
+def test_recorded_steps_give_what_others_do(make: Make, checkpoint: Path) -> None:
+    wanted_TV = hugging_face_logits(checkpoint, TOKENS)
+    runner = make(checkpoint, torch.float32)
+    lengths, tables = (11, 30, 3), ([3, 1], [7, 5, 2, 9], [11])
+    for length, table in zip(lengths, tables, strict=True):
+        runner.forward([Chunk(token_ids=TOKENS[:length], start=0, block_table=table)])
+    kept = runner.cache.tensor.clone()
+    assert runner.record_steps(max_sequences=3, max_tokens=64, capture=RECORD) == 3
+    assert torch.equal(runner.cache.tensor.nan_to_num(-9.0), kept.nan_to_num(-9.0))
+    called: list[str] = []
+    for rows in ([0, 1, 2], [2], [1, 0], [0, 1, 2]):
+        chunks = [
+            Chunk(token_ids=[TOKENS[lengths[i]]], start=lengths[i], block_table=tables[i])
+            for i in rows
+        ]
+        inputs = runner.prepare(chunks)
+        ids = [chunk.token_ids[0] for chunk in chunks]
+        logits_SV = runner.step(inputs, ids, lambda: called.append("meanwhile"))
+        wanted_SV = wanted_TV[[lengths[i] for i in rows]]
+        torch.testing.assert_close(logits_SV.cpu(), wanted_SV, atol=1e-4, rtol=0)
+    assert len(called) == 4
+
+
+def test_larger_steps_than_were_recorded_are_run(make: Make, checkpoint: Path) -> None:
+    wanted_TV = hugging_face_logits(checkpoint, TOKENS)
+    runner = make(checkpoint, torch.float32)
+    runner.record_steps(max_sequences=1, max_tokens=16, capture=RECORD)
+    for tables in ([[3, 1], [4, 2]], [[3, 1, 5]]):  # too many, and one that is too long
+        length = 8 * len(tables[0]) - 1
+        for table in tables:
+            runner.forward([Chunk(token_ids=TOKENS[:length], start=0, block_table=table)])
+        chunks = [Chunk(token_ids=[TOKENS[length]], start=length, block_table=t) for t in tables]
+        for logits_V in runner.forward(chunks):
+            torch.testing.assert_close(logits_V.cpu(), wanted_TV[length], atol=1e-4, rtol=0)
+
+
+def test_sizes_of_recorded_passes() -> None:
+    assert row_sizes(1) == [1]
+    assert row_sizes(3) == [1, 2, 3]
+    assert row_sizes(40) == [1, 2, 4, 8, 16, 32, 40]
+    assert key_sizes(100) == [100]
+    assert key_sizes(40_000) == [1024, 4096, 16384, 40_000]
+
+
+def test_steps_on_a_cpu_are_not_recorded(checkpoint: Path, make_runner: MakeRunner) -> None:
+    with pytest.raises(UnsupportedError, match="on the device cpu cannot be recorded"):
+        make_runner(checkpoint).record_steps(max_sequences=1, max_tokens=16)
 
 
 def test_bf16_is_as_near_to_fp32_as_hugging_face_is(make: Make, checkpoint: Path) -> None:
