@@ -11,8 +11,8 @@ import torch
 
 from engine.dispatch import ExpertMap
 from engine.kernels.experts import Put
-from engine.layers.moe import Fill
 from engine.split_experts import SplitExperts
+from engine.weights import Fill
 
 
 @dataclass(frozen=True, kw_only=True)

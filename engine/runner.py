@@ -36,7 +36,7 @@ from engine.step_graphs import capture as cuda_graph
 from engine.step_watch import COLLECTIVES, REST, StepWatch
 from engine.tally import CountedCollectives, CountedExperts, Tally
 from engine.vocabulary import Vocabulary
-from engine.weights import Progress, load_weights
+from engine.weights import Fill, Progress, load_weights
 
 __all__ = ["Chunk", "Inputs", "ModelRunner"]
 
@@ -64,7 +64,7 @@ class ModelRunner:
     def __init__(
         self,
         *,
-        folder: Path,
+        folder: Path | None,
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
@@ -82,11 +82,14 @@ class ModelRunner:
         keeps_logits: bool = False,
         choose_grain: Callable[[Trial], int] | None = None,
         progress: Progress | None = None,
+        fill: Fill | None = None,
         allocate: Allocate | None = None,
         watch: StepWatch | None = None,
         deterministic: bool = False,
     ) -> None:
-        """`num_blocks` are the instance's; with cp each has a grain on every cp rank, which
+        """The weights are the folder's, or what `fill` gives their slots in its place.
+
+        `num_blocks` are the instance's; with cp each has a grain on every cp rank, which
         `choose_grain` chooses by timing passes of the loaded model where the layout leaves it open.
 
         With a layout of several ranks, `ranks` joins those of tp, `ring` those of cp, in the way
@@ -135,9 +138,13 @@ class ModelRunner:
                 raise ValueError("maps of experts need a group of the ranks that share them")
             self._stream = placement.stream
             self._model = MODELS[config.architecture](config, placement)
-            load_weights(
-                folder, list(self._model.slots()), ignored=self._model.ignores, progress=progress
-            )
+            slots = list(self._model.slots())
+            if fill is not None:
+                fill(slots)
+            elif folder is not None:
+                load_weights(folder, slots, ignored=self._model.ignores, progress=progress)
+            else:
+                raise ValueError("a model without a folder needs something that fills its weights")
             self._model.prepare()
         self._placement = placement
         self.experts = SplitExperts(self._model.sparse, placement, config.hidden_size)

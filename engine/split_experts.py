@@ -11,7 +11,8 @@ from torch import Tensor
 from engine.dispatch import Dispatch, Dispatcher, ExpertMap
 from engine.kernels.experts import Put
 from engine.layers.layer import Placement
-from engine.layers.moe import Fill, SparseMLP
+from engine.layers.moe import SparseMLP
+from engine.weights import Fill
 
 
 class SplitExperts:

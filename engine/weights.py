@@ -52,6 +52,9 @@ class WeightSlot:
     target: Tensor
 
 
+Fill = Callable[[Sequence[WeightSlot]], None]
+
+
 def resolve_dtype(name: str, config: ModelConfig) -> torch.dtype:
     """Return the dtype called `name`; "auto" is the checkpoint's own.
 

@@ -8,7 +8,7 @@ inner size.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from engine.kernels import Product, experts_kernel, router_kernel
 from engine.kernels.experts import Experts, Put
 from engine.kernels.step import SparseWeights
 from engine.layers.layer import Placement
-from engine.weights import WeightSlot
-
-Fill = Callable[[Sequence[WeightSlot]], None]
+from engine.weights import Fill, WeightSlot
 
 _OF_EXPERT = re.compile(r"\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 
