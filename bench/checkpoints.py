@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from launch.builtin import MODEL_DIR
 
@@ -95,10 +96,36 @@ def _moe_124m(folder: Path) -> None:
     write_moe(folder, **sizes, vocab_size=32_000, positions=_POSITIONS)
 
 
-DENSE, MOE = "dense", "moe"
+def _dense_8b(folder: Path) -> None:
+    """Write one in the shape of Qwen3-8B, 16 GB; on a GPU, if there is one, much quicker."""
+    import torch
+    import transformers
+
+    config = transformers.Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=_POSITIONS,
+        tie_word_embeddings=False,
+        eos_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        auto: Any = transformers.AutoModelForCausalLM
+        model = auto.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
+DENSE, MOE, LARGE = "dense", "moe", "dense, 8B"
 _FOLDERS: Mapping[str, tuple[str, Callable[[Path], None]]] = {
     DENSE: ("qwen3-159m", _dense_159m),
     MOE: ("qwen3-moe-124m", _moe_124m),
+    LARGE: ("qwen3-8b-shaped", _dense_8b),
 }
 
 
@@ -110,12 +137,12 @@ def add_tokenizer(folder: Path, into: Path) -> None:
 
 
 def kept_at(cache: Path, name: str) -> Path:
-    """Return where in `cache` the checkpoint DENSE or MOE is or would be."""
+    """Return where in `cache` the checkpoint DENSE, MOE or LARGE is or would be."""
     return cache / _FOLDERS[name][0]
 
 
 def kept(cache: Path, name: str) -> Path:
-    """Return the folder of the checkpoint DENSE or MOE; written where `cache` has none yet."""
+    """Return a checkpoint's folder (DENSE, MOE, LARGE); written where `cache` has none yet."""
     folder = kept_at(cache, name)
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)

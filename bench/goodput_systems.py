@@ -9,8 +9,12 @@ requests keep their limits, for two loads with two pairs of limits each:
 
 1P1D is a prefill and a decode instance, colocated one that does both; two instances have half of
 the cores each. vLLM's pair hands KV over by NIXL and is asked in two steps, as its own proxies do;
-its two instances are asked in turn. Hand-over is the time from prefill's end, as the client learns
-of it, to the first token of decode, of one request at a time.
+its two instances are asked in turn. Each is also asked for single requests, with nothing beside
+them: TTFT, TPOT, and the hand-over, from prefill's end, as the client learns of it, to the first
+token of decode.
+
+With --device cuda Twinpool's systems are on one GPU, of whose memory each instance has its part;
+vLLM's rows are of its CPU build and are left out.
 
 Runs are short, so that all systems are done within half an hour: give a longer --duration-s and
 --budget-s for figures to publish.
@@ -18,7 +22,9 @@ Runs are short, so that all systems are done within half an hour: give a longer 
     python -m bench.goodput_systems --traces DIR --checkpoints DIR \\
         --vllm-python PEER/bin/python --json FILE
     python -m bench.goodput_systems --traces DIR --rows 'chat, Twinpool'
-    python -m bench.goodput_systems --traces DIR --vllm-python PEER/bin/python --rows hand-over
+    python -m bench.goodput_systems --traces DIR --vllm-python PEER/bin/python --rows alone
+    python -m bench.goodput_systems --traces DIR --device cuda --large --lengths 128,4096,32768 \\
+        --max-context 40960 --kv-gib 16
 """
 
 import os
@@ -27,13 +33,14 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from bench import checkpoints as models
 from bench import report
 from bench.goodputs import plots, records
+from bench.goodputs.alone import NEW_TOKENS
 from bench.goodputs.contest import Contest, beside
 from bench.goodputs.figures import Settings
 from bench.goodputs.loads import Load, loads
@@ -45,7 +52,6 @@ from bench.workloads.arrivals import Phases, WorkloadError
 from bench.workloads.workload import Repaced
 
 QUESTION = "Which system answers more requests within their limits on this machine?"
-_HAND_OVER_TOKENS = (128, 512, 2000)
 _QUICK = Phases(warmup_s=0.5, window_s=3.0)
 
 Traces = Annotated[Path, typer.Option(file_okay=False, help="Folder of the public traces' files.")]
@@ -59,6 +65,8 @@ def main(
     checkpoints: Checkpoints = None,
     quick: Quick = False,
     sparse: Annotated[bool, typer.Option(help="The sparse checkpoint, not the dense one.")] = False,
+    large: Annotated[bool, typer.Option(help="One in the shape of Qwen3-8B, for a GPU.")] = False,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the models run.")] = "cpu",
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Keep records, logs and drawings here.")
     ] = None,
@@ -68,7 +76,10 @@ def main(
     duration_s: Annotated[float, typer.Option(min=0.1, help="Of a run's window.")] = 14.0,
     warmup_s: Annotated[float, typer.Option(min=0, help="Before each window.")] = 2.0,
     precision: Annotated[float, typer.Option(min=0.01, help="Of a rate, as a part of it.")] = 0.15,
-    repeats: Annotated[int, typer.Option(min=2, help="Hand-overs of each length.")] = 10,
+    repeats: Annotated[int, typer.Option(min=2, help="Requests alone of each length.")] = 10,
+    lengths: Annotated[str, typer.Option(help="Tokens of prompts that are asked alone.")] = (
+        "128,512,2000"
+    ),
     chat_scale: Annotated[float, typer.Option(min=0.001, help="Of chat's lengths.")] = 0.4,
     code_scale: Annotated[float, typer.Option(min=0.001, help="Of code's lengths.")] = 0.3,
     slo_scale: Annotated[float, typer.Option(min=0.001, help="Of all limits.")] = 1.0,
@@ -80,13 +91,14 @@ def main(
         raise typer.BadParameter(f"{out} is there already; name a new one", param_hint="--out")
     if json is not None and not json.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {json.parent}", param_hint="--json")
+    alone = _lengths(lengths, max_context)
     settings = Settings(
         pattern=rows,
         phases=_QUICK if quick else Phases(warmup_s=warmup_s, window_s=duration_s),
         budget_s=0.0 if quick else budget_s,
         wanted=Wanted(runs=1, precision=precision),
         max_context=max_context,
-        lengths=_HAND_OVER_TOKENS[:1] if quick else _HAND_OVER_TOKENS,
+        lengths=alone[:1] if quick else alone,
         repeats=2 if quick else repeats,
     )
     asked = loads(chat_scale=chat_scale, code_scale=code_scale, slo_scale=slo_scale)
@@ -95,7 +107,7 @@ def main(
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = temporary / "model"
         model.mkdir()
-        name = models.MOE if sparse else models.DENSE
+        name = models.LARGE if large else models.MOE if sparse else models.DENSE
         models.add_tokenizer(models.kept(checkpoints or temporary / "made", name), model)
         machine = Machine(
             model=model,
@@ -103,7 +115,8 @@ def main(
             kv_gib=kv_gib,
             cores=tuple(sorted(os.sched_getaffinity(0))),
             logs=temporary,
-            vllm_python=vllm_python,
+            vllm_python=vllm_python if device == "cpu" else None,
+            device=device,
         )
         contest = Contest(machine, workloads, settings, out or temporary / "out", _say)
         try:
@@ -120,6 +133,18 @@ def main(
         )
     if contest.failed:
         raise typer.Exit(1)
+
+
+def _lengths(text: str, max_context: int) -> tuple[int, ...]:
+    lengths = tuple(int(part) if part.strip().isdigit() else 0 for part in text.split(","))
+    most = max_context - NEW_TOKENS
+    if not all(0 < tokens <= most for tokens in lengths):
+        raise typer.BadParameter(
+            f"{text}: give numbers of tokens of 1 to {most}, which leave room for an answer within"
+            " --max-context",
+            param_hint="--lengths",
+        )
+    return lengths
 
 
 def _workload(load: Load, folder: Path) -> Repaced:

@@ -190,8 +190,14 @@ def _stepping(runner: ModelRunner, sequences: int, keys: int) -> Callable[[], ob
 
 
 def _refuse(why: str) -> NoReturn:
-    typer.echo(f"cannot measure steps: {why}", err=True)
+    typer.echo(f"cannot measure this: {why}", err=True)
     raise typer.Exit(_NOTHING_TO_RUN_ON)
+
+
+def refuse_without(device: torch.device) -> None:
+    """End the command where torch does not find the device."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        _refuse("torch finds no CUDA device here; run it on a machine with a GPU and a CUDA build")
 
 
 def main(
@@ -202,8 +208,7 @@ def main(
 ) -> None:
     """Measure whole decoding steps beside what the GPU's memory allows."""
     on = torch.device(device)
-    if on.type == "cuda" and not torch.cuda.is_available():
-        _refuse("torch finds no CUDA device here; run it on a machine with a GPU and a CUDA build")
+    refuse_without(on)
     timer: Timer = CudaTimer(on) if on.type == "cuda" else CpuTimer()
     bytes_per_s = copied_bytes_per_s(timer, on, repeats) if on.type == "cuda" else None
     found: list[Row] = []

@@ -19,6 +19,7 @@ from decode.ahead import Ahead, Coming
 from decode.orders import NOTHING, Order
 from decode.rank_experts import RankExperts
 from decode.sequence import SequenceRecord
+from engine.cache_memory import CacheMemory
 from engine.runner import Chunk, Inputs, ModelRunner
 from engine.sampling import Sampled, SequenceState, sample_apart
 from engine.step_watch import REBALANCE, REST, SAMPLING
@@ -107,13 +108,16 @@ class Compute(Protocol):
 class RankCompute:
     """One rank's part in every step; `experts` are its own where ranks have different ones."""
 
-    def __init__(self, runner: ModelRunner, experts: RankExperts | None = None) -> None:
+    def __init__(
+        self, runner: ModelRunner, memory: CacheMemory, experts: RankExperts | None = None
+    ) -> None:
         layout = runner.layout
         self.dp_rank = layout.dp_rank
         self._samples = layout.pp_rank == layout.pp - 1
         # Whether it is the one that says which tokens its dp rank has chosen.
         self.answers = self._samples and layout.tp_rank == 0
         self._runner = runner
+        self._memory = memory
         self._vocabulary = runner.vocabulary
         self._experts = experts
         self.watch = runner.watch
@@ -136,8 +140,13 @@ class RankCompute:
         """Compute this rank's part of a step; the tokens where it `answers` and there are any."""
         self.watch.begin()
         try:
+            self._memory.before_pass()
             self._act(order)
-            return self._run(rows)
+            part = self._run(rows)
+            if part is None or not part.sampled:
+                # No token has waited for the pass; blocks may be freed when this has returned.
+                self._memory.finish_passes()
+            return part
         finally:
             self.watch.end()
 

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from rich.progress import MofNCompleteColumn
+
 from decode.compute import RankCompute
 from decode.config import DecodeConfig
 from decode.rank_experts import RankExperts
@@ -14,7 +16,7 @@ from engine.ring.comm import Traffic
 from kvtransfer import Identity, ReceiveAgent, SendAgent, TransferEvent, TransferSettings
 from kvtransfer.hardware import describe_rdma
 from kvtransfer.network import NetworkTransport
-from service.instance import Model, Part, load_model
+from service.instance import Model, Part, load_model, progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class Rank:
         log.info(describe_rdma(driven=transport.rdma))
         self.agent = ReceiveAgent(
             transport=transport,
-            memories=(model.runner.cache.tensor,),
+            memories=(model.memory.tensor,),
             layout=part,
             rank=rank,
             identity=identity,
@@ -52,13 +54,16 @@ class Rank:
                 checksum=settings.checksum,
             ),
             on_event=on_event,
+            on_landed=lambda _, layers, blocks: model.memory.load(
+                range(layers.begin, layers.end), blocks
+            ),
         )
         # Its own transport, since each agent drives one; the cache lies in no shared region, whose
         # pages might be slower to decode from, so that a receiver has to be sent it.
         self.sender = RankSender(
             lambda: SendAgent(
                 transport=NetworkTransport(),
-                memories=(model.runner.cache.tensor,),
+                memories=(model.memory.tensor,),
                 layout=part,
                 rank=rank,
                 identity=identity,
@@ -69,12 +74,13 @@ class Rank:
                 on_event=on_sent,
             ),
             model.config.num_layers,
+            model.memory,
         )
         # None where all ranks have the same experts, or parts of the same.
         self.experts = (
             RankExperts(model.runner, settings.model.expanduser()) if settings.ep > 1 else None
         )
-        self.compute = RankCompute(model.runner, self.experts)
+        self.compute = RankCompute(model.runner, model.memory, self.experts)
         self.tally = model.runner.tally
         # What it exchanges with other ranks in steps, by the sort of link.
         self.links: dict[str, Traffic] = {
@@ -86,6 +92,10 @@ def load(settings: DecodeConfig, part: Part) -> Model:
     """Load a rank's part of the model; see service.instance."""
     part = replace(part, dispatch=settings.dispatch, redundant_experts=settings.redundant_experts)
     model = load_model(settings, None, part, settings.rank_threads, keeps_logits=True)
-    model.runner.experts.measure(settings.max_batch)
-    model.runner.tally.take()  # those were no steps
+    runner = model.runner
+    if settings.device == "cuda":
+        with progress_bar("recording steps", MofNCompleteColumn()) as progress:
+            runner.record_steps(settings.max_batch, model.max_sequence_tokens, progress)
+    runner.experts.measure(settings.max_batch)
+    runner.tally.take()  # those were no steps
     return model

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from twinpool.v1 import kv_pb2, rank_pb2, worker_pb2
 
 from decode.config import DecodeConfig
+from engine.cache_memory import CacheMemory
 from kvtransfer import Closed, Completed, Failed, SendAgent, SendTransfer, Span, TransferEvent
 from service.peers import Grant, Peers
 from service.ranks.joined import End, JoinedEnds
@@ -23,11 +24,13 @@ class RankSender:
     Args:
         make: Makes the agent, when it is first needed.
         layers: Layers of the model, over all ranks.
+        memory: What the agent reads.
     """
 
-    def __init__(self, make: Callable[[], SendAgent], layers: int) -> None:
+    def __init__(self, make: Callable[[], SendAgent], layers: int, memory: CacheMemory) -> None:
         self._make = make
         self._layers = layers
+        self._memory = memory
         self._lock = threading.Lock()
         self._agent: SendAgent | None = None
         self._peers: Peers | None = None
@@ -65,7 +68,11 @@ class RankSender:
                 kept=grant.kept,
             )
         )
-        agent.ready(grant.transfer_id, Span(0, self._layers), Span(0, grant.tokens.end))
+        # What it has decoded was computed here, and never came over the memory.
+        self._memory.save(self._memory.layers, blocks)
+        self._memory.then(
+            lambda: agent.ready(grant.transfer_id, Span(0, self._layers), Span(0, grant.tokens.end))
+        )
 
     def abort(self, transfer_id: int) -> None:
         """End a transfer; its end is told."""

@@ -44,7 +44,7 @@ class KVCache:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a cache of {num_blocks} blocks of {block_size} tokens is empty")
         heads = layout.kv_part(config.num_kv_heads)
-        layers = layout.layers(config.num_layers)
+        self.layers = layers = layout.layers(config.num_layers)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_heads = heads.stop - heads.start

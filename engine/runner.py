@@ -279,12 +279,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def record_steps(
-        self, max_sequences: int, max_tokens: int, capture: Capture = cuda_graph
+        self,
+        max_sequences: int,
+        max_tokens: int,
+        progress: Progress | None = None,
+        capture: Capture = cuda_graph,
     ) -> int:
         """Record passes of up to so many decoding sequences of up to so many tokens each.
 
-        From here on they are played where they fit; returns how many there are. Raises
-        UnsupportedError where a pass needs the host on its way: with several ranks, and on a CPU.
+        From here on they are played where they fit; returns how many there are. `progress` is told
+        how many are recorded, and of how many. Raises UnsupportedError where a pass needs the host
+        on its way: with several ranks, and on a CPU.
         """
         if self.layout.ranks > 1:
             raise UnsupportedError(
@@ -304,6 +309,7 @@ class ModelRunner:
             max_sequences=max_sequences,
             max_tokens=min(max_tokens, self.num_blocks * self.block_tokens),
             capture=capture,
+            progress=progress,
         )
         self.experts.take_loads()
         return len(self._graphs)

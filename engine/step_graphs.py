@@ -22,6 +22,7 @@ from engine.batch import Batch
 from engine.decode_rows import DecodeRows
 from engine.kvcache import KVCache
 from engine.layers.rotary import Angles
+from engine.weights import Progress
 
 # A pass: logits of its rows, [R, V], as they lie in it.
 Run = Callable[[Batch, Angles], Tensor]
@@ -59,8 +60,12 @@ class StepGraphs:
         max_sequences: int,
         max_tokens: int,
         capture: Capture,
+        progress: Progress | None = None,
     ) -> None:
-        """Records all of them, the largest first: the others find its memory free again."""
+        """Records all of them, the largest first: the others find its memory free again.
+
+        `progress` is told how many are recorded, and of how many.
+        """
         self._cache = cache
         device = cache.tensor.device
         blocks = -(-max_tokens // cache.block_size)
@@ -72,11 +77,12 @@ class StepGraphs:
         self._lengths_R = torch.zeros(max_sequences, dtype=torch.int32, device=device)
         self._rows = row_sizes(max_sequences)
         self._keys = key_sizes(max_tokens)
-        self._recorded = {
-            (rows, keys): capture(self._pass_of(run, rows, keys))
-            for rows in reversed(self._rows)
-            for keys in reversed(self._keys)
-        }
+        sizes = [(rows, keys) for rows in reversed(self._rows) for keys in reversed(self._keys)]
+        self._recorded = {}
+        for rows, keys in sizes:
+            self._recorded[rows, keys] = capture(self._pass_of(run, rows, keys))
+            if progress is not None:
+                progress(len(self._recorded), len(sizes))
 
     def __len__(self) -> int:
         return len(self._recorded)

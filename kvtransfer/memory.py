@@ -57,6 +57,14 @@ class BlockTable:
             before += len(span)
         raise ValueError(f"token {token} is not held by this rank")
 
+    def blocks_of(self, tokens: Span, block_size: int) -> list[int]:
+        """Return the blocks that have some of these global tokens, held in a row."""
+        begin = self.local(tokens.begin)
+        found: list[int] = self.ids[
+            begin // block_size : -(-(begin + len(tokens)) // block_size)
+        ].tolist()
+        return found
+
 
 class KVMemory:
     """One rank's memory of one cache group, addressed by global layers, heads and tokens."""

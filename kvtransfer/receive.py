@@ -39,7 +39,7 @@ from kvtransfer.errors import (
 from kvtransfer.header import DataHeader
 from kvtransfer.inbound import Connection, Inbound
 from kvtransfer.incoming import Incoming, Source
-from kvtransfer.layout import CacheLayout, check_compatible
+from kvtransfer.layout import CacheLayout, Span, check_compatible
 from kvtransfer.loop import AgentLoop
 from kvtransfer.memory import KVMemory, memories_of, tables_of
 from kvtransfer.plan import plan_cache
@@ -49,6 +49,9 @@ from kvtransfer.stats import Counters
 from kvtransfer.transport import Accepted, ControlArrived, Done, Happening, Lost, Transport
 
 logger = logging.getLogger(__name__)
+
+# Of a piece that is in a cache group's memory: the group, the layers, and its blocks of this rank.
+OnLanded = Callable[[int, Span, Sequence[int]], None]
 
 _BUSY_TICK_S = 0.1
 _IDLE_TICK_S = 60.0
@@ -73,12 +76,14 @@ class ReceiveAgent:
         identity: Identity,
         settings: TransferSettings,
         on_event: Callable[[TransferEvent], None],
+        on_landed: OnLanded | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take each cache group's memory of `rank`: [layers, planes, blocks, heads, block_size,
         head_size].
 
-        Raises ValueError where a memory does not fit the layout.
+        `on_landed` is told of each piece when it is in a memory, in the agent's thread: before the
+        event that ends its transfer. Raises ValueError where a memory does not fit the layout.
         """
         self._memories: tuple[KVMemory, ...] = memories_of(memories, layout, rank)
         self._transport = transport
@@ -87,6 +92,7 @@ class ReceiveAgent:
         self._epoch = identity.epoch
         self._settings = settings
         self._on_event = on_event
+        self._on_landed = on_landed
         self._clock = clock
         self._transfers: dict[int, Incoming] = {}
         self._over: OrderedDict[tuple[int, bytes], None] = OrderedDict()
@@ -349,9 +355,14 @@ class ReceiveAgent:
         """See receive_lanes.Owner."""
         connection = self._inbound.of(source)
         incoming, owed = landing.owner_key
-        incoming.accept(owed, landing.header, landing.crc)
-        connection.bytes += landing.header.payload_bytes
+        header = landing.header
+        incoming.accept(owed, header, landing.crc)
+        connection.bytes += header.payload_bytes
         connection.messages += 1
+        if self._on_landed is not None:
+            block_size = self._layout.groups[header.group].block_size
+            blocks = landing.table.blocks_of(header.tokens, block_size)
+            self._on_landed(header.group, header.layers, blocks)
         self._advance(connection, incoming, owed)
 
     def refuse(self, source: int, landing: Landing, error: TransferError) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from engine.cache_memory import CacheMemory
 from engine.pipeline import Logits
 from engine.runner import Chunk, ModelRunner
 from engine.sampling import Sampled, SequenceState, sample, sample_apart
@@ -133,10 +134,16 @@ class RankCompute:
     """One rank's part in every step."""
 
     def __init__(
-        self, runner: ModelRunner, shape: KVShape, layers: range, handoff: Handoff
+        self,
+        runner: ModelRunner,
+        memory: CacheMemory,
+        shape: KVShape,
+        layers: range,
+        handoff: Handoff,
     ) -> None:
         """`layers` are this rank's of the model's."""
         self._runner = runner
+        self._memory = memory
         self._shape = shape
         self._layers = layers
         self._handoff = handoff
@@ -161,16 +168,28 @@ class RankCompute:
         sending = [(piece.request_id, piece.tokens) for piece in pieces if piece.transfer]
         stride = layers_at_once(self._shape, sum(len(tokens) for _, tokens in sending))
         first, after = self._layers.start, self._layers.stop
+        # Of all pieces: what is not sent now may be, to requests that share the prefix.
+        blocks = [block for piece in pieces for block in self._blocks_of(piece)]
+
+        def hand_over(layers: Span) -> None:
+            for request_id, tokens in sending:
+                self._handoff.ready(request_id, layers, tokens)
 
         def on_layer(layer: int) -> None:
             done = layer + 1 - first
             if done % stride and layer + 1 != after:
                 return
             layers = Span(first + (done - 1) // stride * stride, layer + 1)
-            for request_id, tokens in sending:
-                self._handoff.ready(request_id, layers, tokens)
+            self._memory.save(range(layers.begin, layers.end), blocks)
+            self._memory.then(lambda: hand_over(layers))
 
         return on_layer
+
+    def _blocks_of(self, piece: Piece) -> Sequence[int]:
+        """Return the blocks of this rank's cache that the step writes to."""
+        tokens, size = piece.tokens, self._runner.block_tokens
+        blocks = piece.blocks[tokens.begin // size : -(-tokens.end // size)]
+        return self._runner.local_blocks(blocks)
 
 
 def layers_at_once(shape: KVShape, tokens: int) -> int:

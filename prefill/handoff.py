@@ -68,11 +68,16 @@ class Handoff:
         agent: SendAgent,
         layers: int,
         blocks_of: Callable[[Sequence[int]], Sequence[int]] = tuple,
+        then: Callable[[Callable[[], None]], None] = lambda call: call(),
     ) -> None:
-        """For a model of so many layers; `blocks_of` gives this rank's part of a block table."""
+        """For a model of so many layers; `blocks_of` gives this rank's part of a block table.
+
+        `then` calls when what is computed so far is where the agent reads it (CacheMemory.then).
+        """
         self._agent = agent
         self._layers = layers
         self._blocks_of = blocks_of
+        self._then = then
         self._lock = threading.Lock()
         self._outgoing: dict[int, _Outgoing] = {}
         self._requests: dict[int, int] = {}  # by transfer id, until the transfer has ended
@@ -114,7 +119,7 @@ class Handoff:
 
     def cached(self, request_id: int, tokens: Span) -> None:
         """All layers of these tokens are final in memory."""
-        self.ready(request_id, Span(0, self._layers), tokens)
+        self._then(lambda: self.ready(request_id, Span(0, self._layers), tokens))
 
     def close(self, request_id: int) -> bool:
         """End a request; True where its transfer's end is still to come as an event."""

@@ -37,7 +37,7 @@ class Rank:
         shape = model.layout.groups[0].shape
         self.agent = SendAgent(
             transport=transport,
-            memories=(model.runner.cache.tensor,),
+            memories=(model.memory.tensor,),
             layout=model.layout,
             rank=model.part.rank,
             identity=identity,
@@ -45,9 +45,10 @@ class Rank:
             on_event=on_event,
             region=region,
         )
-        self.handoff = Handoff(self.agent, shape.layers, model.runner.local_blocks)
+        runner, memory = model.runner, model.memory
+        self.handoff = Handoff(self.agent, shape.layers, runner.local_blocks, memory.then)
         layers = model.part.layout.layers(shape.layers)
-        self.compute = RankCompute(model.runner, shape, layers, self.handoff)
+        self.compute = RankCompute(runner, memory, shape, layers, self.handoff)
         self.peers = Peers(self.agent)
         # What it exchanges with other ranks in steps, by the sort of link.
         self.links = {name: wire.traffic for name, wire in model.part.wires.items()}

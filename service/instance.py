@@ -19,9 +19,17 @@ from typing import Any
 import torch
 from prometheus_client import CollectorRegistry
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from twinpool.v1 import common_pb2, worker_pb2
 
+from engine.cache_memory import CacheMemory, cache_memory
 from engine.config import ModelConfig, load_config
 from engine.errors import EngineError
 from engine.kvcache import Allocate
@@ -89,10 +97,11 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model ready to run, and how the cluster knows it."""
+    """A model ready to run, and how the cluster knows it. Transfers read and write `memory`."""
 
     config: ModelConfig
     runner: ModelRunner
+    memory: CacheMemory
     layout: CacheLayout
     description: worker_pb2.ModelDescription
     assets: TextAssets
@@ -135,41 +144,25 @@ def load_model(
     part = part or Part()
     torch.set_num_threads(threads or settings.threads)
     keep_freed_memory()
-    device = _device(settings.device)
+    device = _device(settings, part)
+    started = time.monotonic()
     try:
         config = load_config(folder)
         assets = load_assets(folder)
         dtype = _DTYPES[config.dtype if settings.dtype == "auto" else settings.dtype]
-        blocks = partial(_num_blocks, settings, config, dtype)
-        started = time.monotonic()
-        with _progress() as progress:
-            runner = ModelRunner(
-                folder=folder,
-                config=config,
-                dtype=dtype,
-                device=device,
-                num_blocks=blocks if part.layout.grain_is_open else blocks(part.layout),
-                block_size=settings.block_size,
-                layout=part.layout,
-                ranks=part.ranks,
-                experts=part.experts,
-                dispatch=part.dispatch,
-                redundant_experts=part.redundant_experts,
-                ring=part.ring,
-                ring_mode=part.ring_mode,
-                stages=part.stages,
-                keeps_logits=keeps_logits,
-                choose_grain=partial(_choose_grain, settings, config, dtype, part),
-                progress=progress,
-                allocate=allocate,
-                deterministic=settings.deterministic,
-            )
+        runner = _runner(settings, config, dtype, device, part, allocate, keeps_logits=keeps_logits)
+        memory = cache_memory(runner.cache, allocate)
         part = replace(part, layout=runner.layout)
         part.meet()  # some load longer than others; in a pass they wait for seconds only
         runner.warm_up()
         description = _describe(settings, folder, config, dtype, assets)
     except (EngineError, TextError) as error:
         raise StartError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise StartError(
+            f"the GPU has too little memory left for the model and {settings.kv_memory_mib} MiB of"
+            " KV: give less with --kv-memory-mib, or more of the GPU with --gpu-memory-fraction"
+        ) from error
     log.info(
         "%s (%s, %s) is ready after %.1f s: %d KV blocks of %d tokens",
         description.name,
@@ -188,6 +181,7 @@ def load_model(
     return Model(
         config=config,
         runner=runner,
+        memory=memory,
         layout=uniform_cache(
             (shape,),
             settings.block_size,
@@ -285,18 +279,59 @@ def _name(settings: InstanceConfig, role: str) -> str:
     return f"{role}-{settings.port}" if is_local else f"{role}-{host}-{settings.port}"
 
 
-def _device(name: str) -> torch.device:
-    if name == "cpu":
-        return torch.device(name)
+def _device(settings: InstanceConfig, part: Part) -> torch.device:
+    if settings.device == "cpu":
+        return torch.device("cpu")
     try:
         check_device_memory(os.environ)
     except SlowMemory as error:
         raise StartError(f"--device cuda: {error}") from error
+    if part.layout.ranks > 1:
+        raise StartError(
+            f"--device cuda: an instance on GPUs has one rank yet, not {part.layout.ranks}; use"
+            " --device cpu, or no --tp, --pp, --cp, --dp"
+        )
     if not torch.cuda.is_available():
         raise StartError("--device cuda: found no CUDA device that torch can use; use --device cpu")
-    raise StartError(
-        "--device cuda: KV in a GPU's memory cannot be handed over yet; use --device cpu"
-    )
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_per_process_memory_fraction(settings.gpu_memory_fraction, device)
+    return device
+
+
+def _runner(
+    settings: InstanceConfig,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    part: Part,
+    allocate: Allocate | None,
+    *,
+    keeps_logits: bool,
+) -> ModelRunner:
+    """Load a rank's part of the weights, and make room for its cache."""
+    blocks = partial(_num_blocks, settings, config, dtype)
+    with progress_bar("loading weights", DownloadColumn()) as progress:
+        return ModelRunner(
+            folder=settings.model.expanduser(),
+            config=config,
+            dtype=dtype,
+            device=device,
+            num_blocks=blocks if part.layout.grain_is_open else blocks(part.layout),
+            block_size=settings.block_size,
+            layout=part.layout,
+            ranks=part.ranks,
+            experts=part.experts,
+            dispatch=part.dispatch,
+            redundant_experts=part.redundant_experts,
+            ring=part.ring,
+            ring_mode=part.ring_mode,
+            stages=part.stages,
+            keeps_logits=keeps_logits,
+            choose_grain=partial(_choose_grain, settings, config, dtype, part),
+            progress=progress,
+            allocate=allocate if device.type == "cpu" else None,
+            deterministic=settings.deterministic,
+        )
 
 
 def _num_blocks(
@@ -357,22 +392,20 @@ def _describe(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal; nothing elsewhere, where it would fill the log."""
+def progress_bar(what: str, amount: ProgressColumn) -> Iterator[Callable[[int, int], None] | None]:
+    """Give what takes how much is done and of how much, to show it on a terminal.
+
+    None elsewhere, where it would fill the log.
+    """
     if not sys.stderr.isatty():
         yield None
         return
-    columns = (
-        TextColumn("loading weights"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn(what), BarColumn(), amount, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("weights")
+        task = bar.add_task(what)
 
-        def advance(done_bytes: int, total_bytes: int) -> None:
-            bar.update(task, completed=done_bytes, total=total_bytes)
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
 
         yield advance
 

@@ -56,6 +56,12 @@ class InstanceConfig(BaseModel):
         description="Name in the cluster, kept after a restart; from role and port unless given.",
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where the model runs.")
+    gpu_memory_fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Part of the GPU's memory that this process may take, where several share it.",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="Type of weights and KV cache; auto takes the checkpoint's."
     )

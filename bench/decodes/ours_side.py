@@ -23,6 +23,7 @@ from decode.scheduler import Scheduler
 from decode.sequence import Reservation
 from decode.worker import Step, Worker
 from engine.blocks import BlockPool
+from engine.cache_memory import CacheItself
 from engine.config import load_config
 from engine.kernels.experts import Experts
 from engine.kernels.rows import Routes
@@ -176,7 +177,7 @@ class Ours:
         on_fatal: Callable[[BaseException], None],
     ) -> Worker:
         """Return a step loop, not started yet, that has all sequences to run."""
-        steps_of = Steps(RankCompute(self._runner))
+        steps_of = Steps(RankCompute(self._runner, CacheItself(self._runner.cache)))
         admission = Admission(
             prefixes=[
                 Prefixes(BlockPool(self._runner.num_blocks), layers=self._runner.config.num_layers)

@@ -10,7 +10,7 @@ from pathlib import Path
 import uvloop
 
 from bench.goodputs.backend import SendError
-from bench.goodputs.figures import HAND_OVER, Figures, Settings, handed_over, searched
+from bench.goodputs.figures import ALONE, Figures, Settings, searched, timed_alone
 from bench.goodputs.load import ServerLost
 from bench.goodputs.loads import Load
 from bench.goodputs.rows import named
@@ -76,8 +76,9 @@ class Contest:
 
     async def _ask(self, name: str, open_backend: OpenBackend) -> None:
         found, settings = self.found[name], self._settings
-        if SYSTEMS[name].hands_over and settings.wants(HAND_OVER, name):
-            found.main += await handed_over(open_backend, settings)
+        if settings.wants(ALONE, name):
+            hands_over = SYSTEMS[name].hands_over
+            found.main += await timed_alone(open_backend, settings, hands_over=hands_over)
         for load, workload in self._asked.items():
             if settings.wants(load.name, name):
                 file = self.records_of(name, load)
@@ -87,7 +88,7 @@ class Contest:
 
     def _is_wanted(self, name: str) -> bool:
         system = SYSTEMS[name]
-        parts = [load.name for load in self._asked] + [HAND_OVER] * system.hands_over
+        parts = [ALONE, *(load.name for load in self._asked)]
         if not any(self._settings.wants(part, name) for part in parts):
             return False
         if system.is_vllm and self._machine.vllm_python is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.goodputs import handover, rows
+from bench.goodputs import alone, rows
 from bench.goodputs.backend import Backend
 from bench.goodputs.joint import JointSearch
 from bench.goodputs.loads import Load
@@ -19,7 +19,7 @@ from bench.workloads.arrivals import Phases
 from bench.workloads.prompts import Prompts
 from bench.workloads.workload import Repaced
 
-HAND_OVER = "hand-over"
+ALONE = "alone"
 _LOWEST, _HIGHEST = 0.05, 100.0
 # Long enough for the longest answer that keeps its limits.
 _TIMEOUT_S = 90.0
@@ -34,7 +34,7 @@ class Settings:
         pattern: What "chat, Twinpool 1P1D" and the like must match.
         phases: Of each run.
         budget_s: For all runs of a system under a load: none begins after it.
-        lengths: Tokens of the prompts whose hand-over is timed, `repeats` times each.
+        lengths: Tokens of the prompts that are asked alone, `repeats` times each.
     """
 
     pattern: str
@@ -46,7 +46,7 @@ class Settings:
     repeats: int
 
     def wants(self, what: str, system: str) -> bool:
-        """Whether a system is to be asked for something: a load's name or HAND_OVER."""
+        """Whether a system is to be asked for something: a load's name or ALONE."""
         return re.search(self.pattern, f"{what}, {system}") is not None
 
 
@@ -58,8 +58,10 @@ class Figures:
     points: list[Row] = field(default_factory=list)
 
 
-async def handed_over(open_backend: OpenBackend, settings: Settings) -> list[Row]:
-    """Time hand-overs at each length; raises SendError."""
+async def timed_alone(
+    open_backend: OpenBackend, settings: Settings, *, hands_over: bool
+) -> list[Row]:
+    """Time single requests of each length; raises SendError."""
     backend = open_backend()
     try:
         served = await backend.describe()
@@ -67,8 +69,8 @@ async def handed_over(open_backend: OpenBackend, settings: Settings) -> list[Row
         found = []
         for run, tokens in enumerate(settings.lengths):
             prompts = Prompts(seed=0, run=run, vocab_size=vocab_size)
-            seconds = await handover.handovers_s(backend, prompts, tokens, settings.repeats)
-            found.append(handover.row(tokens, seconds))
+            times = await alone.asked_alone(backend, prompts, tokens, settings.repeats)
+            found += alone.rows(tokens, times, hands_over=hands_over)
         return found
     finally:
         await backend.close()

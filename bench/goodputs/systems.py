@@ -28,6 +28,8 @@ from launch.cluster import import_env
 from service.threads import thread_env
 
 _MODEL = "served"
+# Of a GPU's memory, what all instances have together; a context of CUDA takes some besides.
+_OF_GPU = 0.92
 _HOST = "127.0.0.1"
 _ASK_S = 2.0
 # As `twinpool serve` starts prefill, which here shares its core with router and client.
@@ -50,6 +52,7 @@ class Machine:
         kv_gib: For KV, over all instances of a system.
         logs: Folder for what its programs say.
         vllm_python: Interpreter of an environment with vLLM.
+        device: Where Twinpool's models run; with cuda all on one GPU.
     """
 
     model: Path
@@ -58,6 +61,7 @@ class Machine:
     cores: tuple[int, ...]
     logs: Path
     vllm_python: Path | None = None
+    device: str = "cpu"
 
     def parts(self, count: int) -> list[tuple[int, ...]]:
         """Return the cores of each of so many instances."""
@@ -83,14 +87,18 @@ class System:
 
 
 @contextmanager
-def _twinpool(machine: Machine, *roles: Sequence[str]) -> Iterator[OpenBackend]:
-    """Run a router, and instances of these roles."""
-    with at_address(machine, *roles) as address:
+def _twinpool(
+    machine: Machine, *roles: Sequence[str], router: Sequence[str] = ()
+) -> Iterator[OpenBackend]:
+    """Run a router, with options of its own, and instances of these roles."""
+    with at_address(machine, *roles, router=router) as address:
         yield lambda: TwinpoolBackend(address, ca=None, token_file=None)
 
 
 @contextmanager
-def at_address(machine: Machine, *roles: Sequence[str]) -> Iterator[str]:
+def at_address(
+    machine: Machine, *roles: Sequence[str], router: Sequence[str] = ()
+) -> Iterator[str]:
     """Run a router, and instances that each have their part of the cores; gives its address."""
     port = servers.free_port()
     address = f"{_HOST}:{port}"
@@ -100,7 +108,7 @@ def at_address(machine: Machine, *roles: Sequence[str]) -> Iterator[str]:
     programs = [
         Program(
             name="router",
-            command=(*launch, "router", "--port", str(port), *quiet),
+            command=(*launch, "router", "--port", str(port), *router, *quiet),
             settings=import_env(),
             cores=machine.cores,
         )
@@ -110,6 +118,9 @@ def at_address(machine: Machine, *roles: Sequence[str]) -> Iterator[str]:
         command = [*launch, name, str(machine.model), *options, *quiet, "--no-prefix-cache"]
         command += ["--router", address, "--name", f"{name}-{number}"]
         command += ["--threads", str(len(cores)), "--kv-memory-mib", str(kv_mib)]
+        command += ["--device", machine.device]
+        if machine.device == "cuda":
+            command += ["--gpu-memory-fraction", f"{_OF_GPU / len(roles):g}"]
         settings = thread_env(len(cores)) | import_env()
         programs.append(
             Program(name=f"{name}-{number}", command=command, settings=settings, cores=cores)
@@ -191,9 +202,16 @@ def _is_healthy(port: int) -> bool:
 
 
 _COLOCATED = ("decode", "--colocated")
+# Prompts of up to so many tokens may be computed at decode, in pieces, where that is sooner done.
+_EITHER = ("--local-prefill-max", "1024")
+_TAKES_PROMPTS = (*DECODE, "--local-prefill-tokens", "256")
 OURS = "Twinpool 1P1D"
 SYSTEMS: dict[str, System] = {
     OURS: System(instances=2, hands_over=True, start=lambda it: _twinpool(it, PREFILL, DECODE)),
+    "Twinpool 1P1D, prompts at either": System(
+        instances=2,
+        start=lambda it: _twinpool(it, PREFILL, _TAKES_PROMPTS, router=_EITHER),
+    ),
     "Twinpool colocated x2": System(
         instances=2, start=lambda it: _twinpool(it, _COLOCATED, _COLOCATED)
     ),

@@ -16,6 +16,9 @@ from twinpool.types import RequestStats
 
 _LENGTHS = (64, 128, 256, 512, 768)
 _BATCHES = (1, 2, 4, 8)
+# Few and many tokens cached: with one length alone, what a step takes for each sequence could not
+# be told from what it takes for each token.
+_OF_BATCHES = (64, 768)
 _FEW, _MANY = 12, 40
 _BACKGROUND, _BACKGROUND_PROMPT = 3, 256
 _WARM_UP = 4
@@ -79,9 +82,10 @@ class Prober:
         lengths = _LENGTHS * rounds
         alone = [await self._ask(length, _FEW) for length in lengths]
         batches = [
-            await asyncio.gather(*(self._ask(_LENGTHS[0], _MANY) for _ in range(batch)))
+            await asyncio.gather(*(self._ask(length, _MANY) for _ in range(batch)))
             for batch in _BATCHES
-            for _ in range(rounds)
+            for length in _OF_BATCHES
+            for _ in range(max(1, rounds // len(_OF_BATCHES)))
         ]
         under_way = [
             asyncio.create_task(self._ask(_BACKGROUND_PROMPT, _MANY * rounds * len(_LENGTHS)))

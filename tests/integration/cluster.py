@@ -51,7 +51,8 @@ class Cluster:
 
     Each can be killed and started again; it then keeps its name and its address. The router is
     named "router", a single decode instance "decode"; `more_flags` are by name, and so are the
-    `models` of instances that serve another one. Those in `hanging` hang where `hangs` is told to.
+    `models` of instances that serve another one. All instances are launched by `launcher` where one
+    is given: a module as `hangs` and `apart`.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Cluster:
         decodes: tuple[str, ...] = ("decode",),
         more_flags: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
         models: Mapping[str, Path] = MappingProxyType({}),
-        hanging: tuple[str, ...] = (),
+        launcher: str = "",
     ):
         self.address = f"127.0.0.1:{free_port()}"
         self._logs = logs
@@ -76,7 +77,7 @@ class Cluster:
             options = ["--router", self.address, "--port", str(free_port()), "--name", name]
             options += ["--threads", "1", *flags, *more_flags.get(name, ())]
             command = [role, str(models.get(name, model)), *options]
-            self._commands[name] = ["tests.integration.hangs", *command][name not in hanging :]
+            self._commands[name] = [launcher, *command] if launcher else command
 
     def __enter__(self) -> Self:
         try:

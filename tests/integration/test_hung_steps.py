@@ -26,7 +26,7 @@ def test_hung_engines_end_and_what_they_had_goes_on_elsewhere(
         *("--dtype", "float32", "--block-size", str(BLOCK), "--step-timeout-s", "1"),
         prefills=("p", "q"),
         decodes=("a", "b"),
-        hanging=("a", "p"),
+        launcher="tests.integration.hangs",
     ) as cluster:
         with cluster.client() as client:
             right = client.complete(PROMPT, timeout_s=60, **OPTIONS)
@@ -57,7 +57,7 @@ def test_engine_that_hangs_while_it_is_to_stop_does_not_keep_its_process(
         *("--dtype", "float32", "--block-size", str(BLOCK), "--drain-timeout-s", "60"),
         *("--step-timeout-s", "2"),
         decodes=("a",),
-        hanging=("a",),
+        launcher="tests.integration.hangs",
     ) as cluster:
         stream = Stream(cluster, PROMPT, timeout_s=20, **OPTIONS)
         wait_until(lambda: len(stream.token_ids) > 9, "tokens")

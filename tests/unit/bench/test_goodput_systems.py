@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from bench import checkpoints, goodput_systems
-from bench.goodputs import contest, handover, rows
+from bench.goodputs import alone, contest, rows
 from bench.goodputs.backend import Backend, Message, SendError, Served
 from bench.goodputs.contest import beside
 from bench.goodputs.joint import JointSearch
@@ -211,15 +211,28 @@ async def test_a_hand_over_is_from_prefills_end_to_the_next_token(
     backend = Handing(*messages)
     prompts = Prompts(seed=0, run=1, vocab_size=500)
     clock = itertools.count(0.0).__next__
-    assert await handover.handovers_s(backend, prompts, 9, 3, clock) == [1.0] * 3
-    assert len({tuple(prompt) for prompt in backend.prompts}) == handover.WARM_UP + 3
-    assert handover.row(9, [1.0, 2.0, 3.0]).ours == 2000
+    found = await alone.asked_alone(backend, prompts, 9, 3, clock)
+    assert len(found) == 3
+    assert len({tuple(prompt) for prompt in backend.prompts}) == alone.WARM_UP + 3
+    first = 2 if messages[0].ends_prefill else 1  # the message that brings the first token
+    for times in found:
+        assert (times.ttft_s, times.next_s) == (first, 1)
+        assert times.tpot_s == pytest.approx((3 - first) / (alone.NEW_TOKENS - 1))
+    shown = alone.rows(9, found, hands_over=True)
+    tpot_ms = 1000 * found[0].tpot_s
+    assert [(row.row, row.ours) for row in shown] == [
+        ("TTFT of one request, 9 tokens", 1000 * first),
+        ("TPOT of one request, 9 tokens", pytest.approx(tpot_ms)),
+        ("hand-over, 9 tokens", 1000),
+        ("hand-over beyond a step, 9 tokens", pytest.approx(1000 - tpot_ms)),
+    ]
+    assert len(alone.rows(9, found, hands_over=False)) == 2
 
 
-async def test_an_answer_of_one_message_shows_no_hand_over() -> None:
+async def test_an_answer_of_one_message_shows_no_next_token() -> None:
     prompts = Prompts(seed=0, run=1, vocab_size=500)
     with pytest.raises(SendError, match="one message"):
-        await handover.handovers_s(Handing(TOKEN), prompts, 9, 2)
+        await alone.asked_alone(Handing(TOKEN), prompts, 9, 2)
 
 
 def test_a_run_counts_for_all_limits_and_each_search_has_its_turn() -> None:
@@ -370,7 +383,8 @@ def test_systems_are_asked_one_after_another_and_the_others_where_one_fails(
     rates = [row for row in shown if "highest rate" in row["row"]]
     assert len(rates) == 4  # two loads with two limits each
     assert {(row["ours"], row["peer"], row["peer_name"]) for row in rates} == {(1.0, 1.0, "other")}
-    assert sum(row["row"].startswith("hand-over") for row in shown) == 3
+    assert sum(row["row"].startswith("hand-over, ") for row in shown) == 3
+    assert sum(row["row"].startswith("TTFT of one") for row in shown) == 3
     points = [row for row in shown if "attainment of 1 runs" in row["row"]]
     assert len(points) == 8
     assert all(row["ours"] == 100 and math.isfinite(row["spread"]) for row in points)

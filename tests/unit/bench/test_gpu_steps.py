@@ -1,6 +1,7 @@
 """The benchmark of whole steps, as far as it goes without a GPU."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from bench import gpu_steps
-from bench.gpu_steps import WORKS, Weights, main
+from bench.gpu_steps import WORKS, Weights, Work, main
 
 TINY = {
     "num_layers": 2,
@@ -23,16 +24,22 @@ TINY = {
 }
 
 
-def run(*arguments: str) -> tuple[int, str]:
+def run(command: Callable[..., None], *arguments: str) -> tuple[int, str]:
     app = typer.Typer()
-    app.command()(main)
+    app.command()(command)
     result = CliRunner().invoke(app, arguments)
     return result.exit_code, result.output
 
 
+def tiny(work: Work) -> Work:
+    """A model of the same architecture that a CPU runs in a moment."""
+    moe = work.config.moe and replace(work.config.moe, num_experts=8, intermediate_size=48)
+    return replace(work, config=replace(work.config, **TINY, moe=moe))  # type: ignore[arg-type]
+
+
 def test_without_a_gpu_it_says_so_and_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, output = run()
+    code, output = run(main)
     assert code == 2
     assert "no CUDA device" in output
 
@@ -40,14 +47,10 @@ def test_without_a_gpu_it_says_so_and_exits_with_2(monkeypatch: pytest.MonkeyPat
 def test_every_step_of_every_shape_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    works = []
-    for work in WORKS:
-        moe = work.config.moe and replace(work.config.moe, num_experts=8, intermediate_size=48)
-        config = replace(work.config, **TINY, moe=moe)  # type: ignore[arg-type]
-        works.append(replace(work, config=config, steps=((1, 40), (3, 20))))
-    monkeypatch.setattr(gpu_steps, "WORKS", tuple(works))
+    works = tuple(replace(tiny(work), steps=((1, 40), (3, 20))) for work in WORKS)
+    monkeypatch.setattr(gpu_steps, "WORKS", works)
     file = tmp_path / "steps.json"
-    code, output = run("--device", "cpu", "--repeats", "4", "--json", str(file))
+    code, output = run(main, "--device", "cpu", "--repeats", "4", "--json", str(file))
     assert code == 0, output
     rows = json.loads(file.read_text())["rows"]
     assert [row["row"] for row in rows] == [

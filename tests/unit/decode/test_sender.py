@@ -1,13 +1,16 @@
 """The ranks of a decode instance send a sequence as one, and connect to others only when needed."""
 
 from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from twinpool.v1 import kv_pb2, worker_pb2
 
 from decode.config import DecodeConfig
 from decode.sender import RankSender, Sender
+from engine.cache_memory import CacheItself
 from kvtransfer import Closed, Completed, Failed, KVShape, Span, TransferStats, uniform_cache
 from kvtransfer.errors import PeerLost
 from service.errors import WorkFailed
@@ -18,6 +21,7 @@ SETTINGS = DecodeConfig(model="m", dp=2, tp=2)  # type: ignore[arg-type]
 LAYERS = 3
 LAYOUT = uniform_cache((KVShape(layers=LAYERS, kv_heads=2, head_size=8, dtype="float32"),), 4)
 STATS = TransferStats(5, 1, 0.1, "tcp")
+CACHE: Any = SimpleNamespace(tensor=torch.zeros(1), layers=range(LAYERS))
 
 
 class FakeAgent:
@@ -56,7 +60,7 @@ class Group:
         self.agents: list[FakeAgent] = []
         self.told: list[tuple[str | None, list[int] | None]] = []
         self.ends: list[Any] = []
-        self.rank = RankSender(self._make, LAYERS)
+        self.rank = RankSender(self._make, LAYERS, CacheItself(CACHE))
         self.sender = Sender(SETTINGS, "a", self.rank, tell=self._tell, emit=self.ends.append)
 
     def _make(self) -> Any:

@@ -18,6 +18,7 @@ from decode.sequence import Reservation
 from decode.step_metrics import RankSteps, StepMetrics
 from decode.worker import Step, Token, Worker
 from engine.blocks import BlockPool
+from engine.cache_memory import CacheItself
 from engine.config import load_config
 from engine.dispatch import Members
 from engine.runner import ModelRunner
@@ -146,7 +147,7 @@ def test_parts_add_up_to_the_steps(moe: Path) -> None:
         return next(ticks)
 
     runner = made_runner(moe, watch=StepWatch(clock))
-    steps = Steps(RankCompute(runner))
+    steps = Steps(RankCompute(runner, CacheItself(runner.cache)))
     prefixes = [Prefixes(BlockPool(8), layers=3)]
     admission = Admission(
         prefixes=prefixes, block_size=BLOCK_SIZE, max_sequences=4, revoke=lambda _: None
@@ -207,7 +208,7 @@ def test_collectives_of_steps_are_counted_as_theory_says(moe: Path) -> None:
             experts=members.group,
             dispatch="allgather",
         )
-        compute = RankCompute(runner)
+        compute = RankCompute(runner, CacheItself(runner.cache))
         params = SamplingParams()
         for request_id in (1, 2):
             state = SequenceState(params, prompt_len=1)

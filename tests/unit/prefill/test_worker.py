@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from engine.blocks import BlockPool
+from engine.cache_memory import CacheItself
 from engine.prefix_cache import PrefixCache
 from engine.ring import CommError
 from engine.runner import Chunk
@@ -25,12 +27,14 @@ from service.prefix_keys import PrefixKeys
 
 BLOCKS = 8
 LAYOUT = uniform_cache((KVShape(layers=2, kv_heads=1, head_size=8, dtype="float32"),), 4)
+CACHE: Any = SimpleNamespace(tensor=torch.zeros(1), layers=range(2))
 
 
 class FakeRunner:
     """Answers token 3 to everything; can be told to break, and to take its time in later stages."""
 
     deterministic = False
+    block_tokens = 4
     broken = False
     lost = False
     later: threading.Semaphore | None = None
@@ -51,6 +55,9 @@ class FakeRunner:
             if on_layer is not None:
                 on_layer(layer)
         return FakeLogits(len(chunks), self.later, self.lost)
+
+    def local_blocks(self, table: Sequence[int]) -> Sequence[int]:
+        return table
 
 
 class FakeLogits:
@@ -106,6 +113,7 @@ class Bench:
             compute=Steps(
                 RankCompute(
                     self.runner,  # type: ignore[arg-type]
+                    CacheItself(CACHE),
                     LAYOUT.groups[0].shape,
                     range(2),
                     self.handoff,

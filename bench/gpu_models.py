@@ -1,0 +1,238 @@
+"""Does a GPU decode and prefill faster with this engine than with Hugging Face transformers?
+
+Models in the shapes of published ones, with made-up weights, each engine by itself on the same GPU:
+tokens a second of a batch that is decoded greedily, with the choice of each token, where the peer
+uses its continuous batching; and of one prompt, to the logits after it.
+
+    python -m bench.gpu_models --json FILE
+    python -m bench.gpu_models --rows '8B, dense, decode'
+"""
+
+import gc
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from bench.gpu_steps import WORKS, Weights, Work, refuse_without
+from bench.options import Json, Rows
+from bench.report import Row, median_and_spread, report
+from engine.config import ModelConfig
+from engine.runner import Chunk, ModelRunner
+from engine.sampling import SamplingParams, SequenceState, sample
+
+_BLOCK = 32
+_CHUNK = 8192  # tokens of a pass with a prompt
+_PEER = "transformers"
+
+
+def decode_name(work: Work, sequences: int, keys: int) -> str:
+    """Return the row of a batch that is decoded."""
+    return f"{work.name}, decode, {sequences} x {keys} keys"
+
+
+def prefill_name(work: Work, tokens: int) -> str:
+    """Return the row of a prompt."""
+    return f"{work.name}, prefill, {tokens} tokens"
+
+
+class Ours:
+    """This engine with made-up weights."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, most_tokens: int) -> None:
+        self._vocab_size = config.vocab_size
+        self._device = device
+        self._runner = ModelRunner(
+            folder=None,
+            config=config,
+            dtype=torch.bfloat16,
+            device=device,
+            num_blocks=-(-most_tokens // _BLOCK),
+            block_size=_BLOCK,
+            fill=Weights().fill,
+        )
+        self._runner.cache.tensor.normal_()
+
+    def decode(self, sequences: int, keys: int, steps: int) -> list[float]:
+        """Return the tokens a second of each of some steps, from so many keys on."""
+        each = -(-(keys + steps) // _BLOCK)
+        tables = [range(i * each, (i + 1) * each) for i in range(sequences)]
+        if self._device.type == "cuda":
+            self._runner.record_steps(sequences, keys + steps)
+        greedy = SamplingParams()
+        states = [SequenceState(greedy, prompt_len=keys) for _ in range(sequences)]
+        tokens, rates = [1 + i for i in range(sequences)], []
+        for step in range(steps):
+            began = time.perf_counter()
+            chunks = [
+                Chunk(token_ids=[token], start=keys - 1 + step, block_table=table)
+                for token, table in zip(tokens, tables, strict=True)
+            ]
+            logits_SV = self._runner.step(self._runner.prepare(chunks), tokens, lambda: None)
+            tokens = [chosen.token_id for chosen in sample(logits_SV, states)]
+            for state, token in zip(states, tokens, strict=True):
+                state.append(token)
+            rates.append(sequences / (time.perf_counter() - began))
+        return rates
+
+    def prefill(self, tokens: int) -> None:
+        """Compute a prompt, until its logits are there."""
+        ids = _ids(tokens, self._vocab_size)
+        table = range(-(-tokens // _BLOCK))
+        for start in range(0, tokens, _CHUNK):
+            piece = ids[start : start + _CHUNK]
+            chunk = Chunk(token_ids=piece, start=start, block_table=table, is_prompt=True)
+            logits_SV = self._runner.forward([chunk])
+        logits_SV.cpu()
+
+
+class Transformers:
+    """The peer with made-up weights, and its defaults for a GPU."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        import transformers
+
+        self._transformers: Any = transformers
+        self._vocab_size = config.vocab_size
+        with torch.device(device):
+            auto: Any = transformers.AutoModelForCausalLM
+            self._model = auto.from_config(_their_config(config), dtype=torch.bfloat16).eval()
+
+    def decode(self, sequences: int, keys: int, steps: int) -> list[float]:
+        """Return the tokens a second of each step in which all sequences are decoded."""
+        prompts = [_ids(keys, self._vocab_size, seed=i) for i in range(sequences)]
+        settings = self._transformers.GenerationConfig(
+            max_new_tokens=steps, do_sample=False, eos_token_id=-1
+        )
+        done = self._model.generate_batch(
+            prompts, generation_config=settings, record_timestamps=True
+        )
+        if len(done) != sequences or any(it.error is not None for it in done.values()):
+            raise RuntimeError(f"{_PEER} has answered {len(done)} of {sequences} requests")
+        moments = [it.timestamps for it in done.values()]
+        begin, end = max(of[0] for of in moments), min(of[-1] for of in moments)
+        steps_s = sorted(moment for moment in moments[0] if begin <= moment <= end)
+        return [sequences / (after - before) for before, after in pairwise(steps_s)]
+
+    @torch.inference_mode()
+    def prefill(self, tokens: int) -> None:
+        """Compute a prompt, until its logits are there."""
+        ids = torch.tensor([_ids(tokens, self._vocab_size)], device=self._model.device)
+        self._model(ids, use_cache=True, logits_to_keep=1).logits.cpu()
+
+
+def _their_config(config: ModelConfig) -> Any:
+    import transformers
+
+    common: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    }
+    if config.moe is None:
+        return transformers.Qwen3Config(**common)
+    return transformers.Qwen3MoeConfig(
+        **common,
+        num_experts=config.moe.num_experts,
+        num_experts_per_tok=config.moe.top_k,
+        moe_intermediate_size=config.moe.intermediate_size,
+        norm_topk_prob=config.moe.norm_topk_prob,
+    )
+
+
+def _ids(tokens: int, vocab_size: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(vocab_size, (tokens,), generator=generator).tolist()
+    return ids
+
+
+def _rates(compute: Callable[[int], None], tokens: int, repeats: int) -> list[float]:
+    compute(tokens)  # what is compiled the first time is not measured
+    rates = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        compute(tokens)
+        rates.append(tokens / (time.perf_counter() - began))
+    return rates
+
+
+def rows_of(
+    work: Work,
+    device: torch.device,
+    *,
+    batches: Sequence[tuple[int, int]],
+    prompts: Sequence[int],
+    steps: int,
+    repeats: int,
+) -> Iterator[Row]:
+    """Measure a model's batches and prompts, by both engines."""
+    found: dict[str, list[list[float]]] = {}
+    most = max([n * (keys + steps + _BLOCK) for n, keys in batches] + list(prompts))
+    for make in (
+        lambda: Ours(work.config, device, most),
+        lambda: Transformers(work.config, device),
+    ):
+        engine: Ours | Transformers = make()
+        for sequences, keys in batches:
+            rates = engine.decode(sequences, keys, steps)[steps // 4 :]
+            found.setdefault(decode_name(work, sequences, keys), []).append(rates)
+        for tokens in prompts:
+            rates = _rates(engine.prefill, tokens, repeats)
+            found.setdefault(prefill_name(work, tokens), []).append(rates)
+        del engine
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for name, (ours, theirs) in found.items():
+        rate, spread = median_and_spread(ours)
+        peer, _ = median_and_spread(theirs)
+        yield Row(
+            row=name,
+            ours=rate,
+            unit="tokens/s",
+            higher_is_better=True,
+            peer=peer,
+            peer_name=_PEER,
+            spread=spread,
+        )
+
+
+BATCHES = ((1, 1024), (32, 1024))
+PROMPTS = (1024, 8192, 32_768)
+
+
+def main(
+    json: Json = None,
+    rows: Rows = "",
+    device: Annotated[str, typer.Option(help="cuda; cpu runs, but is no measure.")] = "cuda",
+    steps: Annotated[int, typer.Option(min=16, help="Tokens that each sequence gets.")] = 96,
+    repeats: Annotated[int, typer.Option(min=4, help="Times that each prompt is computed.")] = 6,
+) -> None:
+    """Measure whole models beside the peer's, with the same shapes on the same GPU."""
+    on = torch.device(device)
+    refuse_without(on)
+    found: list[Row] = []
+    for work in WORKS:
+        batches = [of for of in BATCHES if re.search(rows, decode_name(work, *of))]
+        prompts = [of for of in PROMPTS if re.search(rows, prefill_name(work, of))]
+        if batches or prompts:
+            its = rows_of(work, on, batches=batches, prompts=prompts, steps=steps, repeats=repeats)
+            found += its
+            typer.echo(f"measured {work.name}", err=True)
+    where = torch.cuda.get_device_name(on) if on.type == "cuda" else "no GPU"
+    report(f"Is this engine faster on a GPU than {_PEER}? ({where})", found, json)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,253 @@
+"""The memory that transfers read and write, and its way to the cache that passes compute with.
+
+On a CPU it is the cache itself. A GPU's cache has a copy in the host's memory, with the same blocks
+in the same places: what passes have computed is saved to it before it is sent, and what has arrived
+is loaded from it before a pass reads it. Owns these copies and their order, not which blocks are
+whose: who frees a block has nobody left that saves or loads it for the old owner.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.errors import UnsupportedError
+from engine.kvcache import Allocate, KVCache
+
+Call = Callable[[], None]
+
+
+class CacheMemory(Protocol):
+    """Keys and values for transfers, [L, 2, B, G, block_size, H]; layers by the model's numbers."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """The memory itself, the host's."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layers that this rank has."""
+        ...
+
+    def save(self, layers: Sequence[int], blocks: Sequence[int]) -> None:
+        """Bring over what passes that were started have put into the blocks of some layers."""
+        ...
+
+    def then(self, call: Call) -> None:
+        """Call when all that was saved until now is in the memory: at once, or from a thread."""
+        ...
+
+    def load(self, layers: Sequence[int], blocks: Sequence[int]) -> None:
+        """Bring over what transfers have put into the blocks of some layers; from any thread."""
+        ...
+
+    def before_pass(self) -> None:
+        """Have the passes that are started from now on wait for all that was loaded."""
+        ...
+
+    def finish_passes(self) -> None:
+        """Return when the passes that were started are over."""
+        ...
+
+    def close(self) -> None:
+        """End the thread that calls."""
+        ...
+
+
+class CacheItself:
+    """The cache of a CPU; see CacheMemory. Passes are over when they return."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.tensor = cache.tensor
+        self.layers = cache.layers
+
+    def save(self, layers: Sequence[int], blocks: Sequence[int]) -> None:
+        """See CacheMemory."""
+
+    def then(self, call: Call) -> None:
+        """See CacheMemory."""
+        call()
+
+    def load(self, layers: Sequence[int], blocks: Sequence[int]) -> None:
+        """See CacheMemory."""
+
+    def before_pass(self) -> None:
+        """See CacheMemory."""
+
+    def finish_passes(self) -> None:
+        """See CacheMemory."""
+
+    def close(self) -> None:
+        """See CacheMemory."""
+
+
+class Lane(Protocol):
+    """Copies one after another, beside the passes; from any thread."""
+
+    def after_passes(self) -> None:
+        """Have the copies that follow wait for the passes that were started."""
+        ...
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy memory of one piece, after all before."""
+        ...
+
+    def mark(self) -> Call:
+        """Return what waits for all copies so far."""
+        ...
+
+    def before_passes(self) -> None:
+        """Have the passes that are started from now on wait for all copies so far."""
+        ...
+
+    def finish_passes(self) -> None:
+        """Wait for the passes that were started."""
+        ...
+
+
+class HostCopy:
+    """A copy of a GPU's cache in the host's memory; see CacheMemory.
+
+    All copies go over one lane: a block that has got another owner is saved and loaded for it after
+    whatever was still on its way for the old one.
+    """
+
+    def __init__(self, cache: KVCache, host: Tensor, lane: Lane) -> None:
+        """`host` has the cache's shape and type."""
+        self.tensor = host
+        self.layers = cache.layers
+        self._cache = cache
+        self._lane = lane
+        self._has_loaded = False
+        self._waiting: queue.SimpleQueue[tuple[Call, Call] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._call_in_turn, name="kv-saved", daemon=True)
+        self._error: BaseException | None = None
+        self._thread.start()
+
+    def save(self, layers: Sequence[int], blocks: Sequence[int]) -> None:
+        """See CacheMemory."""
+        self._check()
+        self._lane.after_passes()
+        for place in self._places(layers, blocks):
+            self._lane.copy(self.tensor[place], self._cache.tensor[place])
+
+    def then(self, call: Call) -> None:
+        """See CacheMemory."""
+        self._check()
+        self._waiting.put((self._lane.mark(), call))
+
+    def load(self, layers: Sequence[int], blocks: Sequence[int]) -> None:
+        """See CacheMemory."""
+        for place in self._places(layers, blocks):
+            self._lane.copy(self._cache.tensor[place], self.tensor[place])
+        self._has_loaded = True  # after the copies: whoever sees it waits for them
+
+    def before_pass(self) -> None:
+        """See CacheMemory."""
+        self._check()
+        if self._has_loaded:
+            self._has_loaded = False
+            self._lane.before_passes()
+
+    def finish_passes(self) -> None:
+        """See CacheMemory."""
+        self._lane.finish_passes()
+
+    def close(self) -> None:
+        """See CacheMemory."""
+        self._waiting.put(None)
+        self._thread.join(timeout=1.0)
+
+    def _places(
+        self, layers: Sequence[int], blocks: Sequence[int]
+    ) -> Iterator[tuple[int, int, slice]]:
+        """Yield the pieces that lie together in both memories."""
+        ids = np.asarray(blocks, np.int64)
+        if not len(ids):
+            return
+        runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
+        extents = [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
+        for layer in layers:
+            for plane in (0, 1):
+                for extent in extents:
+                    yield layer - self.layers.start, plane, extent
+
+    def _call_in_turn(self) -> None:
+        try:
+            while (item := self._waiting.get()) is not None:
+                wait, call = item
+                wait()
+                call()
+        except BaseException as error:
+            # Raised where the next pass is, whose thread ends the instance.
+            self._error = error
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise RuntimeError("keys and values could not be saved to be sent") from self._error
+
+
+class _CudaLane:
+    """A CUDA stream; see Lane. Passes are on the device's default one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def after_passes(self) -> None:
+        """See Lane."""
+        self._stream.wait_stream(torch.cuda.default_stream(self._device))
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """See Lane."""
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def mark(self) -> Call:
+        """See Lane."""
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        wait: Call = event.synchronize
+        return wait
+
+    def before_passes(self) -> None:
+        """See Lane."""
+        torch.cuda.default_stream(self._device).wait_stream(self._stream)
+
+    def finish_passes(self) -> None:
+        """See Lane."""
+        torch.cuda.default_stream(self._device).synchronize()
+
+
+def cache_memory(cache: KVCache, allocate: Allocate | None) -> CacheMemory:
+    """Return the memory for transfers; a GPU's has its copy from `allocate`, where that is given.
+
+    Raises UnsupportedError where the host's memory cannot be held in place for a GPU to copy.
+    """
+    tensor = cache.tensor
+    if tensor.device.type == "cpu":
+        return CacheItself(cache)
+    host = (allocate or _zeros)(tensor.shape, tensor.dtype)
+    _pin(host)
+    return HostCopy(cache, host, _CudaLane(tensor.device))
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def _pin(host: Tensor) -> None:
+    """Lock memory as it is: torch's own pinned memory is of another allocator, and larger."""
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    error = cudart.cudaHostRegister(host.data_ptr(), host.nbytes, 0)
+    if int(error):
+        raise UnsupportedError(
+            f"{host.nbytes >> 20} MiB of the host's memory, as much as the GPU has for KV, cannot"
+            f" be locked for copies ({error}): raise the limit of locked memory (ulimit -l), or"
+            " give less memory for KV"
+        )
