@@ -17,7 +17,7 @@ from engine.deterministic import check_deterministic, in_order
 from engine.dispatch import AUTO as AUTO_DISPATCH
 from engine.dispatch import ExpertMap, dispatch_for
 from engine.errors import BatchError, UnsupportedError
-from engine.kernels import argmax_kernel, attention_kernel
+from engine.kernels import attention_kernel, has_forms
 from engine.kvcache import Allocate, KVCache
 from engine.layers.attention import Attend, Pass
 from engine.layers.layer import Placement
@@ -30,19 +30,19 @@ from engine.ring.choose import Variant
 from engine.ring.comm import Wire
 from engine.ring.cyclic import Dealing
 from engine.ring.passes import AUTO, Ring
+from engine.sampling import warm_up_sampling
 from engine.split_experts import SplitExperts
 from engine.step_graphs import Capture, StepGraphs
 from engine.step_graphs import capture as cuda_graph
 from engine.step_watch import COLLECTIVES, REST, StepWatch
 from engine.tally import CountedCollectives, CountedExperts, Tally
 from engine.vocabulary import Vocabulary
+from engine.warm_up import warm_up_passes
 from engine.weights import Fill, Progress, load_weights
 
 __all__ = ["Chunk", "Inputs", "ModelRunner"]
 
 OnLayer = Callable[[int], None]
-
-_WARM_UP_TOKENS = (256, 16, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,13 +331,18 @@ class ModelRunner:
 
         Writes into block 0 upwards and zeroes it again: call it before any sequence runs.
         """
-        argmax_kernel(self._placement.device)  # sampling's, which may have to be compiled
-        for tokens in _WARM_UP_TOKENS:
-            tokens = min(tokens * self._dealing.ranks, self.num_blocks * self.block_tokens)
-            blocks = range(-(-tokens // self.block_tokens))
-            chunk = Chunk(token_ids=[0] * tokens, start=0, block_table=blocks)
-            self.forward([chunk], dp_tokens=(tokens,) * self.layout.dp)
+        device = self._placement.device
+        for chunks in warm_up_passes(
+            self.num_blocks * self.block_tokens,
+            self.block_tokens,
+            self._dealing.ranks,
+            all_forms=has_forms(device),
+        ):
+            tokens = sum(len(chunk.token_ids) for chunk in chunks)
+            logits_SV = self.forward(chunks, dp_tokens=(tokens,) * self.layout.dp)
+            blocks = range(max(len(chunk.block_table) for chunk in chunks))
             self.cache.tensor[:, :, : len(self.local_blocks(blocks))].zero_()
+        warm_up_sampling(logits_SV, device)
         self.experts.take_loads()  # those were not requests'
 
     @staticmethod

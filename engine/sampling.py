@@ -207,6 +207,14 @@ def sample_apart(
     return [found[row] for row in range(len(states))]
 
 
+def warm_up_sampling(logits_SV: Tensor, device: torch.device) -> None:
+    """Have what chooses tokens on a device compiled; `logits_SV` are some, or none."""
+    argmax_kernel(device)
+    if len(logits_SV) and draw_kernel(device) is not None:
+        drawn = SequenceState(SamplingParams(temperature=1.0), prompt_len=1)
+        sample(logits_SV[:1], [drawn])
+
+
 def _choose(logits_SV: Tensor, states: Sequence[SequenceState]) -> list[int]:
     adjusted = [row for row, state in enumerate(states) if not state.is_plain]
     if adjusted:

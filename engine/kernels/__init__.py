@@ -40,6 +40,7 @@ __all__ = [
     "attention_kernel",
     "draw_kernel",
     "experts_kernel",
+    "has_forms",
     "product_kernel",
     "router_kernel",
     "row_kernels",
@@ -79,6 +80,8 @@ class _Kernels:
     argmax: Callable[[], Callable[[Tensor], list[int]]]
     draw: Callable[[], Draw | None]
     step: StepKernel
+    # Whether kernels have forms, each compiled at its first launch, by sizes of what they compute.
+    has_forms: bool
 
 
 _CPU = _Kernels(
@@ -90,6 +93,7 @@ _CPU = _Kernels(
     argmax=argmax_cpu.finder,
     draw=lambda: None,
     step=step_cpu.step,
+    has_forms=False,
 )
 _CUDA = _Kernels(
     attention=passes.Attention,
@@ -100,6 +104,7 @@ _CUDA = _Kernels(
     argmax=passes.argmax_finder,
     draw=passes.draw,
     step=passes.no_step,
+    has_forms=True,
 )
 _KERNELS: dict[str, _Kernels] = {"cpu": _CPU, "cuda": _CUDA}
 
@@ -155,6 +160,11 @@ def draw_kernel(device: torch.device) -> Draw | None:
 def step_kernel(device: torch.device) -> StepKernel:
     """Return what joins layers on a device; raises UnsupportedError where there is nothing."""
     return _of(device).step
+
+
+def has_forms(device: torch.device) -> bool:
+    """Return whether a pass of new sizes may have to wait for a compiler on a device."""
+    return _of(device).has_forms
 
 
 def _of(device: torch.device) -> _Kernels:

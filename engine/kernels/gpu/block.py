@@ -90,7 +90,7 @@ def _taken_in(
     return softmax.take_in(scores, v_tile, top, total, mixed, UPCAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _block_kernel(
     q,
     k,

@@ -41,7 +41,7 @@ TILES = (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tables_s", "lse_s", "lse_n"])
 def _decode_kernel(
     q,
     k,

@@ -30,7 +30,7 @@ _LEAST_ROWS, _MOST_ROWS = 16, 128
 _NOBODY = tl.constexpr(-1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _count_kernel(experts, counts, num_pairs, CHUNK: tl.constexpr):
     expert = tl.program_id(0)
     places = tl.arange(0, CHUNK)
@@ -42,7 +42,7 @@ def _count_kernel(experts, counts, num_pairs, CHUNK: tl.constexpr):
     tl.store(counts + expert, tl.sum(count, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _place_kernel(
     experts,
     counts,

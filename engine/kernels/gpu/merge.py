@@ -14,7 +14,7 @@ _TILE_ELEMENTS = 2048
 _PARTS = 8  # that a program holds at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _merge_kernel(
     out,
     lse,
@@ -61,7 +61,7 @@ def _merge_kernel(
     tl.store(lse_at, merged_lse, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts_lse_t", "parts_lse_n", "num_parts"])
 def _merge_parts_kernel(
     parts,
     parts_lse,

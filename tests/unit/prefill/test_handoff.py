@@ -1,5 +1,6 @@
 """Grants and finished layers come in any order; the transfer hears of each layer once."""
 
+from collections.abc import Callable
 from typing import Any
 
 from kvtransfer import KVShape, Span, uniform_cache
@@ -95,3 +96,18 @@ def test_closing_before_the_grant_leaves_nothing_to_wait_for() -> None:
     handoff.grant(1, grant())
     handoff.ready(1, Span(0, 1), TOKENS)
     assert agent.calls == []
+
+
+def test_what_is_cached_is_sent_when_it_is_where_the_agent_reads() -> None:
+    """On a GPU a prefix that another request has computed may still be on its way."""
+    later: list[Callable[[], None]] = []
+    agent = FakeAgent()
+    handoff = Handoff(agent, layers=2, then=later.append)  # type: ignore[arg-type]
+    handoff.expect(1)
+    handoff.open(1, 20, [3, 4])
+    handoff.grant(1, grant())
+    handoff.cached(1, TOKENS)
+    assert agent.calls == [("begin", 77, (3, 4))]
+    [saved] = later
+    saved()
+    assert agent.calls[1:] == [("ready", 77, 0, TOKENS)]
