@@ -1,7 +1,7 @@
 """Which passes make a runner ready, so that no request pays for what is set up at first use.
 
-On a CPU those of typical shapes. A GPU's kernels have several forms, by how many tokens and keys there
-are, and each is compiled when it is first launched: there passes go through all of them.
+On a CPU those of typical shapes. A GPU's kernels have several forms, by how many tokens and keys
+there are, and each is compiled when it is first launched: there passes go through all of them.
 """
 
 from collections.abc import Iterator, Sequence

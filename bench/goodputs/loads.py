@@ -36,14 +36,14 @@ def loads(*, chat_scale: float, code_scale: float, slo_scale: float) -> tuple[Lo
         name="chat",
         trace="azure-conv",
         length_scale=chat_scale,
-        start=1.0,
+        start=4.0,
         limits=_limits((1.0, 0.1), (2.0, 0.2)),
     )
     code = Load(
         name="code",
         trace="azure-code",
         length_scale=code_scale,
-        start=1.0,
+        start=2.0,
         limits=_limits((1.5, 0.1), (3.0, 0.2)),
     )
     return tuple(

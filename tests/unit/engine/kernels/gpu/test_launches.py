@@ -1,4 +1,4 @@
-"""No request waits for a compiler: the warm-up has launched all forms of kernels that passes use."""
+"""No request waits for a compiler: the warm-up has launched all forms that passes use."""
 
 import importlib.util
 import json
