@@ -54,10 +54,6 @@ class CacheMemory(Protocol):
         """Return when the passes that were started are over."""
         ...
 
-    def close(self) -> None:
-        """End the thread that calls."""
-        ...
-
 
 class CacheItself:
     """The cache of a CPU; see CacheMemory. Passes are over when they return."""
@@ -80,9 +76,6 @@ class CacheItself:
         """See CacheMemory."""
 
     def finish_passes(self) -> None:
-        """See CacheMemory."""
-
-    def close(self) -> None:
         """See CacheMemory."""
 
 
@@ -124,7 +117,7 @@ class HostCopy:
         self._cache = cache
         self._lane = lane
         self._has_loaded = False
-        self._waiting: queue.SimpleQueue[tuple[Call, Call] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[Call, Call]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._call_in_turn, name="kv-saved", daemon=True)
         self._error: BaseException | None = None
         self._thread.start()
@@ -158,11 +151,6 @@ class HostCopy:
         """See CacheMemory."""
         self._lane.finish_passes()
 
-    def close(self) -> None:
-        """See CacheMemory."""
-        self._waiting.put(None)
-        self._thread.join(timeout=1.0)
-
     def _places(
         self, layers: Sequence[int], blocks: Sequence[int]
     ) -> Iterator[tuple[int, int, slice]]:
@@ -179,8 +167,8 @@ class HostCopy:
 
     def _call_in_turn(self) -> None:
         try:
-            while (item := self._waiting.get()) is not None:
-                wait, call = item
+            while True:
+                wait, call = self._waiting.get()
                 wait()
                 call()
         except BaseException as error:

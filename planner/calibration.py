@@ -23,7 +23,7 @@ class Calibration(BaseModel):
 
     Attributes:
         model: The model it was measured with, where it is good for that one only.
-        large_message_bytes: What a message has beyond moves at an efficiency of its own.
+        large_pass_tokens: What a message has of further tokens moves at an efficiency of its own.
         one_shot_max_bytes: Up to here an all-reduce may send everything to everyone at once.
         hop_us: One hop within a node; the hardware table's where it is left out.
         overhead_per_layer_us: Of a pass, for each layer that it goes through.
@@ -41,7 +41,7 @@ class Calibration(BaseModel):
     memory_efficiency: _Efficiency = 0.8
     link_efficiency: _Efficiency = 0.7
     large_message_efficiency: _Efficiency = 0.7
-    large_message_bytes: Annotated[float, Field(gt=0)] = 32 * 2**20
+    large_pass_tokens: Annotated[float, Field(gt=0)] = 2048
     network_efficiency: _Efficiency = 0.8
     one_shot_max_bytes: NonNegativeFloat = 512 * 2**10
     hop_us: NonNegativeFloat | None = None

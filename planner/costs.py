@@ -16,7 +16,7 @@ from planner.layout import Layout
 from planner.memory import stage_layers
 from planner.pipeline import utilisation
 from planner.shape import ModelShape
-from planner.work import Links, PassCounter, Work
+from planner.work import ACTIVATION_BYTES, Links, PassCounter, Work
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class RooflineCosts:
         self._device = device
         self._calibration = calibration
         self._pass_tokens = pass_tokens
-        self._links = links(device, calibration)
+        self._links = links(device, calibration, shape)
         self._counter = PassCounter(shape, layout, self._links, calibration.hotspot)
 
     def prefill_s(self, chunks: Sequence[Chunk]) -> float:
@@ -157,14 +157,14 @@ def seconds(work: Work, device: Device, calibration: Calibration, ways: Links) -
     return max(compute_s, memory_s) + sent_s + host_us * 1e-6
 
 
-def links(device: Device, calibration: Calibration) -> Links:
+def links(device: Device, calibration: Calibration, shape: ModelShape) -> Links:
     """Return the ways between ranks as they are with these efficiencies."""
     hop_us = calibration.hop_us
     near = Link(
         latency_s=device.link_latency_s if hop_us is None else hop_us * 1e-6,
         bytes_per_s=device.link_bytes_per_s * calibration.link_efficiency,
         large_bytes_per_s=device.link_bytes_per_s * calibration.large_message_efficiency,
-        large_message_bytes=calibration.large_message_bytes,
+        large_message_bytes=calibration.large_pass_tokens * shape.hidden * ACTIVATION_BYTES,
         one_shot_max_bytes=calibration.one_shot_max_bytes,
     )
     network = device.network_bytes_per_s * calibration.network_efficiency

@@ -3,7 +3,7 @@
 A pass is a sum of amounts times unknowns (`planner.work`): one over each efficiency, seconds of a
 hop, of a layer, of a sequence. Errors are relative, so a millisecond's pass counts as much as a
 second's. Whether arithmetic or memory bounds a pass depends on the unknowns, so that is settled in
-turns. From which size on messages are slow is tried out, in powers of two.
+turns. From how many tokens of a pass on messages are slow is tried out, in powers of two.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ _COMPUTE, _MEMORY = 0, 1
 _LEAST = np.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
 _FIRST = np.array([1.5, 1.5, 1.5, 3.0, 5e-6, 50e-6, 300e-6])
 _TURNS = 60
-_LARGE_FROM = tuple(float(2**power) for power in (25, 22, 23, 24, 26, 27))
+_LARGE_FROM = (2048, 256, 512, 1024, 4096, 8192)
 
 
 def fit(rows: Sequence[Measured], device: Device, source: str) -> Calibration:
@@ -60,9 +60,9 @@ def predict(row: Measured, device: Device, calibration: Calibration) -> float:
     return costs.decode_step_s(row.batch, row.batch * row.tokens)
 
 
-def _fit(rows: Sequence[Measured], device: Device, source: str, large_from: float) -> Calibration:
+def _fit(rows: Sequence[Measured], device: Device, source: str, large_from: int) -> Calibration:
     # Hops are counted for the ring alone: which all-reduce is faster would depend on the unknowns.
-    start = Calibration(gpu=device.name, large_message_bytes=large_from, one_shot_max_bytes=0)
+    start = Calibration(gpu=device.name, large_pass_tokens=large_from, one_shot_max_bytes=0)
     amounts = np.array([_amounts(_work(row, device, start), device) for row in rows])
     measured = np.array([row.seconds for row in rows])
     is_prefill = np.array([row.role is Role.PREFILL for row in rows])
@@ -112,7 +112,7 @@ def _settings(unknowns: _Array) -> list[float]:
 
 
 def _work(row: Measured, device: Device, calibration: Calibration) -> Work:
-    counter = PassCounter(row.shape, row.layout, links(device, calibration))
+    counter = PassCounter(row.shape, row.layout, links(device, calibration, row.shape))
     if row.role is Role.DECODE:
         return counter.decode(row.batch, row.batch * row.tokens)
     tokens = row.batch * row.tokens

@@ -11,7 +11,7 @@ from planner.layout import Layout
 from planner.memory import rank_dense_parameters, rank_experts
 from planner.shape import ModelShape
 
-_ACTIVATION_BYTES = 2
+ACTIVATION_BYTES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class PassCounter:
     def _traffic(self, tokens: float) -> dict[bool, Traffic]:
         """Return what tensor and expert parallel ranks send, by whether it leaves the node."""
         shape, layout, links = self._shape, self._layout, self._links
-        stream = tokens * shape.hidden * _ACTIVATION_BYTES
+        stream = tokens * shape.hidden * ACTIVATION_BYTES
         sparse = shape.sparse_layers
         # A sparse layer's first sum is attention's; what it does besides is its dispatch.
         sums = all_reduces(shape.layers - sparse) + sparse
@@ -168,7 +168,7 @@ class PassCounter:
 
     def stage_hop(self, tokens: float) -> Traffic:
         """Return what one stage sends the next one for so many tokens of a cp rank."""
-        stream = tokens * self._shape.hidden * _ACTIVATION_BYTES / self._layout.tp
+        stream = tokens * self._shape.hidden * ACTIVATION_BYTES / self._layout.tp
         return point_to_point(stream)
 
 

@@ -103,7 +103,6 @@ def test_what_follows_a_save_waits_for_it_and_keeps_its_order(config: ModelConfi
     apart.memory.then(over.set)
     assert over.wait(5)
     assert [found[: n + 1] for n, found in enumerate(seen)] == [[1], [1, 1], [1, 1, 1]]
-    apart.memory.close()
 
 
 def test_pass_waits_for_what_was_loaded(config: ModelConfig) -> None:

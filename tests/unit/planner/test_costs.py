@@ -73,14 +73,14 @@ def test_the_rows_that_do_not_fit_are_those_that_measured_something_else(gpu: st
     assert by_batch[64] < by_batch[32] / 6
 
 
-@pytest.mark.parametrize(("gpu", "worst_prompt", "outside"), [("a100", 0.35, 5), ("h100", 0.33, 3)])
+@pytest.mark.parametrize(("gpu", "worst_prompt", "outside"), [("a100", 0.26, 3), ("h100", 0.2, 0)])
 def test_another_model_and_layout_are_predicted_but_for_some_prompts_within_20_percent(
     gpu: str, worst_prompt: float, outside: int
 ) -> None:
     """Fitted to Llama-2 70B over 2 and 8 GPUs; held out are Bloom 176B, and Llama over 4.
 
-    All token times are. Prompt rows outside are of Bloom, in whose passes of 2,048 tokens and more
-    all-reduces slow down from another size on than the fit says, and batches over 4 A100s.
+    All token times are, and all prompts on H100. Not so on A100 Bloom's largest batch, by a hair,
+    and two batches over 4 GPUs: one took 1.4 times as long as a prompt of as many tokens there.
     """
     points = [point for point in splitwise.points(gpu) if splitwise.fits(gpu, point)]
     fitted = [row for p in points if p.is_fitted for row in (p.prompt, p.token)]

@@ -53,7 +53,7 @@ def test_a_known_calibration_is_found_again() -> None:
         memory_efficiency=0.75,
         link_efficiency=0.6,
         large_message_efficiency=0.3,
-        large_message_bytes=2**24,
+        large_pass_tokens=1024,
         one_shot_max_bytes=0,
         hop_us=4.0,
         overhead_per_step_us=0.0,
@@ -82,7 +82,7 @@ def test_a_known_calibration_is_found_again() -> None:
         for row in passes
     ]
     found = fit(rows, device, "")
-    assert found.large_message_bytes == known.large_message_bytes
+    assert found.large_pass_tokens == known.large_pass_tokens
     for name, value in known:
         if isinstance(value, float):
             assert getattr(found, name) == pytest.approx(value, rel=0.02, abs=0.1), name
