@@ -1,8 +1,9 @@
 """How near does a simulation come to the real system?
 
-Starts `twinpool serve` with a checkpoint of random weights, measures single requests, makes a
-simulation of what they took, and then has both answer the same requests at the same moments, at
-each of --rates. A row is the real figure; its peer is the simulation's.
+Starts a prefill and a decode instance with a checkpoint of random weights, and has them answer
+requests at each of --rates. Before and after each it measures single requests, makes a simulation
+of what these took, and has that answer the same requests at the same moments. A row is the real
+figure; its peer is the simulation's.
 
     python -m bench.simulated --checkpoints DIR --json FILE
 """
@@ -44,19 +45,25 @@ _KV_GIB = 2
 async def measure(
     address: str, asked: Asked, rates: Sequence[float], rounds: int, kv_tokens: int
 ) -> list[Row]:
-    """Probe the system, then run all rates; raises TwinpoolError, SendError and ServerLost."""
+    """Run all rates, and probe the system before and after each: a machine is not always as fast.
+
+    Raises TwinpoolError, SendError and ServerLost.
+    """
     backend = TwinpoolBackend(address, ca=None, token_file=None)
     try:
         served = await backend.describe()
-        async with AsyncClient(address) as client:
-            prober = Prober(client, served.vocab_size or asked.vocab_size)
-            setup = calibrated(await prober.probe(rounds), kv_tokens=kv_tokens)
-        typer.echo(f"calibrated: {_said(setup)}", err=True)
         runner = Runner(backend, served, asked, begin=lambda *_: None, note=lambda _: None)
         rows: list[Row] = []
-        for rate in rates:
-            run = await runner.at(rate)
-            rows += rows_of(run, simulated(setup, runner.plan(rate)))
+        async with AsyncClient(address) as client:
+            prober = Prober(client, served.vocab_size or asked.vocab_size)
+            before = await prober.probe(rounds)
+            for rate in rates:
+                run = await runner.at(rate)
+                after = await prober.probe(rounds)
+                setup = calibrated(before + after, kv_tokens=kv_tokens)
+                typer.echo(f"calibrated for {rate:g}: {_said(setup)}", err=True)
+                rows += rows_of(run, simulated(setup, runner.plan(rate)))
+                before = after
         return rows
     finally:
         await backend.close()
@@ -110,7 +117,7 @@ def main(
     output_tokens: Annotated[str, typer.Option(help="As of bench.goodput.")] = "lognormal:48:0.5",
     warmup_s: Annotated[float, typer.Option(min=0, help="Before the window of each rate.")] = 6.0,
     window_s: Annotated[float, typer.Option(min=1, help="Whose requests count.")] = 60.0,
-    rounds: Annotated[int, typer.Option(min=2, help="Of the probes.")] = 4,
+    rounds: Annotated[int, typer.Option(min=2, help="Of the probes.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of the requests.")] = 0,
 ) -> None:
     """Compare a simulation with the system that it is of."""

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from bench.simulations.probes import Answer, Probed
 from planner.simulator.setup import Beside, Decodes, Prefills, Setup, Shared
@@ -71,7 +72,7 @@ def _slower_prefill(beside: Sequence[Answer], alone: StepSpeed) -> float:
 def _slower_decode(probed: Probed) -> float:
     """Return a step's time while prompts are computed, in steps while none is."""
     during, apart = [], []
-    for when_s, seconds, _ in _gaps(probed.background):
+    for when_s, seconds, _ in chain.from_iterable(map(_gaps, probed.background)):
         shares = [_overlap(when_s, when_s + seconds, *each.prefilled) for each in probed.beside]
         if sum(shares) == seconds:
             during.append(seconds)

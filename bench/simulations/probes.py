@@ -59,12 +59,23 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Probed:
-    """Answers to prompts by themselves, to others side by side, and to both at once."""
+    """Answers to prompts by themselves, to others side by side, and to both at once.
+
+    Those of a batch, and of a background, were under way together.
+    """
 
     alone: Sequence[Answer]
     batches: Sequence[Sequence[Answer]]
     beside: Sequence[Answer]
-    background: Sequence[Answer]
+    background: Sequence[Sequence[Answer]]
+
+    def __add__(self, other: "Probed") -> "Probed":
+        return Probed(
+            alone=[*self.alone, *other.alone],
+            batches=[*self.batches, *other.batches],
+            beside=[*self.beside, *other.beside],
+            background=[*self.background, *other.background],
+        )
 
 
 class Prober:
@@ -98,7 +109,7 @@ class Prober:
                 break
             beside.append(await self._ask(length, 2))
         background = await asyncio.gather(*under_way)
-        return Probed(alone=alone, batches=batches, beside=beside, background=background)
+        return Probed(alone=alone, batches=batches, beside=beside, background=[background])
 
     async def _ask(self, prompt_tokens: int, new_tokens: int) -> Answer:
         prompt = self._rng.integers(100, self._vocab_size, prompt_tokens).tolist()
