@@ -1,4 +1,8 @@
-"""Instances that compute with another memory than transfers use miss nothing: as on GPUs."""
+"""Instances that compute with another memory than transfers use miss nothing.
+
+On a GPU where there is one, held against the same engine on the CPU; else on the CPU with copies
+that are late.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -6,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 from launch.builtin import MODEL_DIR
 from tests.integration.cluster import Cluster, wait_until
@@ -15,6 +20,10 @@ from tests.integration.test_ranks import prompt_of
 
 TOKENS = 12
 FLAGS = ("--dtype", "float32", "--block-size", str(BLOCK), "--kv-memory-mib", "16")
+LAUNCHER = "tests.integration.apart"
+if torch.cuda.is_available():
+    FLAGS = (*FLAGS, "--device", "cuda", "--gpu-memory-fraction", "0.3")
+    LAUNCHER = ""
 LANES = ("mapped", "stream")
 
 
@@ -35,7 +44,7 @@ def apart(
         tmp_path_factory.mktemp("apart"),
         *flags,
         more_flags={"prefill": pieces},
-        launcher="tests.integration.apart",
+        launcher=LAUNCHER,
     ) as cluster:
         yield cluster
 
@@ -106,7 +115,7 @@ def test_decoded_tokens_move_to_another_instance(
         decodes=("a", "b"),
         more_flags=dict.fromkeys(("a", "b"), ("--local-prefill-tokens", "40")),
         router_flags=("--local-prefill-max", "100"),
-        launcher="tests.integration.apart",
+        launcher=LAUNCHER,
     ) as cluster:
         options: dict[str, Any] = {"max_new_tokens": 300, "ignore_eos": True}
         with cluster.client() as client:
