@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.decode_rows import DecodeRows
 from engine.errors import BatchError
 from engine.kvcache import KVCache
+from engine.placed import placed
 
 # Cached tokens that a group of last rows may gather at once: their sequences are a pass's, not few.
 _LAST_TOKENS = 1 << 15
@@ -68,7 +69,7 @@ class PrefillSpan:
     def on_device(self) -> tuple[Tensor, Tensor, Tensor]:
         """The table, and each row's first key and the end of the keys that it sees, all int32."""
         device, tokens = self.cache.tensor.device, self.end - self.begin
-        table_B = torch.from_numpy(self.table.astype(np.int32)).to(device)
+        table_B = placed(self.table.astype(np.int32), device)
         end_T = torch.arange(tokens, dtype=torch.int32, device=device) + (self.start + 1)
         return table_B, torch.zeros_like(end_T), end_T
 
@@ -108,7 +109,7 @@ class Batch:
         For chunks of one token; raises BatchError for a token that does not exist.
         """
         assert len(token_ids) == len(self.token_ids_T)
-        ids_S = torch.from_numpy(_checked(token_ids, vocab_size)).to(self.token_ids_T.device)
+        ids_S = placed(_checked(token_ids, vocab_size), self.token_ids_T.device)
         return replace(
             self, token_ids_T=torch.empty_like(ids_S).scatter_(0, self.last_rows_S, ids_S)
         )
@@ -143,8 +144,8 @@ def make_batch(
     most_tokens = _ALONE if deterministic else None
     device = cache.tensor.device
     return Batch(
-        token_ids_T=torch.from_numpy(token_ids_T).to(device),
-        positions_T=torch.from_numpy(positions_T).to(device),
+        token_ids_T=placed(token_ids_T, device),
+        positions_T=placed(positions_T, device),
         end=max(chunk.end for chunk in chunks),
         slot_mapping_TX=cache.slot_mapping(blocks_T, positions_T % cache.block_size),
         decode=DecodeRows(
@@ -157,7 +158,7 @@ def make_batch(
             _prefill_span(chunks[i], tables[i], rows_of[i], cache) for i in order[len(decode) :]
         ),
         rows_of=rows_of,
-        last_rows_S=torch.tensor([rows.stop - 1 for rows in rows_of], device=device),
+        last_rows_S=placed(np.array([rows.stop - 1 for rows in rows_of]), device),
         last=_last_rows(chunks, tables, cache, most_tokens or _LAST_TOKENS)
         if len(decode) < len(chunks)
         else None,
@@ -190,14 +191,14 @@ def _steps(
     rows_S[order_S] = np.arange(len(chunks))
     device = cache.tensor.device
     return Batch(
-        token_ids_T=torch.from_numpy(token_ids_S).to(device),
-        positions_T=torch.from_numpy(positions_S).to(device),
+        token_ids_T=placed(token_ids_S, device),
+        positions_T=placed(positions_S, device),
         end=decode.lengths[0],
         slot_mapping_TX=cache.slot_mapping(last_blocks_S, positions_S % cache.block_size),
         decode=decode,
         prefill=(),
         rows_of=tuple(map(slice, rows_S.tolist(), (rows_S + 1).tolist())),
-        last_rows_S=torch.from_numpy(rows_S).to(device),
+        last_rows_S=placed(rows_S, device),
         last=None,
     )
 
@@ -274,7 +275,7 @@ def _last_rows(
     most_tokens: int,
 ) -> LastRows:
     order = sorted(range(len(chunks)), key=lambda i: -chunks[i].end)
-    order_S = torch.tensor(order, device=cache.tensor.device)
+    order_S = placed(np.array(order), cache.tensor.device)
     return LastRows(
         rows=DecodeRows(
             lengths=[chunks[i].end for i in order],

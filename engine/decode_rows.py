@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kvcache import KVCache
+from engine.placed import placed
 
 # Padding that is worth another group of sequences: about what one more kernel call costs.
 _PADDING_TOKENS = 512
@@ -80,8 +81,7 @@ class DecodeRows:
         for row, table in zip(tables_SB, self.tables, strict=True):
             row[: len(table)] = table
         device = self.cache.tensor.device
-        lengths_S = torch.from_numpy(self.lengths_S.astype(np.int32))
-        return torch.from_numpy(tables_SB).to(device), lengths_S.to(device)
+        return placed(tables_SB, device), placed(self.lengths_S.astype(np.int32), device)
 
     @cached_property
     def groups(self) -> tuple[DecodeGroup, ...]:

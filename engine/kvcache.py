@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.parallel import Layout
+from engine.placed import placed
 
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 
@@ -62,14 +63,14 @@ class KVCache:
     def slot_mapping(self, blocks_T: NDArray[np.int64], places_T: NDArray[np.int64]) -> Tensor:
         """Return each token's cells, [T, X], from its block and its place in the block."""
         cells_T = blocks_T * (self.num_heads * self.block_size) + places_T
-        return torch.from_numpy(cells_T[:, None] + self._head_cells_X()).to(self.tensor.device)
+        return placed(cells_T[:, None] + self._head_cells_X(), self.tensor.device)
 
     def run_indices(self, block_tables_SB: NDArray[np.int64]) -> Tensor:
         """Return the runs of S sequences' blocks, [2 * S * G * B], in the order K/V, S, G, B."""
         heads_G = np.arange(self.num_heads)
         runs_SGB = block_tables_SB[:, None, :] * self.num_heads + heads_G[:, None]
         runs_2SGB = np.stack((runs_SGB, runs_SGB + self.num_blocks * self.num_heads))
-        return torch.from_numpy(runs_2SGB.reshape(-1)).to(self.tensor.device)
+        return placed(runs_2SGB.reshape(-1), self.tensor.device)
 
     def _head_cells_X(self) -> NDArray[np.int64]:
         keys_G = np.arange(self.num_heads) * self.block_size

@@ -28,10 +28,10 @@ from engine.pipeline import Apart, Logits, OneStage, Pipeline, Stages
 from engine.ring.calibrate import Trial
 from engine.ring.choose import Variant
 from engine.ring.comm import Wire
-from engine.ring.cyclic import Dealing
+from engine.ring.cyclic import Dealing, dealing_of
 from engine.ring.passes import AUTO, Ring
 from engine.sampling import warm_up_sampling
-from engine.split_experts import SplitExperts
+from engine.split_experts import SplitExperts, check_redundant
 from engine.step_graphs import Capture, StepGraphs
 from engine.step_graphs import capture as cuda_graph
 from engine.step_watch import COLLECTIVES, REST, StepWatch
@@ -108,7 +108,7 @@ class ModelRunner:
         layout = layout or Layout()
         layout.check(config)
         self.config = config
-        _check_redundant(redundant_experts, layout, config)
+        check_redundant(redundant_experts, layout, config)
         # The times and the collectives of steps, where somebody counts steps.
         self.watch = watch or StepWatch()
         self.tally = Tally(watch=self.watch)
@@ -139,12 +139,11 @@ class ModelRunner:
             self._stream = placement.stream
             self._model = MODELS[config.architecture](config, placement)
             slots = list(self._model.slots())
-            if fill is not None:
-                fill(slots)
-            elif folder is not None:
+            if fill is None:
+                assert folder is not None, "weights come from a folder, or from `fill`"
                 load_weights(folder, slots, ignored=self._model.ignores, progress=progress)
             else:
-                raise ValueError("a model without a folder needs something that fills its weights")
+                fill(slots)
             self._model.prepare()
         self._placement = placement
         self.experts = SplitExperts(self._model.sparse, placement, config.hidden_size)
@@ -158,7 +157,7 @@ class ModelRunner:
         if layout.grain_is_open and choose_grain is not None:
             layout = replace(layout, cp_grain=choose_grain(self._trial))
         self.layout = layout
-        self._dealing = _dealing(layout, block_size)
+        self._dealing = dealing_of(layout, block_size)
         if not isinstance(num_blocks, int):
             num_blocks = num_blocks(layout)
         self._attend = attention_kernel(device, deterministic=deterministic)
@@ -263,6 +262,8 @@ class ModelRunner:
         most_rows = self._most_rows(chunks, dp_tokens)
         batch = self._batch(chunks)
         angles = self._model.rotary.angles(batch.positions_T, batch.end)
+        if self._graphs is not None and batch.decode:
+            _ = batch.decode.on_device  # so that it is on its way when the pass is played
         return Inputs(batch=batch, angles=angles, most_rows=most_rows)
 
     def step(
@@ -351,7 +352,7 @@ class ModelRunner:
     ) -> int:
         """Return what a block takes on this rank over all layers, to size a cache by its memory."""
         layout = layout or Layout()
-        blocks = _dealing(layout, block_size).grain // block_size
+        blocks = dealing_of(layout, block_size).grain // block_size
         return blocks * KVCache.block_bytes(config, dtype, block_size, layout)
 
     def _most_rows(self, chunks: Sequence[Chunk], dp_tokens: Sequence[int] | None) -> int:
@@ -493,21 +494,3 @@ class ModelRunner:
                 torch.cuda.synchronize(device)
 
         return run
-
-
-def _check_redundant(experts: int, layout: Layout, config: ModelConfig) -> None:
-    if experts and (layout.ep == 1 or config.moe is None):
-        raise UnsupportedError(
-            f"redundant_experts={experts} with ep={layout.ep}: use 0, or ep of 2 or more for a "
-            "model with experts"
-        )
-
-
-def _dealing(layout: Layout, block_size: int) -> Dealing:
-    """Return how tokens are dealt to cp ranks; to a single one, block by block."""
-    if layout.grain_is_open:
-        raise UnsupportedError(f"cp={layout.cp} needs a grain of whole blocks, found none")
-    grain = layout.cp_grain if layout.cp > 1 else block_size
-    if grain % block_size:
-        raise UnsupportedError(f"a grain of {grain} tokens is not whole blocks of {block_size}")
-    return Dealing(layout.cp, grain)

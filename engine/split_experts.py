@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from engine.config import ModelConfig
 from engine.dispatch import Dispatch, Dispatcher, ExpertMap
+from engine.errors import UnsupportedError
 from engine.kernels.experts import Put
 from engine.layers.layer import Placement
 from engine.layers.moe import SparseMLP
+from engine.parallel import Layout
 from engine.weights import Fill
 
 
@@ -90,3 +93,12 @@ class SplitExperts:
         generator = torch.Generator().manual_seed(rows)
         x_TD = torch.randn(rows, self._hidden_size, generator=generator)
         return x_TD.to(self._device, self._dtype)
+
+
+def check_redundant(experts: int, layout: Layout, config: ModelConfig) -> None:
+    """Raise UnsupportedError where no rank can have `experts` more than its own."""
+    if experts and (layout.ep == 1 or config.moe is None):
+        raise UnsupportedError(
+            f"redundant_experts={experts} with ep={layout.ep}: use 0, or ep of 2 or more for a "
+            "model with experts"
+        )

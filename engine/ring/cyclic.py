@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import UnsupportedError
+from engine.parallel import Layout
 from engine.ring.errors import RingError
 from engine.ring.shards import Pieces, SequenceShards, joined, meet
 
@@ -71,3 +73,16 @@ class Dealing:
             turn = self.ranks - 1 - place if number % 2 else place
             begin = number * self.round + turn * self.grain
             yield range(begin, begin + self.grain)
+
+
+def dealing_of(layout: Layout, block_size: int) -> Dealing:
+    """Return how a layout deals tokens to its cp ranks; to a single one, block by block.
+
+    Raises UnsupportedError where it leaves the grain open, or has one that is not whole blocks.
+    """
+    if layout.grain_is_open:
+        raise UnsupportedError(f"cp={layout.cp} needs a grain of whole blocks, found none")
+    grain = layout.cp_grain if layout.cp > 1 else block_size
+    if grain % block_size:
+        raise UnsupportedError(f"a grain of {grain} tokens is not whole blocks of {block_size}")
+    return Dealing(layout.cp, grain)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import Chunk, block_table, token_ids
 from engine.kvcache import KVCache
+from engine.placed import placed
 from engine.ring.choose import AttentionShape, Load, Variant, choose
 from engine.ring.comm import Wire
 from engine.ring.cyclic import Dealing
@@ -89,8 +89,8 @@ class Ring:
         device = cache.tensor.device
         return RingPass(
             plan=plan,
-            token_ids_T=torch.from_numpy(np.concatenate(mine)).to(device),
-            positions_T=torch.from_numpy(np.concatenate([part.at for part in parts])).to(device),
+            token_ids_T=placed(np.concatenate(mine), device),
+            positions_T=placed(np.concatenate([part.at for part in parts]), device),
             slot_mapping_TX=self._slots(parts, tables),
             last_rows=tuple(
                 (number, parts[number].begin + row)

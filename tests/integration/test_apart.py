@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from launch.builtin import MODEL_DIR
-from tests.integration.cluster import Cluster, wait_until
+from tests.integration.cluster import Cluster, some_slow, wait_until
 from tests.integration.conftest import BLOCK, Reference, reference
 from tests.integration.test_moves import Stream
 from tests.integration.test_ranks import prompt_of
 
 TOKENS = 12
-FLAGS = ("--dtype", "float32", "--block-size", str(BLOCK), "--kv-memory-mib", "16")
+FLAGS: tuple[str, ...] = ("--dtype", "float32", "--block-size", str(BLOCK), "--kv-memory-mib", "16")
 LAUNCHER = "tests.integration.apart"
 if torch.cuda.is_available():
     FLAGS = (*FLAGS, "--device", "cuda", "--gpu-memory-fraction", "0.3")
     LAUNCHER = ""
-LANES = ("mapped", "stream")
+LANES = some_slow(("mapped", "stream"), "mapped")
 
 
 @pytest.fixture(scope="module")

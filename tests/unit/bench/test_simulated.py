@@ -47,20 +47,23 @@ def answer(
     return Answer(prompt_tokens=prompt_tokens, sent_s=sent_s, came_s=tuple(came_s), stats=stats)
 
 
-def setup() -> Setup:
+def probed(at_s: float) -> Probed:
     alone = [answer(0.0, 64 * (1 + n % 4), [step_s(1)] * 8) for n in range(20)]
     batches = [[answer(0.0, 64, [step_s(batch)] * 30)] * batch for batch in (1, 2, 4)]
     # A prompt of 200 ms under way from 1 s on, during which steps take half as long again.
-    beside = [answer(0.994, 200, [0.02], times=1.25)]
+    beside = [answer(at_s + 0.994, 200, [0.02], times=1.25)]
     prefilled = 1.0, 1.25
     steps_s, now_s = [0.02], 0.02 + WAY_S + HAND_OVER_S
     while now_s < 3:
         steps_s.append(0.03 if prefilled[0] <= now_s < prefilled[1] - 0.015 else 0.02)
         now_s += steps_s[-1]
-    background = [[answer(0.0, 0, steps_s)]]
-    probed = Probed(alone=alone, batches=batches, beside=beside, background=background)
-    # As if it were probed again when the machine is as it was.
-    return calibrated(probed + probed, kv_tokens=100_000)
+    background = [[answer(at_s, 0, steps_s)]]
+    return Probed(alone=alone, batches=batches, beside=beside, background=background)
+
+
+def setup() -> Setup:
+    """Of a system that was probed twice and is as fast as before."""
+    return calibrated(probed(0.0) + probed(100.0), kv_tokens=100_000)
 
 
 def test_a_setup_is_as_fast_as_what_was_probed() -> None:
