@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -31,6 +32,7 @@ def test_a_quick_run_measures_streams_and_decisions(tmp_path: Path) -> None:
     assert sum(name.startswith("decision") for name in rows) == 4
 
 
+@pytest.mark.slow
 def test_a_quick_run_refuses_what_is_too_much_and_answers_the_rest(tmp_path: Path) -> None:
     rows = {row["row"]: row["ours"] for row in quick("overload", tmp_path)}
     assert rows["overload 10x, goodput"] > 0
