@@ -97,22 +97,22 @@ def _moe_124m(folder: Path) -> None:
 
 
 def _dense_8b(folder: Path) -> None:
-    """Write one in the shape of Qwen3-8B, 16 GB; on a GPU, if there is one, much quicker."""
+    """Write one in the shape of Llama-3-8B, 16 GB; on a GPU, if there is one, much quicker."""
     import torch
     import transformers
 
-    config = transformers.Qwen3Config(
-        vocab_size=151_936,
+    config = transformers.LlamaConfig(
+        vocab_size=128_256,
         hidden_size=4096,
-        intermediate_size=12_288,
-        num_hidden_layers=36,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=128,
         max_position_embeddings=_POSITIONS,
         tie_word_embeddings=False,
         eos_token_id=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -125,7 +125,7 @@ DENSE, MOE, LARGE = "dense", "moe", "dense, 8B"
 _FOLDERS: Mapping[str, tuple[str, Callable[[Path], None]]] = {
     DENSE: ("qwen3-159m", _dense_159m),
     MOE: ("qwen3-moe-124m", _moe_124m),
-    LARGE: ("qwen3-8b-shaped", _dense_8b),
+    LARGE: ("llama-3-8b-shaped", _dense_8b),
 }
 
 

@@ -65,7 +65,7 @@ def main(
     checkpoints: Checkpoints = None,
     quick: Quick = False,
     sparse: Annotated[bool, typer.Option(help="The sparse checkpoint, not the dense one.")] = False,
-    large: Annotated[bool, typer.Option(help="One in the shape of Qwen3-8B, for a GPU.")] = False,
+    large: Annotated[bool, typer.Option(help="One in the shape of Llama-3-8B, for a GPU.")] = False,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the models run.")] = "cpu",
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Keep records, logs and drawings here.")

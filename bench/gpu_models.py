@@ -138,10 +138,10 @@ def _their_config(config: ModelConfig) -> Any:
         "head_dim": config.head_size,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
     }
     if config.moe is None:
-        return transformers.Qwen3Config(**common)
+        return transformers.LlamaConfig(**common)
     return transformers.Qwen3MoeConfig(
         **common,
         num_experts=config.moe.num_experts,

@@ -25,6 +25,7 @@ from engine.config import ModelConfig, MoeConfig
 from engine.errors import UnsupportedError
 from engine.kvcache import KVCache
 from engine.parallel import Layout
+from engine.rope import Rope
 from engine.runner import Chunk, ModelRunner
 from engine.weights import WeightSlot
 
@@ -49,7 +50,8 @@ def _config(architecture: str, **shape: object) -> ModelConfig:
         "head_size": 128,
         "vocab_size": 151_936,
         "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
+        "rope": Rope(theta=1e6),
+        "qk_norm": True,
         "tie_word_embeddings": False,
         "max_position_embeddings": 40_960,
         "dtype": "bfloat16",
@@ -61,13 +63,16 @@ def _config(architecture: str, **shape: object) -> ModelConfig:
 _STEPS = ((1, 1024), (1, 32_768), (8, 1024), (32, 1024), (32, 4096), (128, 1024))
 WORKS = (
     Work(
-        name="8B, dense",  # Qwen3-8B's config.json
+        name="8B, dense",  # Llama-3-8B's config.json
         config=_config(
-            "Qwen3ForCausalLM",
-            num_layers=36,
+            "LlamaForCausalLM",
+            num_layers=32,
             hidden_size=4096,
             num_heads=32,
-            intermediate_size=12_288,
+            intermediate_size=14_336,
+            vocab_size=128_256,
+            rope=Rope(theta=5e5),
+            qk_norm=False,
         ),
         steps=_STEPS,
     ),

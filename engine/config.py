@@ -4,13 +4,13 @@ Owns reading and checking them. Refuses, by name, whatever the models here do no
 Knows nothing of weights or torch.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from engine.config_fields import Fields, read_json
 from engine.errors import ConfigError
+from engine.rope import Rope, read_rope
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -22,12 +22,19 @@ class _Family:
     """What differs between the architectures' config files."""
 
     moe: bool
+    qk_norm: bool
     default_head_size: int | None  # None: hidden_size / num_attention_heads
+    default_theta: float | None = None
+    has_window: bool = False  # where `sliding_window` is given
 
 
+_LLAMA = _Family(moe=False, qk_norm=False, default_head_size=None, default_theta=1e4)
+_MISTRAL = replace(_LLAMA, has_window=True)
 ARCHITECTURES: Mapping[str, _Family] = {
-    "Qwen3ForCausalLM": _Family(moe=False, default_head_size=128),
-    "Qwen3MoeForCausalLM": _Family(moe=True, default_head_size=None),
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _MISTRAL,
+    "Qwen3ForCausalLM": _Family(moe=False, qk_norm=True, default_head_size=128),
+    "Qwen3MoeForCausalLM": _Family(moe=True, qk_norm=True, default_head_size=None),
 }
 
 
@@ -49,7 +56,11 @@ class MoeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The sizes and constants of one model. `dtype` is the checkpoint's own."""
+    """The sizes and constants of one model. `dtype` is the checkpoint's own.
+
+    With `qk_norm` the heads of queries and keys are normalised. `max_position_embeddings` are the
+    tokens of the longest sequence, with what `rope` adds to those that were trained with.
+    """
 
     architecture: str
     num_layers: int
@@ -60,7 +71,8 @@ class ModelConfig:
     intermediate_size: int
     vocab_size: int
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
+    qk_norm: bool
     tie_word_embeddings: bool
     max_position_embeddings: int
     dtype: str
@@ -84,17 +96,18 @@ def load_config(folder: Path) -> ModelConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ConfigError(path, "no such file; is this the folder of a Hugging Face checkpoint?")
-    fields = _Fields(path, _read_json(path))
+    fields = Fields(path, read_json(path))
     architecture = _architecture(fields)
     family = ARCHITECTURES[architecture]
-    _refuse_unsupported(fields)
+    _refuse_unsupported(fields, family)
 
     num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads")
+    num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         raise fields.error(
             "num_key_value_heads", f"a divisor of num_attention_heads, which is {num_heads}"
         )
+    rope = read_rope(fields, family.default_theta)
     return ModelConfig(
         architecture=architecture,
         num_layers=fields.integer("num_hidden_layers"),
@@ -105,70 +118,17 @@ def load_config(folder: Path) -> ModelConfig:
         intermediate_size=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         rms_norm_eps=fields.number("rms_norm_eps"),
-        rope_theta=_rope_theta(fields),
+        rope=rope,
+        qk_norm=family.qk_norm,
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
-        max_position_embeddings=fields.integer("max_position_embeddings"),
+        max_position_embeddings=rope.max_tokens(fields.integer("max_position_embeddings")),
         dtype=_dtype(fields),
         eos_token_ids=_eos_token_ids(folder, fields),
         moe=_moe(fields) if family.moe else None,
     )
 
 
-class _Fields:
-    """The content of one JSON file, read field by field with checks."""
-
-    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
-        self.path = path
-        self.content = content
-
-    def error(self, name: str, expected: str) -> ConfigError:
-        found = repr(self.content[name]) if name in self.content else "missing"
-        return ConfigError(self.path, f"{name} is {found}; it must be {expected}")
-
-    def get(self, name: str) -> Any:
-        return self.content.get(name)
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        """Return an integer of at least 1; without a default it must be there."""
-        value = default if self.get(name) is None else self.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(name, "an integer of at least 1")
-        return value
-
-    def number(self, name: str) -> float:
-        value = self.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.error(name, "a number above 0")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(name, "true or false")
-        return value
-
-    def integers(self, name: str) -> tuple[int, ...]:
-        """Return an integer or a list of them as a tuple; missing and null are empty."""
-        value = self.get(name)
-        values = [] if value is None else value if isinstance(value, list) else [value]
-        if any(not isinstance(item, int) or isinstance(item, bool) or item < 0 for item in values):
-            raise self.error(name, "an integer from 0, or a list of them")
-        return tuple(values)
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise ConfigError(path, f"cannot be read as JSON: {exc}") from exc
-    if not isinstance(content, dict):
-        raise ConfigError(path, f"holds a {type(content).__name__}; it must hold an object")
-    return content
-
-
-def _architecture(fields: _Fields) -> str:
+def _architecture(fields: Fields) -> str:
     names = fields.get("architectures")
     if isinstance(names, list):
         for name in names:
@@ -177,9 +137,12 @@ def _architecture(fields: _Fields) -> str:
     raise fields.error("architectures", "one of the supported: " + ", ".join(ARCHITECTURES))
 
 
-def _refuse_unsupported(fields: _Fields) -> None:
-    if fields.flag("attention_bias", default=False):
-        raise fields.error("attention_bias", "false; biases in attention are not supported")
+def _refuse_unsupported(fields: Fields, family: _Family) -> None:
+    for name in ("attention_bias", "mlp_bias"):
+        if fields.flag(name, default=False):
+            raise fields.error(name, "false; biases are not supported")
+    if family.has_window and fields.get("sliding_window") is not None:
+        raise fields.error("sliding_window", "null; sliding windows are not supported")
     if fields.flag("use_sliding_window", default=False):
         raise fields.error("use_sliding_window", "false; sliding windows are not supported")
     if any(kind != "full_attention" for kind in fields.get("layer_types") or ()):
@@ -192,7 +155,7 @@ def _refuse_unsupported(fields: _Fields) -> None:
         )
 
 
-def _head_size(fields: _Fields, family: _Family, num_heads: int) -> int:
+def _head_size(fields: Fields, family: _Family, num_heads: int) -> int:
     if fields.get("head_dim") is not None:
         size = fields.integer("head_dim")
     elif family.default_head_size is not None:
@@ -204,23 +167,7 @@ def _head_size(fields: _Fields, family: _Family, num_heads: int) -> int:
     return size
 
 
-def _rope_theta(fields: _Fields) -> float:
-    """Read the rotary base from `rope_parameters` (transformers 5) or `rope_theta` (before)."""
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = fields.get(name)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise fields.error(name, "an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
-            raise fields.error(name, "of rope_type default over the whole head; no scaling yet")
-        if "rope_theta" in rope:
-            return _Fields(fields.path, rope).number("rope_theta")
-    return fields.number("rope_theta")
-
-
-def _dtype(fields: _Fields) -> str:
+def _dtype(fields: Fields) -> str:
     name = "dtype" if fields.get("dtype") is not None else "torch_dtype"
     value = fields.get(name)
     if value is None:
@@ -230,17 +177,17 @@ def _dtype(fields: _Fields) -> str:
     return str(value)
 
 
-def _eos_token_ids(folder: Path, fields: _Fields) -> tuple[int, ...]:
+def _eos_token_ids(folder: Path, fields: Fields) -> tuple[int, ...]:
     """Prefer generation_config.json: chat models name the end of a turn only there."""
     path = folder / GENERATION_FILE
     if path.is_file():
-        generation = _Fields(path, _read_json(path))
+        generation = Fields(path, read_json(path))
         if generation.get("eos_token_id") is not None:
             return generation.integers("eos_token_id")
     return fields.integers("eos_token_id")
 
 
-def _moe(fields: _Fields) -> MoeConfig:
+def _moe(fields: Fields) -> MoeConfig:
     # transformers 5 writes num_local_experts, published checkpoints num_experts.
     name = "num_local_experts" if fields.get("num_local_experts") is not None else "num_experts"
     num_experts = fields.integer(name)

@@ -162,7 +162,8 @@ def _show(outcome: Plan, model: str, losers: int) -> None:
         (outcome.best.prefill, outcome.best.decode) if outcome.question.shape.runs_here else ()
     )
     for instances in runnable:
-        typer.echo(f"  {command(outcome.question, instances.option, model)}")
+        folder = model if Path(model).exists() else f"path/to/{model}"
+        typer.echo(f"  {command(outcome.question, instances.option, folder)}")
     if losers:
         console.print(_losers_table(outcome, losers))
 

@@ -106,7 +106,9 @@ class FixedRows(TorchRows):
     ) -> None:
         """See `RowKernels`."""
         fp32_TMH = x_TMH.to(torch.float32, copy=True)
-        fp32_TMH.div_(_length(fp32_TMH, norm)).mul_(norm.weight)
+        if norm.normalises:
+            fp32_TMH.div_(_length(fp32_TMH, norm))
+        fp32_TMH.mul_(norm.weight)
         swapped_TMH = fp32_TMH.roll(fp32_TMH.shape[-1] // 2, dims=-1)
         # Rounded apart: a fused form is used in registers only.
         x_TMH.copy_(fp32_TMH.mul_(cos_T1H).add_(swapped_TMH.mul_(sin_T1H)))

@@ -63,7 +63,8 @@ inline void norm_row(const float* x, const float* weight, bf16* out, i64 size, f
 
 constexpr i64 kMaxRotated = 1024;
 
-// A head normalised and turned in place; `size` is even and at most kMaxRotated.
+// A head normalised and turned in place; `size` is even and at most kMaxRotated. With a floor below
+// zero it is not normalised.
 inline void norm_rotate_head(bf16* head, const float* weight, const float* cos, const float* sin,
                              i64 size, float floor2) {
     i64 half = size / 2;
@@ -74,7 +75,7 @@ inline void norm_rotate_head(bf16* head, const float* weight, const float* cos, 
         x[h] = widen(head[h]);
         sum += x[h] * x[h];
     }
-    float scale = 1.0f / std::sqrt(sum + floor2);
+    float scale = floor2 < 0 ? 1.0f : 1.0f / std::sqrt(sum + floor2);
 #pragma omp simd
     for (i64 h = 0; h < size; ++h) x[h] *= scale * weight[h];
 #pragma omp simd

@@ -18,13 +18,16 @@ from torch.nn import functional as F
 class NormWeight:
     """The factors of a norm, for rows of `weight`'s last dimension; see engine.layers.norm.
 
-    `weight` is fp32 and filled in place later; sqrt(size) must be part of it.
+    `weight` is fp32 and filled in place later; sqrt(size) must be part of it. Without an `eps` rows
+    are not normalised, only multiplied: whatever their length, it counts as one. Compiled code
+    knows that by a `floor_squared` below zero.
     """
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float | None) -> None:
         self.weight = weight
-        self.floor_squared = weight.shape[-1] * eps
-        self.floor = torch.tensor(self.floor_squared**0.5, device=weight.device)
+        self.normalises = eps is not None
+        self.floor_squared = -1.0 if eps is None else weight.shape[-1] * eps
+        self.floor = torch.tensor(max(self.floor_squared, 0) ** 0.5, device=weight.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ class RowKernels(Protocol):
     def norm_rotate(
         self, x_TMH: Tensor, norm: NormWeight, cos_T1H: Tensor, sin_T1H: Tensor
     ) -> None:
-        """Normalise heads and turn them by their token's angle, in place.
+        """Normalise heads, where the norm does, and turn them by their token's angle, in place.
 
         Heads may be a part of wider rows. `sin_T1H` is negative in its first half.
         """
@@ -132,8 +135,10 @@ class TorchRows:
     ) -> None:
         """See `RowKernels`."""
         fp32_TMH = x_TMH.to(torch.float32, copy=True)
-        length_TM1 = torch.linalg.vector_norm(fp32_TMH, dim=-1, keepdim=True)
-        fp32_TMH.div_(length_TM1.hypot_(norm.floor)).mul_(norm.weight)
+        if norm.normalises:
+            length_TM1 = torch.linalg.vector_norm(fp32_TMH, dim=-1, keepdim=True)
+            fp32_TMH.div_(length_TM1.hypot_(norm.floor))
+        fp32_TMH.mul_(norm.weight)
         swapped_TMH = fp32_TMH.roll(fp32_TMH.shape[-1] // 2, dims=-1)
         x_TMH.copy_(torch.addcmul(fp32_TMH * cos_T1H, swapped_TMH, sin_T1H))
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention with normalised queries and keys, over the paged cache.
+"""Grouped-query attention over the paged cache, with normalised queries and keys or without.
 
 Legend: T tokens, D hidden size, N query heads and G KV heads of this rank, M = N + G, X = 2G,
 H head size.
@@ -74,18 +74,23 @@ class Attention:
         self._out = RowLinear(
             f"{name}.o_proj", config.num_heads * size, config.hidden_size, placement
         )
-        # The two norms as one: each head's row is the weight that belongs to it.
+        # The two norms as one: each head's row is the weight that belongs to it. They are constants
+        # in models that do not normalise.
+        self._normalises = config.qk_norm
+        eps = config.rms_norm_eps if config.qk_norm else None
         num_qk_heads = self._num_heads + self._num_kv_heads
         norm_MH = torch.empty(num_qk_heads, size, device=placement.device)
-        self._qk_norm = NormWeight(norm_MH, config.rms_norm_eps)
-        self._q_norm = NormWeight(norm_MH[: self._num_heads], config.rms_norm_eps)
-        self._k_norm = NormWeight(norm_MH[self._num_heads :], config.rms_norm_eps)
+        self._qk_norm = NormWeight(norm_MH, eps)
+        self._q_norm = NormWeight(norm_MH[: self._num_heads], eps)
+        self._k_norm = NormWeight(norm_MH[self._num_heads :], eps)
         self._rows = placement.rows
 
     def slots(self) -> Iterator[WeightSlot]:
         for qkv in self._qkv:
             yield from qkv.slots()
         yield from self._out.slots()
+        if not self._normalises:
+            return
         for name, norm in (("q_norm", self._q_norm), ("k_norm", self._k_norm)):
             yield WeightSlot(
                 name=f"{self._name}.{name}.weight",
@@ -98,12 +103,15 @@ class Attention:
         for qkv in self._qkv:
             qkv.prepare()
         self._out.prepare()
-        for norm in (self._q_norm, self._k_norm):
-            norm.weight[:] = norm.weight[0].clone()
-        # See engine.layers.norm for the factor. Queries also get attention's scale, its inverse,
-        # here: in fp32, and for free.
-        k_norm_GH = self._k_norm.weight
-        k_norm_GH *= self._head_size**0.5
+        # Queries get attention's scale here too: in fp32, and for free.
+        q_norm_NH, k_norm_GH = self._q_norm.weight, self._k_norm.weight
+        if self._normalises:
+            q_norm_NH[:], k_norm_GH[:] = q_norm_NH[0].clone(), k_norm_GH[0].clone()
+            # See engine.layers.norm for the factor. Of queries it is the scale's inverse.
+            k_norm_GH *= self._head_size**0.5
+        else:
+            q_norm_NH.fill_(self._head_size**-0.5)
+            k_norm_GH.fill_(1)
 
     def weights(self) -> AttentionWeights:
         """Return what a step through all layers needs."""

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.rope import Rope
+
 _PIECE = 1024  # positions whose angles are computed together
 
 
 @dataclass(frozen=True)
 class Angles:
-    """Cosines and signed sines of a pass's positions, [T, 1, H] in fp32."""
+    """Cosines and signed sines of a pass's positions, [T, 1, H] in fp32.
+
+    Both are multiplied by the rope's amplitude.
+    """
 
     cos_T1H: Tensor
     sin_T1H: Tensor
@@ -30,9 +35,11 @@ class Rotary:
     them again, and what torch makes of a number differs by where in a register it is.
     """
 
-    def __init__(self, head_size: int, theta: float, device: torch.device) -> None:
+    def __init__(self, head_size: int, rope: Rope, device: torch.device) -> None:
         exponents = torch.arange(0, head_size, 2, device=device).float() / head_size
-        self._frequencies = 1.0 / theta**exponents
+        factors = torch.tensor(rope.factors(head_size), device=device)
+        self._frequencies = 1.0 / rope.theta**exponents * factors
+        self._amplitude = rope.amplitude
         self._table = self._piece(0)
 
     def angles(self, positions_T: Tensor, end: int) -> Angles:
@@ -54,5 +61,5 @@ class Rotary:
     def _piece(self, first: int) -> Angles:
         positions_T = torch.arange(first, first + _PIECE, device=self._frequencies.device)
         angles = positions_T[:, None, None].float() * self._frequencies
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos() * self._amplitude, angles.sin() * self._amplitude
         return Angles(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))

@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from engine.config import ModelConfig
 from engine.layers.layer import Placement
 from engine.models.decoder import Decoder
-from engine.models.qwen3 import Qwen3
+from engine.models.dense import Dense
 from engine.models.qwen3_moe import Qwen3Moe
 
 MODELS: Mapping[str, Callable[[ModelConfig, Placement], Decoder]] = {
-    "Qwen3ForCausalLM": Qwen3,
+    "LlamaForCausalLM": Dense,
+    "MistralForCausalLM": Dense,
+    "Qwen3ForCausalLM": Dense,
     "Qwen3MoeForCausalLM": Qwen3Moe,
 }

@@ -124,7 +124,7 @@ class Decoder:
         self._is_alone = placement.layout.tp == 1
         self._watch = placement.watch
         self._step: Step | None = None
-        self.rotary = Rotary(config.head_size, config.rope_theta, placement.device)
+        self.rotary = Rotary(config.head_size, config.rope, placement.device)
 
     def slots(self) -> Iterator[WeightSlot]:
         for part in self._parts():

@@ -19,9 +19,9 @@ _HEADS = 8  # of a program
 
 @triton.jit
 def _turned(low, high, weight_at, loaded, cos, sin, floor_squared, HALF: tl.constexpr):
-    """Return both halves of fp32 heads, normalised and rotated."""
+    """Return both halves of fp32 heads, normalised, unless the floor is below 0, and rotated."""
     squares = tl.sum(low * low, 1) + tl.sum(high * high, 1)
-    length = tl.sqrt(squares + floor_squared)[:, None]
+    length = tl.sqrt(tl.where(floor_squared < 0, 1.0, squares + floor_squared))[:, None]
     low = low / length * tl.load(weight_at, mask=loaded, other=0.0)
     high = high / length * tl.load(weight_at + HALF, mask=loaded, other=0.0)
     return low * cos - high * sin, high * cos + low * sin

@@ -20,8 +20,9 @@ def rotate_insert(
     kv_heads = slots_TX.shape[1]
     turned_TMH = qkv_TYH[:, : qkv_TYH.shape[1] - kv_heads // 2]
     wide = turned_TMH.to(norm.weight.dtype)
-    length = (wide.square().sum(-1, keepdim=True) + norm.floor_squared).sqrt()
-    wide = wide / length * norm.weight
+    if norm.normalises:
+        wide = wide / (wide.square().sum(-1, keepdim=True) + norm.floor_squared).sqrt()
+    wide = wide * norm.weight
     swapped = wide.roll(wide.shape[-1] // 2, dims=-1)
     turned_TMH.copy_(wide * cos_T1H + swapped * sin_T1H)
     kept_TX = (slots_TX >= 0) & (slots_TX < len(cells))

@@ -19,7 +19,7 @@ WORLD = 4
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # 4 query heads over 2 KV heads: tp 4 shares them.
     "dense": ("Qwen3ForCausalLM", {"vocab_size": 211}),
-    "tied": ("Qwen3ForCausalLM", {"vocab_size": 512, "tie_word_embeddings": True}),
+    "tied": ("LlamaForCausalLM", {"vocab_size": 512, "tie_word_embeddings": True}),
     "moe": ("Qwen3MoeForCausalLM", {"vocab_size": 300}),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -20,6 +20,7 @@ from bench.decodes.figures import (
 from bench.decodes.works import LOAD, WORKS, Work, prompts, together
 from bench.prefills.works import BLOCK_SIZE
 from engine.config import ModelConfig, MoeConfig
+from engine.rope import Rope
 
 DENSE = ModelConfig(
     architecture="Qwen3ForCausalLM",
@@ -31,7 +32,8 @@ DENSE = ModelConfig(
     intermediate_size=96,
     vocab_size=500,
     rms_norm_eps=1e-6,
-    rope_theta=1e6,
+    rope=Rope(theta=1e6),
+    qk_norm=True,
     tie_word_embeddings=True,
     max_position_embeddings=4096,
     dtype="bfloat16",

@@ -10,6 +10,7 @@ from bench.prefills.figures import Computed, Prompts, RingRounds, attention_row,
 from bench.prefills.limit import Product
 from bench.prefills.works import WORKS, Span, Work, block_table, blocks, passes, prompts
 from engine.config import ModelConfig, MoeConfig
+from engine.rope import Rope
 
 SHORT = Work(tokens=128, count=16)
 UNEVEN = Work(tokens=100, count=3)
@@ -23,7 +24,8 @@ DENSE = ModelConfig(
     intermediate_size=96,
     vocab_size=500,
     rms_norm_eps=1e-6,
-    rope_theta=1e6,
+    rope=Rope(theta=1e6),
+    qk_norm=True,
     tie_word_embeddings=True,
     max_position_embeddings=4096,
     dtype="bfloat16",

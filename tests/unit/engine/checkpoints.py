@@ -10,6 +10,7 @@ import torch
 import transformers
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+LLAMA = "LlamaForCausalLM"
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 128,
@@ -43,14 +44,15 @@ def make_checkpoint(
 ) -> Path:
     """Write a checkpoint of random weights to `folder` and return it.
 
-    `shape` are fields of Hugging Face's config, over small defaults. Weights are drawn so that
-    every part of the model matters and logits are far from flat.
+    `shape` are fields of Hugging Face's config, over small defaults; `rope` are those of its
+    rope_parameters. Weights are drawn so that every part of the model matters and logits are far
+    from flat.
     """
     moe = architecture == "Qwen3MoeForCausalLM"
     fields = _SHAPE | (_MOE_SHAPE if moe else {}) | shape
-    theta = fields.pop("rope_theta")
-    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
-    config_class = transformers.Qwen3MoeConfig if moe else transformers.Qwen3Config
+    scaling = fields.pop("rope", {"rope_type": "default"})
+    fields["rope_parameters"] = scaling | {"rope_theta": fields.pop("rope_theta")}
+    config_class = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
     model = getattr(transformers, architecture)(config_class(**fields))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

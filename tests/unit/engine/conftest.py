@@ -8,12 +8,12 @@ import torch
 
 from engine.config import load_config
 from engine.runner import ModelRunner
-from tests.unit.engine.checkpoints import ARCHITECTURES, make_checkpoint
+from tests.unit.engine.checkpoints import ARCHITECTURES, LLAMA, make_checkpoint
 
 MakeRunner = Callable[..., ModelRunner]
 
 
-@pytest.fixture(scope="session", params=ARCHITECTURES)
+@pytest.fixture(scope="session", params=(*ARCHITECTURES, LLAMA))
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model"), request.param)
 

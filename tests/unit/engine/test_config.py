@@ -9,6 +9,7 @@ import pytest
 from engine.config import ARCHITECTURES, MoeConfig, load_config
 from engine.errors import ConfigError
 from engine.models import MODELS
+from engine.rope import Llama3, Rope, Yarn
 
 DENSE: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -40,6 +41,36 @@ MOE: dict[str, Any] = DENSE | {
     "mlp_only_layers": [3],
 }
 
+# Llama-3.1-8B's own.
+LLAMA3: dict[str, Any] = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": LLAMA3,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+
 
 def write(folder: Path, config: dict[str, Any], **changes: Any) -> Path:
     """Write config.json; a change to ... removes the field."""
@@ -52,7 +83,7 @@ def test_published_dense_config(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, DENSE))
     assert config.architecture == "Qwen3ForCausalLM"
     assert (config.num_layers, config.num_heads, config.num_kv_heads) == (28, 16, 8)
-    assert (config.head_size, config.rope_theta, config.dtype) == (128, 1e6, "bfloat16")
+    assert (config.head_size, config.rope, config.dtype) == (128, Rope(theta=1e6), "bfloat16")
     assert config.eos_token_ids == (151645,)
     assert config.tie_word_embeddings
     assert config.moe is None
@@ -69,6 +100,33 @@ def test_published_moe_config(tmp_path: Path) -> None:
         mlp_only_layers=(3,),
     )
     assert [moe.is_sparse(layer) for layer in range(6)] == [False, True, False, False, False, True]
+
+
+def test_published_llama_configs(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, LLAMA))
+    assert (config.head_size, config.num_kv_heads, config.qk_norm) == (128, 8, False)
+    assert config.rope == Rope(theta=5e5, scaling=Llama3(stretch=8, few=1, many=4, trained=8192))
+    assert config.max_position_embeddings == 131_072
+    # Llama 2's has no base, the first Llama's no number of KV heads.
+    old = {"rope_theta": ..., "rope_scaling": None, "num_key_value_heads": ...}
+    config = load_config(write(tmp_path, LLAMA, **old))
+    assert (config.rope, config.num_kv_heads) == (Rope(theta=1e4), 32)
+
+
+def test_mistral_without_a_window_is_read_and_with_one_refused(tmp_path: Path) -> None:
+    mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "rope_scaling": None}
+    assert not load_config(write(tmp_path, mistral, sliding_window=None)).qk_norm
+    with pytest.raises(ConfigError, match="sliding_window is 4096; it must be null"):
+        load_config(write(tmp_path, mistral, sliding_window=4096))
+
+
+def test_a_stretched_context_is_as_long_as_its_stretch(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = load_config(write(tmp_path, DENSE, rope_scaling=yarn))
+    assert isinstance(config.rope.scaling, Yarn)
+    assert config.max_position_embeddings == 131_072
+    linear = {"type": "linear", "factor": 2}
+    assert load_config(write(tmp_path, DENSE, rope_scaling=linear)).max_position_embeddings == 81920
 
 
 def test_names_of_transformers_5_mean_the_same(tmp_path: Path) -> None:
@@ -105,7 +163,7 @@ def test_missing_head_dim_follows_the_architecture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "architectures.*Llama.*Qwen3ForCausalLM, Qwen3M"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "architectures.*GPT2.*Qwen3ForCausalLM, Qwen3M"),
         ({"architectures": ...}, "architectures is missing"),
         ({"hidden_size": ...}, "hidden_size is missing"),
         ({"hidden_size": "1024"}, "hidden_size is '1024'"),
@@ -115,9 +173,15 @@ def test_missing_head_dim_follows_the_architecture(tmp_path: Path) -> None:
         ({"head_dim": 33}, "head_dim is 33.*even"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
         ({"rope_theta": ...}, "rope_theta is missing"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.*yarn.*default"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters.*yarn"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.*dynamic.*yarn"),
+        ({"rope_scaling": {"type": "yarn"}}, r"rope_scaling\.factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, r"rope_scaling\.factor is 0\.5"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1}}, r"\.high_freq_factor.*which is 1\.0"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": "x"}}, r"\.rope_theta is 'x'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.*whole head"),
+        ({"rope_parameters": "yarn"}, "rope_parameters is 'yarn'.*object"),
         ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),

@@ -8,7 +8,7 @@ import torch
 
 from engine.kernels import attention_cpu, experts
 from engine.runner import Chunk
-from tests.unit.engine.checkpoints import ARCHITECTURES, hugging_face_logits, make_checkpoint
+from tests.unit.engine.checkpoints import ARCHITECTURES, LLAMA, hugging_face_logits, make_checkpoint
 from tests.unit.engine.conftest import MakeRunner
 
 DENSE, MOE = ARCHITECTURES
@@ -26,6 +26,21 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
     (MOE, {"mlp_only_layers": [1], "tie_word_embeddings": True}),
     (MOE, {"num_hidden_layers": 4, "decoder_sparse_step": 2}),
     (MOE, {"num_experts": 20, "num_experts_per_tok": 1, "moe_intermediate_size": 24}),
+    (LLAMA, {"num_attention_heads": 8, "num_key_value_heads": 2}),
+    (LLAMA, {"head_dim": 24, "tie_word_embeddings": True, "rope_theta": 1e4}),
+    ("MistralForCausalLM", {"sliding_window": None}),
+]
+TRAINED = {"original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+ROPES: list[tuple[str, dict[str, Any]]] = [
+    (LLAMA, {"rope_type": "linear", "factor": 2.5}),
+    (LLAMA, LLAMA3 | TRAINED),
+    (LLAMA, LLAMA3 | {"original_max_position_embeddings": 1024, "factor": 32.0}),
+    (DENSE, YARN | TRAINED),
+    (DENSE, YARN | {"original_max_position_embeddings": 64, "truncate": False}),
+    (DENSE, YARN | TRAINED | {"beta_fast": 4, "beta_slow": 2, "attention_factor": 0.7}),
+    (DENSE, YARN | TRAINED | {"mscale": 1.0, "mscale_all_dim": 0.5}),
 ]
 
 
@@ -40,6 +55,19 @@ def test_logits_equal_hugging_face_in_fp32(
     expected_TV = hugging_face_logits(folder, TOKENS)
     assert expected_TV.std() > 1  # flat logits would prove nothing
     torch.testing.assert_close(logits_TV, expected_TV, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("architecture", "rope"), ROPES)
+def test_a_stretched_context_is_hugging_faces(
+    architecture: str, rope: dict[str, Any], tmp_path: Path, make_runner: MakeRunner
+) -> None:
+    folder = make_checkpoint(tmp_path, architecture, rope=rope, rope_theta=1e3)
+    chunk = Chunk(token_ids=TOKENS, start=0, block_table=range(6))
+    (logits_TV,) = make_runner(folder).forward_all([chunk])
+    expected_TV = hugging_face_logits(folder, TOKENS)
+    torch.testing.assert_close(logits_TV, expected_TV, atol=1e-4, rtol=0)
+    plain_TV = hugging_face_logits(make_checkpoint(tmp_path, architecture, rope_theta=1e3), TOKENS)
+    assert not torch.allclose(plain_TV, expected_TV, atol=1e-2)
 
 
 @pytest.mark.parametrize("slice_scores", [attention_cpu._SLICE_SCORES, 20_000, 1])

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from engine.layers.rotary import Angles, Rotary
+from engine.rope import Rope
 
 HEAD, THETA = 16, 10_000.0
+ROPE = Rope(theta=THETA)
 CPU = torch.device("cpu")
 
 
@@ -25,7 +27,7 @@ def assert_right(found: Angles, positions: list[int]) -> None:
 
 
 def test_any_position_has_its_angles() -> None:
-    rotary = Rotary(HEAD, THETA, CPU)
+    rotary = Rotary(HEAD, ROPE, CPU)
     for positions in ([0, 5], [1023, 1024], [7000, 3], [2048, 8191, 8192]):
         assert_right(rotary.angles(torch.tensor(positions), max(positions) + 1), positions)
 
@@ -47,7 +49,7 @@ class Interrupted(Rotary):
 
 @pytest.mark.parametrize("other", [1500, 9000])
 def test_growing_is_right_while_another_thread_grows_it_too(other: int) -> None:
-    rotary = Interrupted(HEAD, THETA, CPU)
+    rotary = Interrupted(HEAD, ROPE, CPU)
     rotary.other = other
     positions = [1100, 5000]
     assert_right(rotary.angles(torch.tensor(positions), 5001), positions)

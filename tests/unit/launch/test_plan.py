@@ -25,8 +25,7 @@ def test_the_best_split_and_the_others_reasons_are_shown(tmp_path: Path) -> None
     said = result.stdout
     for part in ("goodput", "KV transfer", "devices are enough", "other layouts", "why not"):
         assert part in said
-    assert "twinpool does not run this architecture yet" in said
-    assert "twinpool decode" not in said
+    assert "twinpool prefill path/to/llama-3-70b --" in said
     figures = json.loads(path.read_text())
     best = figures["best"]
     assert best["devices"] <= 16
@@ -35,6 +34,13 @@ def test_the_best_split_and_the_others_reasons_are_shown(tmp_path: Path) -> None
     assert figures["slo"] == {"ttft_s": 0.5, "tpot_s": 0.05, "attainment": 0.9}
     assert figures["device"]["source"]
     assert all(loser["reason"] for loser in figures["losers"])
+
+
+def test_a_model_that_does_not_run_here_is_planned_without_commands() -> None:
+    result = invoke("bloom-176b", "--gpu", "H100", "--gpus", "16", *LOAD, *LIMITS)
+    assert result.exit_code == 0, result.output
+    assert "twinpool does not run this architecture yet" in result.stdout
+    assert "twinpool decode" not in result.stdout
 
 
 def test_instances_of_a_model_that_runs_here_come_with_their_commands(tmp_path: Path) -> None:

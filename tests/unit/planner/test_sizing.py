@@ -206,7 +206,8 @@ def test_a_folder_a_file_and_a_name_are_all_models(tmp_path: Path) -> None:
     assert find_model(str(path.parent)) == find_model(str(path))
     assert find_model(str(path)).name == "m"
     assert find_model(str(path)).runs_here
-    assert not find_model("Llama-3-8B").runs_here
+    assert find_model("Llama-3-8B").runs_here
+    assert not find_model("OPT-13B").runs_here
     assert find_model("llama-3-8b", weight_bits=4).weight_bytes == pytest.approx(4.0e9, rel=0.01)
 
 

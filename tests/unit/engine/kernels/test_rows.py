@@ -78,9 +78,10 @@ def test_norm_of_zeros_is_zero(make: Make) -> None:
 
 @pytest.mark.usefixtures("threads")
 @forms
+@pytest.mark.parametrize("normalises", [True, False])
 @pytest.mark.parametrize(("tokens", "size"), [(0, 8), (1, 2), (5, 24), (300, 128)])
 def test_heads_are_normalised_and_turned_and_others_left_alone(
-    make: Make, tokens: int, size: int
+    make: Make, tokens: int, size: int, normalises: bool
 ) -> None:
     heads, others = 5, 2
     whole = random(tokens, heads + others, size, dtype=torch.bfloat16)
@@ -88,9 +89,13 @@ def test_heads_are_normalised_and_turned_and_others_left_alone(
     weight_MH, angle_T1H = random(heads, size, seed=1), random(tokens, 1, size // 2, seed=2)
     cos = angle_T1H.cos().repeat(1, 1, 2)
     sin = torch.cat((-angle_T1H.sin(), angle_T1H.sin()), -1)
-    exact = normalised(before[:, :heads], weight_MH)
+    heads_TMH = before[:, :heads]
+    if normalises:
+        norm, exact = scaled(weight_MH), normalised(heads_TMH, weight_MH)
+    else:
+        norm, exact = NormWeight(weight_MH, None), heads_TMH.double() * weight_MH
     exact = exact * cos + exact.roll(size // 2, dims=-1) * sin
-    make().norm_rotate(x_TMH, scaled(weight_MH), cos, sin)
+    make().norm_rotate(x_TMH, norm, cos, sin)
     assert_near(x_TMH, exact, ONE_ROUNDING)
     assert torch.equal(whole[:, heads:], before[:, heads:])
 

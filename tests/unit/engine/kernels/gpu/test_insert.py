@@ -10,19 +10,22 @@ from engine.kernels.gpu import insert_torch
 from engine.kernels.rows import NormWeight, TorchRows
 from engine.kernels.table import PagedKernels
 from engine.layers.rotary import Rotary
+from engine.rope import Rope
 from tests.unit.engine.kernels.gpu.tensors import DTYPES, apart, assert_near, random
 
 EPS = 1e-6
 CPU = torch.device("cpu")
 
 
-def weights(seed: int, heads: int, size: int, device: torch.device) -> NormWeight:
-    return NormWeight(1 + random(seed, heads, size, dtype=torch.float32, device=device) / 4, EPS)
+def weights(
+    seed: int, heads: int, size: int, device: torch.device, eps: float | None = EPS
+) -> NormWeight:
+    return NormWeight(1 + random(seed, heads, size, dtype=torch.float32, device=device) / 4, eps)
 
 
 def angles(seed: int, tokens: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     positions_T = torch.randint(1000, (tokens,), generator=torch.Generator().manual_seed(seed))
-    found = Rotary(size, 1e4, CPU).angles(positions_T, 1000)
+    found = Rotary(size, Rope(theta=1e4), CPU).angles(positions_T, 1000)
     return found.cos_T1H.to(device), found.sin_T1H.to(device)
 
 
@@ -42,9 +45,10 @@ def slots(seed: int, tokens: int, heads: int, cells: int, device: torch.device) 
     kv_heads=st.integers(1, 3),
     shared=st.integers(1, 5),
     half=st.integers(1, 48),
+    eps=st.sampled_from([EPS, None]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_rotate_insert_turns_in_place_and_writes_only_named_cells(
     gpu: PagedKernels,
     device: torch.device,
@@ -53,12 +57,13 @@ def test_rotate_insert_turns_in_place_and_writes_only_named_cells(
     kv_heads: int,
     shared: int,
     half: int,
+    eps: float | None,
     seed: int,
 ) -> None:
     size, turned = 2 * half, kv_heads * (shared + 1)
     qkv = apart(random(seed, tokens, turned + kv_heads, size, dtype=dtype, device=device))
     exact = qkv.double()
-    norm = weights(seed, turned, size, device)
+    norm = weights(seed, turned, size, device, eps)
     cos, sin = angles(seed, tokens, size, device)
     cells = torch.full((40, size), torch.nan, dtype=dtype, device=device)
     exact_cells = cells.double()
@@ -67,7 +72,7 @@ def test_rotate_insert_turns_in_place_and_writes_only_named_cells(
 
     gpu.rotate_insert(qkv, norm, cos, sin, cells, slots_TX)
 
-    wide = NormWeight(norm.weight.double(), EPS)
+    wide = NormWeight(norm.weight.double(), eps)
     insert_torch.rotate_insert(exact, wide, cos, sin, exact_cells, slots_TX)
     assert_near(qkv, exact, dtype)
     assert torch.equal(qkv[:, turned:], values)
@@ -120,9 +125,10 @@ def test_a_norm_for_other_heads_is_refused(gpu: PagedKernels, device: torch.devi
         gpu.rotate_insert(qkv, weights(0, 2, 8, device), cos, sin, cells, slots_TX)
 
 
-def test_the_reference_does_what_the_engine_does_on_a_cpu() -> None:
+@pytest.mark.parametrize("eps", [EPS, None])
+def test_the_reference_does_what_the_engine_does_on_a_cpu(eps: float | None) -> None:
     qkv = random(1, 3, 8, 16, dtype=torch.float32, device=CPU)
-    norm, (cos, sin) = weights(2, 6, 16, CPU), angles(3, 3, 16, CPU)
+    norm, (cos, sin) = weights(2, 6, 16, CPU, eps), angles(3, 3, 16, CPU)
     slots_TX = torch.randperm(12, generator=torch.Generator().manual_seed(4)).view(3, 4)
     cells, engine_cells, engine_qkv = torch.zeros(12, 16), torch.zeros(12, 16), qkv.clone()
     insert_torch.rotate_insert(qkv, norm, cos, sin, cells, slots_TX)

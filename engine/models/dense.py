@@ -1,4 +1,9 @@
-"""Qwen3, the dense models. Source: Qwen3 technical report, arXiv 2505.09388."""
+"""Models with a dense MLP in every layer: Llama, Mistral and Qwen3.
+
+They differ in what the configuration says: whether heads are normalised, and how the rotary
+embedding is stretched. Sources: "The Llama 3 Herd of Models", arXiv 2407.21783; "Mistral 7B", arXiv
+2310.06825; Qwen3 technical report, arXiv 2505.09388.
+"""
 
 from engine.config import ModelConfig
 from engine.layers.layer import Placement
@@ -6,7 +11,7 @@ from engine.layers.mlp import DenseMLP
 from engine.models.decoder import Decoder
 
 
-class Qwen3(Decoder):
+class Dense(Decoder):
     """Dense MLPs in every layer."""
 
     def __init__(self, config: ModelConfig, placement: Placement) -> None:
