@@ -32,6 +32,11 @@ on: computing the prompts is no part of it, for nobody.
     python -m bench.decode --checkpoints DIR --vllm-python PEER/bin/python --json FILE
     python -m bench.decode --checkpoints DIR --rows 'dense, batch 16'
     python -m bench.decode --checkpoints DIR --rows 'overhead|latency'
+    python -m bench.decode --device cuda --json FILE
+
+On a GPU: whole steps of models that fit it, played from CUDA graphs, beside what their weights and
+keys take at the rate of a copy; and the tokens of batches beside transformers with its continuous
+batching.
 """
 
 import tempfile
@@ -44,11 +49,17 @@ import typer
 from bench import checkpoints as models
 from bench.decodes import balance, batches, served
 from bench.decodes.settings import Settings
+from bench.gpus import device as devices
+from bench.gpus import models as gpu_models
+from bench.gpus import steps as gpu_steps
+from bench.gpus.device import Device
 from bench.options import Checkpoints, Json, Quick, Rows, VllmPython
 from bench.report import Row, report
 from bench.sides.process import SideFailed
 
 QUESTION = "How fast does decode give tokens, beside vLLM, transformers and the memory's limit?"
+# Of a GPU's step in a round, which takes milliseconds.
+_CALLS = 6
 # By what a row's name has in it: at most so much is wanted.
 _TARGETS = {"overhead": 1.0, "p99/p50": 1.5}
 
@@ -73,6 +84,15 @@ def _measure(settings: Settings) -> list[Row]:
     return rows
 
 
+def _on_gpu(name: str, pattern: str, rounds: int, *, quick: bool) -> list[Row]:
+    device = devices.found(name)
+    batches = gpu_models.BATCHES[:1] if quick else gpu_models.BATCHES
+    return [
+        *gpu_steps.measure(device, pattern, _CALLS * rounds, quick=quick),
+        *gpu_models.measure(device, pattern, batches=batches),
+    ]
+
+
 def _show_targets(rows: list[Row]) -> None:
     for row in rows:
         for part, most in _TARGETS.items():
@@ -88,8 +108,12 @@ def main(
     vllm_python: VllmPython = None,
     checkpoints: Checkpoints = None,
     quick: Quick = False,
+    device: Device = "cpu",
 ) -> None:
     """Measure decode beside vLLM, transformers and reading memory alone."""
+    if device != "cpu":
+        report(QUESTION, _on_gpu(device, rows, rounds, quick=quick), json)
+        return
     with ExitStack() as stack:
         if checkpoints is None:
             checkpoints = Path(stack.enter_context(tempfile.TemporaryDirectory()))

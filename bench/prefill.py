@@ -27,6 +27,10 @@ and those whose turn it is not are stopped. The first round of each is not count
     python -m bench.prefill --checkpoints DIR --vllm-python PEER/bin/python --json FILE
     python -m bench.prefill --checkpoints DIR --rows 'dense, 2,048'
     python -m bench.prefill --checkpoints DIR --rows ring
+    python -m bench.prefill --device cuda --json FILE
+
+On a GPU: prompts of models that fit it, beside transformers on the same one and beside their
+products at the rate of a large one.
 """
 
 import tempfile
@@ -37,6 +41,9 @@ from typing import Annotated
 import typer
 
 from bench import checkpoints as models
+from bench.gpus import device as devices
+from bench.gpus import models as gpu_models
+from bench.gpus.device import Device
 from bench.options import Checkpoints, Json, Quick, Rows, VllmPython
 from bench.prefills import layout_pair, prompts, ring_pair
 from bench.prefills.settings import Settings
@@ -86,8 +93,16 @@ def main(
     vllm_python: VllmPython = None,
     checkpoints: Checkpoints = None,
     quick: Quick = False,
+    device: Device = "cpu",
 ) -> None:
     """Measure prefill beside transformers, vLLM and the matrix products alone."""
+    if device != "cpu":
+        prompts_of = gpu_models.PROMPTS[:1] if quick else gpu_models.PROMPTS
+        asked = gpu_models.measure(
+            devices.found(device), rows, prompts=prompts_of, repeats=max(4, rounds)
+        )
+        report(QUESTION, list(asked), json)
+        return
     with ExitStack() as stack:
         if checkpoints is None:
             checkpoints = Path(stack.enter_context(tempfile.TemporaryDirectory()))

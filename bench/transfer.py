@@ -5,6 +5,12 @@ round, between a sender and a receiver on a core each, in every way that `bench.
 way runs at a time, and the ways take turns; each starts cold: 64 MiB are written in both processes
 before a round. Every byte is checked after every round, except in ucx_perftest, which sends one
 hot buffer. The first rounds of each turn are not counted.
+
+    python -m bench.transfer --peer-python PEER/bin/python --json FILE
+    python -m bench.transfer --device cuda --json FILE
+
+On a GPU: from one process's cache there to another's, beside a copy within the GPU and the copies
+over the bus that are part of it.
 """
 
 import itertools
@@ -17,6 +23,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from bench.gpus import device as devices
+from bench.gpus import transfer as gpu_transfer
+from bench.gpus.device import Device
 from bench.movers import figures
 from bench.movers.figures import Figure, Measured
 from bench.movers.memcpy import memcpy_s
@@ -141,8 +150,17 @@ def main(
     rounds: Annotated[
         int, typer.Option(min=2, help="Rounds counted in each turn; requests: half.")
     ] = 4,
+    device: Device = "cpu",
 ) -> None:
     """Measure KV transfers beside UCX's limit, memcpy and NIXL."""
+    if device != "cpu":
+        try:
+            found = list(gpu_transfer.measure(devices.found(device), rows, turns * rounds))
+        except SideFailed as exc:
+            typer.echo(str(exc), err=True)
+            raise typer.Exit(1) from exc
+        report(QUESTION, found, json)
+        return
     bench = Bench(turns=turns, rounds=rounds, peer_python=peer_python, ours=Ours())
     measured = _measured(bench, rows)
     _show_ways(measured)

@@ -7,7 +7,6 @@ whose raw way is without checksums. Blocks that stand for no request
 are the blocks of a sequence all the same: one layer, one plane, one token a block.
 """
 
-import queue
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.movers.agents import EPOCH, NONCE, PATIENCE_S, TOKEN, Events, identity
 from bench.movers.side import serve
 from kvtransfer import (
     CacheLayout,
     Completed,
-    Failed,
-    Identity,
     KVShape,
     PeerAddress,
     PeerProbed,
@@ -31,9 +29,7 @@ from kvtransfer import (
     SendTransfer,
     SharedRegion,
     Span,
-    TransferEvent,
     TransferSettings,
-    TransferStats,
     uniform_cache,
 )
 from kvtransfer.memory import KVMemory
@@ -44,14 +40,8 @@ from kvtransfer.shared import MappedRegion, ShareHandle, boot_id
 from kvtransfer.slots import page_aligned
 from kvtransfer.transport import Accepted, Connected, ControlArrived, Done, Happening
 
-_EPOCH, _TOKEN, _NONCE = 1, b"bench", b"nonce-of-16bytes"
-_PATIENCE_S = 30.0
 _NAP_S = 2e-3
 _ONE = Span(0, 1)
-
-
-def _identity(name: str) -> Identity:
-    return Identity(instance=name, epoch=_EPOCH, compatibility=bytes(32), token=_TOKEN)
 
 
 class Cache:
@@ -142,36 +132,6 @@ def _anonymous(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(tuple(shape), dtype=dtype)
 
 
-class Events:
-    """What the agents of this side report."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[float, TransferEvent]] = queue.SimpleQueue()
-
-    def __call__(self, event: TransferEvent) -> None:
-        self._queue.put((time.monotonic(), event))
-
-    def wait(self, kind: type[TransferEvent], count: int) -> float:
-        """Wait for so many events of a kind; return when the last one came."""
-        until = time.monotonic() + _PATIENCE_S
-        at = 0.0
-        while count:
-            at, event = self._queue.get(timeout=max(0.0, until - time.monotonic()))
-            if isinstance(event, Failed):
-                raise RuntimeError(f"transfer failed: {event.error}")
-            count -= isinstance(event, kind)
-        return at
-
-    def completed(self, transfer_id: int) -> TransferStats:
-        """Wait for one transfer to be completed."""
-        while True:
-            _, event = self._queue.get(timeout=_PATIENCE_S)
-            if isinstance(event, Failed):
-                raise RuntimeError(f"transfer failed: {event.error}")
-            if isinstance(event, Completed) and event.transfer_id == transfer_id:
-                return event.stats
-
-
 class AgentSide:
     """The whole path, or of a request that is moved raw, all but its checksums."""
 
@@ -197,7 +157,7 @@ class AgentSide:
                     memories=(memory,),
                     layout=self._cache.layout,
                     rank=rank,
-                    identity=_identity(side),
+                    identity=identity(side),
                     **common,
                     **more,
                 )
@@ -211,10 +171,10 @@ class AgentSide:
             ranks = tuple((rank, host, port) for rank, (host, port) in enumerate(peer["bound"]))
             address = PeerAddress(
                 instance="target",
-                epoch=_EPOCH,
+                epoch=EPOCH,
                 layout=self._cache.layouts["target"],
                 ranks=ranks,
-                token=_TOKEN,
+                token=TOKEN,
             )
             for agent in self._agents:
                 agent.connect(address)
@@ -229,12 +189,12 @@ class AgentSide:
         for agent, ids in zip(self._agents, self._chosen, strict=True):
             common: dict[str, Any] = {
                 "transfer_id": self._number,
-                "epoch": _EPOCH,
-                "nonce": _NONCE,
+                "epoch": EPOCH,
+                "nonce": NONCE,
                 "tokens": Span(0, self._cache.tokens),
                 "total_tokens": self._cache.tokens,
                 "block_ids": (ids,),
-                "ttl_s": _PATIENCE_S,
+                "ttl_s": PATIENCE_S,
             }
             if self._source:
                 layout = self._cache.layouts["target"]

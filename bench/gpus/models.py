@@ -1,26 +1,27 @@
-"""Does a GPU decode and prefill faster with this engine than with Hugging Face transformers?
+"""Whole models on a GPU, beside Hugging Face transformers on the same one.
 
-Models in the shapes of published ones, with made-up weights, each engine by itself on the same GPU:
-tokens a second of a batch that is decoded greedily, with the choice of each token, where the peer
-uses its continuous batching; and of one prompt, to the logits after it.
-
-    python -m bench.gpu_models --json FILE
-    python -m bench.gpu_models --rows '8B, dense, decode'
+Models in the shapes of published ones, with made-up weights, each engine by itself: tokens a second
+of a batch that is decoded greedily, with the choice of each token, where the peer uses its
+continuous batching; and of one prompt, to the logits after it, beside the products that it cannot
+do without at the rate of a large one in the same run.
 """
 
 import gc
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
-from bench.gpu_steps import WORKS, Weights, Work, refuse_without
-from bench.options import Json, Rows
-from bench.report import Row, median_and_spread, report
+from bench.gpus.device import timer_of
+from bench.gpus.steps import WORKS, Weights, Work
+from bench.kernel_timing import flops_per_s
+from bench.prefills import limit
+from bench.prefills.works import Work as Prompts
+from bench.report import Row, median_and_spread
 from engine.config import ModelConfig
 from engine.runner import Chunk, ModelRunner
 from engine.sampling import SamplingParams, SequenceState, sample
@@ -167,29 +168,43 @@ def _rates(compute: Callable[[int], None], tokens: int, repeats: int) -> list[fl
     return rates
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is measured of a model: batches (sequences, keys of each) and lengths of prompts."""
+
+    batches: Sequence[tuple[int, int]]
+    prompts: Sequence[int]
+    steps: int
+    repeats: int
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a cache that is enough for each."""
+        ends = [(keys + self.steps + _BLOCK) * count for count, keys in self.batches]
+        return max(ends + list(self.prompts))
+
+
 def rows_of(
-    work: Work,
-    device: torch.device,
-    *,
-    batches: Sequence[tuple[int, int]],
-    prompts: Sequence[int],
-    steps: int,
-    repeats: int,
+    work: Work, device: torch.device, asked: Asked, flops_per_s: float | None
 ) -> Iterator[Row]:
-    """Measure a model's batches and prompts, by both engines."""
+    """Measure a model by both engines."""
+    config = work.config
     found: dict[str, list[list[float]]] = {}
-    most = max([n * (keys + steps + _BLOCK) for n, keys in batches] + list(prompts))
+    limits: dict[str, float] = {}
     for make in (
-        lambda: Ours(work.config, device, most),
-        lambda: Transformers(work.config, device),
+        lambda: Ours(config, device, asked.most_tokens),
+        lambda: Transformers(config, device),
     ):
         engine: Ours | Transformers = make()
-        for sequences, keys in batches:
-            rates = engine.decode(sequences, keys, steps)[steps // 4 :]
+        for sequences, keys in asked.batches:
+            rates = engine.decode(sequences, keys, asked.steps)[asked.steps // 4 :]
             found.setdefault(decode_name(work, sequences, keys), []).append(rates)
-        for tokens in prompts:
-            rates = _rates(engine.prefill, tokens, repeats)
-            found.setdefault(prefill_name(work, tokens), []).append(rates)
+        for tokens in asked.prompts:
+            name = prefill_name(work, tokens)
+            found.setdefault(name, []).append(_rates(engine.prefill, tokens, asked.repeats))
+            if flops_per_s is not None:
+                needed = limit.products(config, Prompts(tokens=tokens, count=1), _CHUNK)
+                limits[name] = tokens * flops_per_s / limit.flops(needed)
         del engine
         gc.collect()
         if device.type == "cuda":
@@ -202,6 +217,7 @@ def rows_of(
             ours=rate,
             unit="tokens/s",
             higher_is_better=True,
+            limit=limits.get(name),
             peer=peer,
             peer_name=_PEER,
             spread=spread,
@@ -212,27 +228,23 @@ BATCHES = ((1, 1024), (32, 1024))
 PROMPTS = (1024, 8192, 32_768)
 
 
-def main(
-    json: Json = None,
-    rows: Rows = "",
-    device: Annotated[str, typer.Option(help="cuda; cpu runs, but is no measure.")] = "cuda",
-    steps: Annotated[int, typer.Option(min=16, help="Tokens that each sequence gets.")] = 96,
-    repeats: Annotated[int, typer.Option(min=4, help="Times that each prompt is computed.")] = 6,
-) -> None:
-    """Measure whole models beside the peer's, with the same shapes on the same GPU."""
-    on = torch.device(device)
-    refuse_without(on)
-    found: list[Row] = []
+def measure(
+    device: torch.device,
+    pattern: str,
+    *,
+    batches: Sequence[tuple[int, int]] = (),
+    prompts: Sequence[int] = (),
+    steps: int = 96,
+    repeats: int = 6,
+) -> Iterator[Row]:
+    """Measure the batches, of `steps` tokens each, and prompts whose names match.
+
+    Raises UnsupportedError where kernels are missing.
+    """
+    flops = flops_per_s(timer_of(device), device, repeats) if device.type == "cuda" else None
     for work in WORKS:
-        batches = [of for of in BATCHES if re.search(rows, decode_name(work, *of))]
-        prompts = [of for of in PROMPTS if re.search(rows, prefill_name(work, of))]
-        if batches or prompts:
-            its = rows_of(work, on, batches=batches, prompts=prompts, steps=steps, repeats=repeats)
-            found += its
-            typer.echo(f"measured {work.name}", err=True)
-    where = torch.cuda.get_device_name(on) if on.type == "cuda" else "no GPU"
-    report(f"Is this engine faster on a GPU than {_PEER}? ({where})", found, json)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        some = [of for of in batches if re.search(pattern, decode_name(work, *of))]
+        others = [of for of in prompts if re.search(pattern, prefill_name(work, of))]
+        if some or others:
+            asked = Asked(batches=some, prompts=others, steps=steps, repeats=repeats)
+            yield from rows_of(work, device, asked, flops)

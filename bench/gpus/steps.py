@@ -1,35 +1,27 @@
-"""How near does a whole decoding step come to what the GPU's memory allows?
+"""Whole decoding steps on a GPU, beside what its memory allows.
 
 Steps of models in the shapes of published ones, with made-up weights and keys, played from CUDA
 graphs and launched kernel by kernel. The limit is what a step must read, the weights that its
 tokens go through and their keys and values once each, at the rate of a plain copy in the same run.
-
-    python -m bench.gpu_steps --json FILE
-    python -m bench.gpu_steps --rows '8B.* 1 x'
 """
 
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NoReturn
 
 import torch
-import typer
 
-from bench.kernel_timing import CudaTimer, Timer, copied_bytes_per_s
-from bench.options import Json, Rows
-from bench.report import Row, median_and_spread, report
+from bench.gpus.device import timer_of
+from bench.kernel_timing import Timer, copied_bytes_per_s
+from bench.report import Row, median_and_spread
 from engine.config import ModelConfig, MoeConfig
-from engine.errors import UnsupportedError
 from engine.kvcache import KVCache
 from engine.parallel import Layout
 from engine.rope import Rope
 from engine.runner import Chunk, ModelRunner
 from engine.weights import WeightSlot
 
-_NOTHING_TO_RUN_ON = 2
 _BLOCK = 32
 _SPREAD = 0.02  # of made-up weights, as models are initialised
 
@@ -97,20 +89,6 @@ WORKS = (
         steps=_STEPS,
     ),
 )
-
-
-class CpuTimer:
-    """Times by the clock; see Timer. To try this program out where there is no GPU."""
-
-    def __call__(self, run: Callable[[], object], repeats: int) -> list[float]:
-        """See Timer."""
-        run()
-        seconds = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - began)
-        return seconds
 
 
 class Weights:
@@ -194,46 +172,22 @@ def _stepping(runner: ModelRunner, sequences: int, keys: int) -> Callable[[], ob
     return lambda: runner.step(inputs, token_ids, lambda: None)
 
 
-def _refuse(why: str) -> NoReturn:
-    typer.echo(f"cannot measure this: {why}", err=True)
-    raise typer.Exit(_NOTHING_TO_RUN_ON)
+def measure(
+    device: torch.device, pattern: str, repeats: int, *, quick: bool = False
+) -> Iterator[Row]:
+    """Measure the steps whose names match, the first of each model alone where `quick`.
 
-
-def refuse_without(device: torch.device) -> None:
-    """End the command where torch does not find the device."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        _refuse("torch finds no CUDA device here; run it on a machine with a GPU and a CUDA build")
-
-
-def main(
-    json: Json = None,
-    rows: Rows = "",
-    device: Annotated[str, typer.Option(help="cuda; cpu runs, but has no graphs.")] = "cuda",
-    repeats: Annotated[int, typer.Option(min=4, help="Timed steps of each sort.")] = 30,
-) -> None:
-    """Measure whole decoding steps beside what the GPU's memory allows."""
-    on = torch.device(device)
-    refuse_without(on)
-    timer: Timer = CudaTimer(on) if on.type == "cuda" else CpuTimer()
-    bytes_per_s = copied_bytes_per_s(timer, on, repeats) if on.type == "cuda" else None
-    found: list[Row] = []
+    Raises UnsupportedError where kernels are missing.
+    """
+    timer = timer_of(device)
+    bytes_per_s = copied_bytes_per_s(timer, device, repeats) if device.type == "cuda" else None
     for work in WORKS:
-        wanted = [step for step in work.steps if re.search(rows, _name(work, step))]
-        if not wanted:
-            continue
-        chosen = Work(name=work.name, config=work.config, steps=wanted)
-        try:
-            found += rows_of(chosen, on, timer, bytes_per_s, repeats)
-        except UnsupportedError as missing:
-            _refuse(str(missing))
-        typer.echo(f"measured {work.name}", err=True)
-    where = torch.cuda.get_device_name(on) if on.type == "cuda" else "no GPU"
-    report(f"How near does a decoding step come to what memory allows? ({where})", found, json)
+        steps = work.steps[:1] if quick else work.steps
+        wanted = [step for step in steps if re.search(pattern, _name(work, step))]
+        if wanted:
+            chosen = Work(name=work.name, config=work.config, steps=wanted)
+            yield from rows_of(chosen, device, timer, bytes_per_s, repeats)
 
 
 def _name(work: Work, step: tuple[int, int]) -> str:
-    return f"{work.name}, {step[0]} x {step[1]} keys"
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    return f"{work.name}, step, {step[0]} x {step[1]} keys"
