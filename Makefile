@@ -10,10 +10,10 @@ PARALLEL := -n logical --maxprocesses 8
 # Which tests `make check` runs; none where `make test` follows, which runs them too.
 FAST_TESTS ?= tests/unit
 
-.PHONY: help demo test check proto format soak bench clean
+.PHONY: help demo test check proto format soak gpu-test gpu-bench bench clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(STAMP): pyproject.toml client/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,27 @@ soak: $(STAMP) ## Long fault tests: kill processes at random points, many times
 	$(BIN)/pytest tests/soak -s --timeout 3600
 	TWINPOOL_FUZZ_REQUESTS=1000000 $(BIN)/pytest tests/unit/router/test_fuzz.py -s --timeout 3600
 	TWINPOOL_FUZZ_REQUESTS=50000 $(BIN)/pytest tests/integration/test_fuzz.py -s --timeout 3600
+
+# A machine with a GPU may have an environment of its own: make gpu-test GPU_PYTHON=python3.
+GPU_PYTHON ?= $(BIN)/python
+GPU_RESULTS ?= bench/results/gpu
+ONE_OF_EACH_KERNEL := $(GPU_PYTHON) -m pytest tests/unit/bench/test_kernels.py -k every_case
+# Without torch's own pools, memory beside a tensor is nobody's.
+SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
+
+gpu-test: ## With a GPU: the tests of what computes there, and each kernel under compute-sanitizer
+	$(GPU_PYTHON) -m pytest tests/unit/engine/kernels/gpu tests/unit/engine/test_cache_memory.py \
+		tests/unit/bench/test_kernels.py tests/unit/bench/gpus
+	$(GPU_PYTHON) -m pytest tests/integration/test_apart.py
+	$(SANITIZE) memcheck $(ONE_OF_EACH_KERNEL)
+	$(SANITIZE) racecheck $(ONE_OF_EACH_KERNEL)
+
+gpu-bench: ## With a GPU: all that is measured on one, into GPU_RESULTS
+	mkdir -p $(GPU_RESULTS)
+	$(GPU_PYTHON) -m bench.kernels --tune --json $(GPU_RESULTS)/kernels.json
+	$(GPU_PYTHON) -m bench.decode --device cuda --json $(GPU_RESULTS)/decode.json
+	$(GPU_PYTHON) -m bench.prefill --device cuda --json $(GPU_RESULTS)/prefill.json
+	$(GPU_PYTHON) -m bench.transfer --device cuda --json $(GPU_RESULTS)/transfer.json
 
 bench: $(STAMP) ## What disaggregation adds to a request
 	$(BIN)/python -m bench.overhead
