@@ -211,7 +211,7 @@ def no_batch(cache: KVCache) -> Batch:
         token_ids_T=none,
         positions_T=none,
         end=0,
-        slot_mapping_TX=none.view(0, 2 * cache.num_heads),
+        slot_mapping_TX=none.view(0, cache.planes * cache.num_heads),
         decode=DecodeRows(lengths=(), tables=(), cache=cache),
         prefill=(),
         rows_of=(),

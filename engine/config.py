@@ -4,10 +4,17 @@ Owns reading and checking them. Refuses, by name, whatever the models here do no
 Knows nothing of weights or torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engine.config_deepseek import (
+    Gate,
+    LatentConfig,
+    read_gate_v2,
+    read_gate_v3,
+    read_latent,
+)
 from engine.config_fields import Fields, read_json
 from engine.errors import ConfigError
 from engine.rope import Rope, read_rope
@@ -26,11 +33,14 @@ class _Family:
     default_head_size: int | None  # None: hidden_size / num_attention_heads
     default_theta: float | None = None
     has_window: bool = False  # where `sliding_window` is given
+    read_gate: Callable[[Fields], Gate | None] | None = None  # DeepSeek's alone
 
 
 _LLAMA = _Family(moe=False, qk_norm=False, default_head_size=None, default_theta=1e4)
 _MISTRAL = replace(_LLAMA, has_window=True)
 ARCHITECTURES: Mapping[str, _Family] = {
+    "DeepseekV2ForCausalLM": replace(_LLAMA, moe=True, read_gate=read_gate_v2),
+    "DeepseekV3ForCausalLM": replace(_LLAMA, moe=True, read_gate=read_gate_v3),
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _MISTRAL,
     "Qwen3ForCausalLM": _Family(moe=False, qk_norm=True, default_head_size=128),
@@ -40,7 +50,10 @@ ARCHITECTURES: Mapping[str, _Family] = {
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
-    """The sparse layers: how many experts there are, how tokens choose, which layers have them."""
+    """The sparse layers: how many experts there are, how tokens choose, which layers have them.
+
+    All tokens go through `shared_experts` as well. Without a `gate` the greatest softmax is chosen.
+    """
 
     num_experts: int
     top_k: int
@@ -48,6 +61,13 @@ class MoeConfig:
     norm_topk_prob: bool
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+    shared_experts: int = 0
+    gate: Gate | None = None
+
+    @property
+    def shared_size(self) -> int:
+        """The inner size of all shared experts together."""
+        return self.shared_experts * self.intermediate_size
 
     def is_sparse(self, layer: int) -> bool:
         """Tell whether `layer` (from 0) has experts rather than a dense MLP."""
@@ -59,7 +79,9 @@ class ModelConfig:
     """The sizes and constants of one model. `dtype` is the checkpoint's own.
 
     With `qk_norm` the heads of queries and keys are normalised. `max_position_embeddings` are the
-    tokens of the longest sequence, with what `rope` adds to those that were trained with.
+    tokens of the longest sequence, with what `rope` adds to those that were trained with. Of a
+    model with `latent` attention, `num_kv_heads` and `head_size` are those of its cells: one of
+    `latent.cell_size`. A checkpoint may hold `more_layers`, which are not computed here.
     """
 
     architecture: str
@@ -78,6 +100,18 @@ class ModelConfig:
     dtype: str
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None = None
+    latent: LatentConfig | None = None
+    more_layers: int = 0
+
+    @property
+    def kv_planes(self) -> int:
+        """How many vectors a head's cell has: a key and a value, or a latent."""
+        return 2 if self.latent is None else 1
+
+    @property
+    def turned_size(self) -> int:
+        """How many elements of a head are turned by their position."""
+        return self.head_size if self.latent is None else self.latent.turned_size
 
     @property
     def has_dense_mlp(self) -> bool:
@@ -108,13 +142,14 @@ def load_config(folder: Path) -> ModelConfig:
             "num_key_value_heads", f"a divisor of num_attention_heads, which is {num_heads}"
         )
     rope = read_rope(fields, family.default_theta)
+    latent = read_latent(fields, rope) if family.read_gate is not None else None
     return ModelConfig(
         architecture=architecture,
         num_layers=fields.integer("num_hidden_layers"),
         hidden_size=fields.integer("hidden_size"),
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_size=_head_size(fields, family, num_heads),
+        num_kv_heads=num_kv_heads if latent is None else 1,
+        head_size=_head_size(fields, family, num_heads) if latent is None else latent.cell_size,
         intermediate_size=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         rms_norm_eps=fields.number("rms_norm_eps"),
@@ -124,7 +159,9 @@ def load_config(folder: Path) -> ModelConfig:
         max_position_embeddings=rope.max_tokens(fields.integer("max_position_embeddings")),
         dtype=_dtype(fields),
         eos_token_ids=_eos_token_ids(folder, fields),
-        moe=_moe(fields) if family.moe else None,
+        moe=_moe(fields, family) if family.moe else None,
+        latent=latent,
+        more_layers=0 if latent is None else fields.count("num_nextn_predict_layers"),
     )
 
 
@@ -187,7 +224,9 @@ def _eos_token_ids(folder: Path, fields: Fields) -> tuple[int, ...]:
     return fields.integers("eos_token_id")
 
 
-def _moe(fields: Fields) -> MoeConfig:
+def _moe(fields: Fields, family: _Family) -> MoeConfig:
+    if family.read_gate is not None:
+        return _deepseek_moe(fields, family.read_gate(fields))
     # transformers 5 writes num_local_experts, published checkpoints num_experts.
     name = "num_local_experts" if fields.get("num_local_experts") is not None else "num_experts"
     num_experts = fields.integer(name)
@@ -201,4 +240,18 @@ def _moe(fields: Fields) -> MoeConfig:
         norm_topk_prob=fields.flag("norm_topk_prob", default=False),
         decoder_sparse_step=fields.integer("decoder_sparse_step", default=1),
         mlp_only_layers=fields.integers("mlp_only_layers"),
+    )
+
+
+def _deepseek_moe(fields: Fields, gate: Gate | None) -> MoeConfig:
+    if fields.integer("moe_layer_freq", default=1) != 1:
+        raise fields.error("moe_layer_freq", "1")
+    return MoeConfig(
+        num_experts=fields.integer("n_routed_experts"),
+        top_k=fields.integer("num_experts_per_tok"),
+        intermediate_size=fields.integer("moe_intermediate_size"),
+        norm_topk_prob=fields.flag("norm_topk_prob", default=False),
+        mlp_only_layers=tuple(range(fields.count("first_k_dense_replace"))),
+        shared_experts=fields.count("n_shared_experts"),
+        gate=gate,
     )

@@ -33,6 +33,10 @@ class Fields:
             raise self.error(name, "an integer of at least 1")
         return value
 
+    def count(self, name: str) -> int:
+        """Return an integer of at least 0; 0 where it is missing."""
+        return 0 if self.get(name) in (None, 0) else self.integer(name)
+
     def number(self, name: str, default: float | None = None) -> float:
         """Return a number above 0; without a default it must be there."""
         value = default if self.get(name) is None else self.get(name)

@@ -1,7 +1,7 @@
 """The memory that holds every sequence's keys and values. Owns one tensor; knows no sequences.
 
 Legend: L layers, B blocks, G KV heads of this rank, H head size, T tokens, X = 2G (the K
-heads, then the V heads).
+heads, then the V heads), or X = 1 where a token has one latent instead.
 
 One block of one layer is head-major, [G, block_size, H], so that a range of heads of a block
 is contiguous for a transfer. For compute the same memory is seen as rows: `cells` has one row
@@ -27,7 +27,8 @@ Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 class KVCache:
     """Keys and values of `num_blocks` blocks of `block_size` tokens, of all layers of a rank.
 
-    `cells` and `runs` are by the layer's number in the model.
+    `cells` and `runs` are by the layer's number in the model. There are two planes, keys and values
+    of `value_size` elements; or one of latents, whose first `value_size` elements are the value.
     """
 
     def __init__(
@@ -49,7 +50,10 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_heads = heads.stop - heads.start
-        shape = (len(layers), 2, num_blocks, self.num_heads, block_size, config.head_size)
+        self.planes = config.kv_planes
+        self.value_size = config.head_size if config.latent is None else config.latent.rank
+        block = (self.num_heads, block_size, config.head_size)
+        shape = (len(layers), self.planes, num_blocks, *block)
         # Zeros, not empty: a stray NaN in a block's unwritten tail would pass through a mask.
         if allocate is None:
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
@@ -66,7 +70,10 @@ class KVCache:
         return placed(cells_T[:, None] + self._head_cells_X(), self.tensor.device)
 
     def run_indices(self, block_tables_SB: NDArray[np.int64]) -> Tensor:
-        """Return the runs of S sequences' blocks, [2 * S * G * B], in the order K/V, S, G, B."""
+        """Return the runs of S sequences' blocks, [2 * S * G * B], in the order K/V, S, G, B.
+
+        For a cache of keys and values.
+        """
         heads_G = np.arange(self.num_heads)
         runs_SGB = block_tables_SB[:, None, :] * self.num_heads + heads_G[:, None]
         runs_2SGB = np.stack((runs_SGB, runs_SGB + self.num_blocks * self.num_heads))
@@ -74,7 +81,8 @@ class KVCache:
 
     def _head_cells_X(self) -> NDArray[np.int64]:
         keys_G = np.arange(self.num_heads) * self.block_size
-        return np.concatenate((keys_G, keys_G + self.num_blocks * self.num_heads * self.block_size))
+        plane = self.num_blocks * self.num_heads * self.block_size
+        return np.concatenate([keys_G + i * plane for i in range(self.planes)])
 
     @staticmethod
     def block_bytes(
@@ -84,7 +92,5 @@ class KVCache:
         since all ranks have as many blocks.
         """
         heads = layout.kv_part(config.num_kv_heads)
-        cells: int = (
-            layout.most_layers(config.num_layers) * 2 * (heads.stop - heads.start) * block_size
-        )
-        return cells * config.head_size * dtype.itemsize
+        cells: int = layout.most_layers(config.num_layers) * (heads.stop - heads.start) * block_size
+        return cells * config.kv_planes * config.head_size * dtype.itemsize

@@ -253,6 +253,8 @@ def _divides(tp: int, config: ModelConfig) -> bool:
     kv_heads = config.num_kv_heads
     if config.num_heads % tp or (kv_heads % tp and tp % kv_heads):
         return False
+    if config.moe is not None and config.moe.shared_size % tp:
+        return False
     return not config.has_dense_mlp or config.intermediate_size % tp == 0
 
 

@@ -45,6 +45,11 @@ class Rope:
         """What queries and keys are multiplied by, each."""
         return 1.0 if self.scaling is None else self.scaling.amplitude
 
+    @property
+    def score_factor(self) -> float:
+        """What the scores of a model whose heads are turned in part only are multiplied by."""
+        return self.scaling.score_factor if isinstance(self.scaling, Yarn) else 1.0
+
     def factors(self, head_size: int) -> Sequence[float]:
         """Return what each pair's frequency is multiplied by."""
         if self.scaling is None:
@@ -102,7 +107,8 @@ class Yarn:
     """Slow pairs slowed down by `stretch`, fast ones left alone, by their place in the head.
 
     Between the pair of `many` turns in `trained` tokens and that of `few` it goes over linearly;
-    with `whole_pairs` these two are rounded outwards.
+    with `whole_pairs` these two are rounded outwards. DeepSeek's models multiply their scores by
+    `score_factor`, of which the amplitude is then no part.
     """
 
     stretch: float
@@ -111,6 +117,7 @@ class Yarn:
     trained: int
     amplitude: float
     whole_pairs: bool
+    score_factor: float = 1.0
 
     def max_tokens(self, trained: int) -> int:
         """See `Scaling`."""
@@ -172,18 +179,23 @@ def _yarn(fields: Fields, config: Fields) -> Yarn:
         trained=_trained(fields, config),
         amplitude=_yarn_amplitude(fields, stretch),
         whole_pairs=fields.flag("truncate", default=True),
+        score_factor=_grown(stretch, fields.number("mscale_all_dim")) ** 2
+        if fields.get("mscale_all_dim")
+        else 1.0,
     )
 
 
 def _yarn_amplitude(fields: Fields, stretch: float) -> float:
-    def grown(by: float) -> float:
-        return 0.1 * by * math.log(stretch) + 1 if stretch > 1 else 1.0
-
     if fields.get("attention_factor") is not None:
         return fields.number("attention_factor")
     if fields.get("mscale") and fields.get("mscale_all_dim"):
-        return grown(fields.number("mscale")) / grown(fields.number("mscale_all_dim"))
-    return grown(1.0)
+        of_turned, of_all = fields.number("mscale"), fields.number("mscale_all_dim")
+        return _grown(stretch, of_turned) / _grown(stretch, of_all)
+    return _grown(stretch, 1.0)
+
+
+def _grown(stretch: float, by: float) -> float:
+    return 0.1 * by * math.log(stretch) + 1 if stretch > 1 else 1.0
 
 
 def _stretch(fields: Fields) -> float:

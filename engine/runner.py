@@ -160,7 +160,7 @@ class ModelRunner:
         self._dealing = dealing_of(layout, block_size)
         if not isinstance(num_blocks, int):
             num_blocks = num_blocks(layout)
-        self._attend = attention_kernel(device, deterministic=deterministic)
+        self._attend = attention_kernel(device, config.latent, deterministic=deterministic)
         # Outside inference mode: transfers write into the cache from other threads.
         self.cache = KVCache(
             config=config,
@@ -306,7 +306,7 @@ class ModelRunner:
         self._graphs = StepGraphs(
             run,
             self.cache,
-            head_size=self.config.head_size,
+            head_size=self.config.turned_size,
             max_sequences=max_sequences,
             max_tokens=min(max_tokens, self.num_blocks * self.block_tokens),
             capture=capture,

@@ -70,7 +70,9 @@ class StepGraphs:
         device = cache.tensor.device
         blocks = -(-max_tokens // cache.block_size)
         self._token_ids_R = torch.zeros(max_sequences, dtype=torch.int64, device=device)
-        self._slots_RX = torch.full((max_sequences, 2 * cache.num_heads), -1, device=device)
+        self._slots_RX = torch.full(
+            (max_sequences, cache.planes * cache.num_heads), -1, device=device
+        )
         self._cos_R1H = torch.ones(max_sequences, 1, head_size, device=device)
         self._sin_R1H = torch.zeros(max_sequences, 1, head_size, device=device)
         self._tables_RB = torch.zeros(max_sequences, blocks, dtype=torch.int32, device=device)

@@ -194,5 +194,6 @@ class RankCompute:
 
 def layers_at_once(shape: KVShape, tokens: int) -> int:
     """How many layers of so many tokens to hand over together: 1 for long chunks, all for short."""
-    layer_bytes = 2 * shape.kv_heads * shape.head_size * shape.element_bytes * max(1, tokens)
+    token_bytes = shape.planes * shape.kv_heads * shape.head_size * shape.element_bytes
+    layer_bytes = token_bytes * max(1, tokens)
     return min(shape.layers, -(-_WORTH_SENDING_BYTES // layer_bytes))

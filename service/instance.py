@@ -174,6 +174,7 @@ def load_model(
     )
     shape = KVShape(
         layers=config.num_layers,
+        planes=config.kv_planes,
         kv_heads=config.num_kv_heads,
         head_size=config.head_size,
         dtype=description.dtype,

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.config_deepseek import LatentConfig
 from engine.errors import UnsupportedError
 from engine.kernels import (
     argmax_cpu,
     attention_cpu,
     experts_cpu,
+    latent_cpu,
     linear_cpu,
     router_cpu,
     rows_cpu,
@@ -58,7 +60,7 @@ class AttentionKernel(Protocol):
 
         `qkv_TNH` holds the query heads, scaled already, then the K and the V heads of the new
         tokens, which are in `cache_runs` (one layer of `KVCache.runs`) already. Where the batch
-        is of decode groups alone, the query heads are enough.
+        is of decode groups alone, and over latents, the query heads are enough.
         """
         ...
 
@@ -73,6 +75,7 @@ class _Kernels:
     """A device's; see the functions of the same names."""
 
     attention: Callable[..., AttentionKernel]
+    latent: Callable[..., AttentionKernel]
     product: Callable[..., Product]
     router: Callable[..., Product]
     experts: Callable[..., Experts]
@@ -86,6 +89,7 @@ class _Kernels:
 
 _CPU = _Kernels(
     attention=attention_cpu.attention,
+    latent=latent_cpu.LatentAttention,
     product=linear_cpu.product,
     router=router_cpu.router,
     experts=experts_cpu.experts,
@@ -97,6 +101,7 @@ _CPU = _Kernels(
 )
 _CUDA = _Kernels(
     attention=passes.Attention,
+    latent=passes.LatentAttention,
     product=passes.product,
     router=passes.router,
     experts=passes.Experts,
@@ -109,12 +114,18 @@ _CUDA = _Kernels(
 _KERNELS: dict[str, _Kernels] = {"cpu": _CPU, "cuda": _CUDA}
 
 
-def attention_kernel(device: torch.device, *, deterministic: bool = False) -> AttentionKernel:
+def attention_kernel(
+    device: torch.device, latent: LatentConfig | None = None, *, deterministic: bool = False
+) -> AttentionKernel:
     """Return the attention of a device; raises UnsupportedError where there is none.
 
-    What has to be compiled is compiled here, so that no pass waits for it.
+    With `latent` it is over one cell a token, and gives mixed latents, [T, num_heads * C]. What has
+    to be compiled is compiled here, so that no pass waits for it.
     """
-    return _of(device).attention(deterministic=deterministic)
+    kernels = _of(device)
+    if latent is not None:
+        return kernels.latent(latent.rank, deterministic=deterministic)
+    return kernels.attention(deterministic=deterministic)
 
 
 def product_kernel(device: torch.device, *, deterministic: bool = False) -> ProductKernel:

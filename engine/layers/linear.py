@@ -19,6 +19,10 @@ class _Weight:
         self.loading_OI: Tensor | None = placement.empty(rows, columns)
         self._make_product = placement.make_product
 
+    def reorder(self, order_O: Tensor) -> None:
+        assert self.loading_OI is not None
+        self.loading_OI = self.loading_OI[order_O]
+
     def freeze(self) -> Product:
         assert self.loading_OI is not None
         product = self._make_product(self.loading_OI)
@@ -54,6 +58,10 @@ class ColumnLinear:
                 target=self._weight.loading_OI[begin:end],
             )
             begin = end
+
+    def reorder(self, order_O: Tensor) -> None:
+        """Have the outputs in another order; before `prepare`."""
+        self._weight.reorder(order_O)
 
     def prepare(self) -> None:
         self.product = self._weight.freeze()

@@ -18,8 +18,11 @@ from engine.dispatch import Choices, Dispatcher, ExpertMap
 from engine.errors import UnsupportedError
 from engine.kernels import Product, experts_kernel, router_kernel
 from engine.kernels.experts import Experts, Put
+from engine.kernels.rows import Routes
 from engine.kernels.step import SparseWeights
+from engine.layers import gate
 from engine.layers.layer import Placement
+from engine.layers.mlp import DenseMLP
 from engine.weights import Fill, WeightSlot
 
 _OF_EXPERT = re.compile(r"\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -34,6 +37,7 @@ class SparseMLP:
         self._num_experts = config.moe.num_experts
         self._top_k = config.moe.top_k
         self._norm_topk_prob = config.moe.norm_topk_prob
+        self._gate = config.moe.gate
         layout, hidden = placement.layout, config.hidden_size
         self._sizes = (hidden, config.moe.intermediate_size)
         self._inner = layout.expert_inner_part(config.moe.intermediate_size)
@@ -51,6 +55,12 @@ class SparseMLP:
         self._loads_E = torch.zeros(self._num_experts, dtype=torch.int64, device=placement.device)
         # The router is small and decides discretely: fp32 whatever the model's dtype.
         self._router_ED = torch.empty(self._num_experts, hidden, device=placement.device)
+        self._bias_E: Tensor | None = None
+        if self._gate is not None and self._gate.biased:
+            self._bias_E = torch.empty(self._num_experts, device=placement.device)
+        self._shared: DenseMLP | None = None
+        if shared_size := config.moe.shared_size:
+            self._shared = DenseMLP(hidden, shared_size, f"{name}.shared_experts", placement)
         deterministic = placement.deterministic
         self._make_scores = router_kernel(
             placement.device, placement.dtype, deterministic=deterministic
@@ -69,6 +79,15 @@ class SparseMLP:
 
     def slots(self) -> Iterator[WeightSlot]:
         yield self._slot("gate", tuple(self._router_ED.shape), (), self._router_ED)
+        if self._bias_E is not None:
+            yield WeightSlot(
+                name=f"{self._name}.gate.e_score_correction_bias",
+                shape=tuple(self._bias_E.shape),
+                part=(),
+                target=self._bias_E,
+            )
+        if self._shared is not None:
+            yield from self._shared.slots()
         assert self._loading is not None
         for expert, gate_up, down in zip(self._held, *self._loading, strict=True):
             yield from self._slots_of(expert, gate_up, down)
@@ -100,10 +119,15 @@ class SparseMLP:
         self._experts = self._make_experts(*self._loading)
         self._scores = self._make_scores(self._router_ED)
         self._loading = None  # the experts have what they need
+        if self._shared is not None:
+            self._shared.prepare()
 
     def weights(self) -> SparseWeights | None:
-        """Return what a step through all layers needs; None where ranks share the experts."""
-        if self._dispatch is not None:
+        """Return what a step through all layers needs; None where it computes no such layer.
+
+        That is where ranks share the experts, or there is more than a softmax and its experts.
+        """
+        if self._dispatch is not None or self._gate is not None or self._shared is not None:
             return None
         return SparseWeights(
             router_ED=self._router_ED,
@@ -114,12 +138,29 @@ class SparseMLP:
 
     def __call__(self, x_TD: Tensor, most_rows: int) -> Tensor:
         """Return the experts' weighted sum in fp32, each token's in the order of its choices."""
+        routed = self._routed(x_TD, most_rows)
+        if self._shared is None:
+            return routed
+        return routed.add_(self._shared(x_TD, most_rows))
+
+    def _routed(self, x_TD: Tensor, most_rows: int) -> Tensor:
         if self._dispatch is not None:
             return self._dispatch(x_TD, self._choose, self._experts.pairs, most_rows)
         if not len(x_TD):
             return self._add_up(torch.empty_like(x_TD, dtype=torch.float32))
-        routes = self._rows.route(self._scores(x_TD), self._top_k, self._norm_topk_prob)
-        return self._add_up(self._experts(x_TD, routes))
+        return self._add_up(self._experts(x_TD, self._route(self._scores(x_TD))))
+
+    def _route(self, logits_TE: Tensor) -> Routes:
+        if self._gate is None:
+            return self._rows.route(logits_TE, self._top_k, self._norm_topk_prob)
+        return Routes(*self._weigh(logits_TE), self._num_experts)
+
+    def _weigh(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights [T, K] and the experts [T, K] that fp32 scores choose."""
+        how = self._top_k, self._norm_topk_prob
+        if self._gate is None:
+            return self._rows.choose(logits_TE, *how)
+        return gate.choose(logits_TE, self._bias_E, *how, self._gate)
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -189,9 +230,7 @@ class SparseMLP:
 
     def _choose(self, x_TD: Tensor, first: int, counted: slice = slice(None)) -> Choices:
         """See engine.dispatch.Router."""
-        weights_TK, experts_TK = self._rows.choose(
-            self._scores(x_TD), self._top_k, self._norm_topk_prob
-        )
+        weights_TK, experts_TK = self._weigh(self._scores(x_TD))
         chosen_P = experts_TK[counted].flatten()
         self._loads_E.scatter_add_(0, chosen_P, torch.ones_like(chosen_P))
         return Choices(

@@ -6,11 +6,13 @@ from engine.config import ModelConfig
 from engine.layers.layer import Placement
 from engine.models.decoder import Decoder
 from engine.models.dense import Dense
-from engine.models.qwen3_moe import Qwen3Moe
+from engine.models.sparse import Sparse
 
 MODELS: Mapping[str, Callable[[ModelConfig, Placement], Decoder]] = {
+    "DeepseekV2ForCausalLM": Sparse,
+    "DeepseekV3ForCausalLM": Sparse,
     "LlamaForCausalLM": Dense,
     "MistralForCausalLM": Dense,
     "Qwen3ForCausalLM": Dense,
-    "Qwen3MoeForCausalLM": Qwen3Moe,
+    "Qwen3MoeForCausalLM": Sparse,
 }

@@ -24,6 +24,7 @@ from engine.kernels.step import (
 )
 from engine.layers.attention import Attention, Pass
 from engine.layers.embedding import Embedding, TiedHead
+from engine.layers.latent import LatentAttention
 from engine.layers.layer import Layer, Placement
 from engine.layers.linear import ColumnLinear
 from engine.layers.moe import SparseMLP
@@ -61,8 +62,7 @@ class DecoderLayer:
         self._number = layer
         size, eps = config.hidden_size, config.rms_norm_eps
         self._attention_norm = RMSNorm(f"{name}.input_layernorm", size, eps, placement)
-        is_last = layer == config.num_layers - 1
-        self._attention = Attention(config, layer, f"{name}.self_attn", placement, is_last=is_last)
+        self._attention = _attention(config, layer, f"{name}.self_attn", placement)
         self._mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", size, eps, placement)
         self._mlp = make_mlp(layer, f"{name}.mlp")
         self._stream = placement.stream
@@ -74,13 +74,13 @@ class DecoderLayer:
 
     def weights(self) -> LayerWeights | None:
         """Return what a step through all layers needs; None where it is not for one."""
-        mlp = self._mlp.weights()
-        if mlp is None:
+        mlp, attention = self._mlp.weights(), self._attention.weights()
+        if mlp is None or attention is None:
             return None
         return LayerWeights(
             number=self._number,
             attention_norm=self._attention_norm.norm,
-            attention=self._attention.weights(),
+            attention=attention,
             mlp_norm=self._mlp_norm.norm,
             mlp=mlp,
         )
@@ -113,6 +113,7 @@ class Decoder:
         self.sparse: dict[int, SparseMLP] = {}
         self._numbers = placement.layout.layers(config.num_layers)
         self._num_layers = config.num_layers
+        self._more = range(config.num_layers, config.num_layers + config.more_layers)
         self._is_tied = config.tie_word_embeddings
         is_first = self._numbers.start == 0
         is_last = self._numbers.stop == config.num_layers
@@ -124,7 +125,7 @@ class Decoder:
         self._is_alone = placement.layout.tp == 1
         self._watch = placement.watch
         self._step: Step | None = None
-        self.rotary = Rotary(config.head_size, config.rope, placement.device)
+        self.rotary = Rotary(config.turned_size, config.rope, placement.device)
 
     def slots(self) -> Iterator[WeightSlot]:
         for part in self._parts():
@@ -152,7 +153,8 @@ class Decoder:
             layer = int(found[1])
             if layer in self.sparse:
                 return self.sparse[layer].ignores(tensor_name)
-            return layer < self._num_layers and layer not in self._numbers
+            is_elsewhere = layer < self._num_layers and layer not in self._numbers
+            return is_elsewhere or layer in self._more
         if tensor_name == f"{_EMBEDDING}.weight":
             return self._embedding is None
         return self._end is None and tensor_name in (f"{_NORM}.weight", f"{_HEAD}.weight")
@@ -236,6 +238,14 @@ class _End:
         logits_SW = logits_SW.float()
         self._watch.to(REST)
         return logits_SW
+
+
+def _attention(
+    config: ModelConfig, layer: int, name: str, placement: Placement
+) -> Attention | LatentAttention:
+    if config.latent is not None:
+        return LatentAttention(config, layer, name, placement)
+    return Attention(config, layer, name, placement, is_last=layer == config.num_layers - 1)
 
 
 def _is_step(shared: Pass) -> bool:

@@ -114,8 +114,11 @@ class Ring:
                 kv_LXH = cells.view(len(cells) // heads, heads, head_size)
             else:
                 kv_LXH = kv_TXH
+            if cache.planes == 1:
+                # The cell is the key, and its first part the value: what else comes out is no use.
+                kv_LXH = kv_LXH.repeat(1, 2, 1)
             out_TNH = ring.attend(q_TNH.contiguous(), kv_LXH, made.plan)
-            return out_TNH.reshape(len(q_TNH), num_heads * q_TNH.shape[2])
+            return out_TNH[:, :, : cache.value_size].reshape(len(q_TNH), -1)
 
         return attend
 

@@ -61,6 +61,33 @@ class Attention:
         return out_TNH.view(tokens, num_heads * size)
 
 
+class LatentAttention:
+    """See `AttentionKernel`: over one cell a token; what is returned are mixed latents."""
+
+    def __init__(self, latent: int, *, deterministic: bool = False) -> None:
+        """`latent` elements of a cell are the value too."""
+        self._attend = kernels(deterministic=deterministic).latent
+        self._latent = latent
+
+    def __call__(self, qkv_TNX: Tensor, cache_runs: Tensor, batch: Batch, num_heads: int) -> Tensor:
+        tokens, _, size = qkv_TNX.shape
+        cells_BPX = cache_runs.view(len(cache_runs), -1, size)
+        out_TNC = qkv_TNX.new_empty(tokens, num_heads, self._latent)
+        rows = batch.decode
+        if rows:
+            part = slice(len(rows))
+            q_SNX, on_device = qkv_TNX[part, :num_heads], rows.on_device
+            seen = (*on_device, rows.lengths[0])
+            out_TNC[part] = self._attend(q_SNX, cells_BPX, self._latent, *seen)[0]
+        for span in batch.prefill:
+            part = slice(span.begin, span.end)
+            table_B, _, end_T = span.on_device
+            seen = (table_B.expand(len(end_T), -1), end_T, span.start + span.end - span.begin)
+            q_TNX = qkv_TNX[part, :num_heads]
+            out_TNC[part] = self._attend(q_TNX, cells_BPX, self._latent, *seen)[0]
+        return out_TNC.flatten(1)
+
+
 def _cached(cache_runs: Tensor, cache: KVCache, size: int) -> tuple[Tensor, Tensor]:
     """Return a layer's keys and values, [B, G, P, H] each."""
     shape = 2, cache.num_blocks, cache.num_heads, cache.block_size, size

@@ -11,6 +11,7 @@ import transformers
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 LLAMA = "LlamaForCausalLM"
+DEEPSEEK_V2, DEEPSEEK_V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 128,
@@ -32,6 +33,28 @@ _MOE_SHAPE: dict[str, Any] = {
     "norm_topk_prob": True,
 }
 
+# The first of three layers is dense.
+_DEEPSEEK_SHAPE: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "kv_lora_rank": 40,
+    "q_lora_rank": 56,
+    "head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+}
+_MORE: dict[str, dict[str, Any]] = {
+    "Qwen3MoeForCausalLM": _MOE_SHAPE,
+    DEEPSEEK_V2: _DEEPSEEK_SHAPE | {"topk_method": "greedy", "norm_topk_prob": False},
+    DEEPSEEK_V3: _DEEPSEEK_SHAPE | {"n_group": 4, "topk_group": 2, "norm_topk_prob": True},
+}
+
 
 def make_checkpoint(
     folder: Path,
@@ -48,8 +71,7 @@ def make_checkpoint(
     rope_parameters. Weights are drawn so that every part of the model matters and logits are far
     from flat.
     """
-    moe = architecture == "Qwen3MoeForCausalLM"
-    fields = _SHAPE | (_MOE_SHAPE if moe else {}) | shape
+    fields = _SHAPE | _MORE.get(architecture, {}) | shape
     scaling = fields.pop("rope", {"rope_type": "default"})
     fields["rope_parameters"] = scaling | {"rope_theta": fields.pop("rope_theta")}
     config_class = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
@@ -63,6 +85,9 @@ def make_checkpoint(
             else:
                 gain = 3.0 if name.endswith(("lm_head.weight", "embed_tokens.weight")) else 1.0
                 parameter.copy_(gain * noise * parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

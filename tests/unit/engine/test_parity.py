@@ -8,7 +8,14 @@ import torch
 
 from engine.kernels import attention_cpu, experts
 from engine.runner import Chunk
-from tests.unit.engine.checkpoints import ARCHITECTURES, LLAMA, hugging_face_logits, make_checkpoint
+from tests.unit.engine.checkpoints import (
+    ARCHITECTURES,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    LLAMA,
+    hugging_face_logits,
+    make_checkpoint,
+)
 from tests.unit.engine.conftest import MakeRunner
 
 DENSE, MOE = ARCHITECTURES
@@ -29,6 +36,12 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
     (LLAMA, {"num_attention_heads": 8, "num_key_value_heads": 2}),
     (LLAMA, {"head_dim": 24, "tie_word_embeddings": True, "rope_theta": 1e4}),
     ("MistralForCausalLM", {"sliding_window": None}),
+    (DEEPSEEK_V2, {}),
+    (DEEPSEEK_V2, {"q_lora_rank": None, "n_shared_experts": 1}),
+    (DEEPSEEK_V2, {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
+    (DEEPSEEK_V3, {}),
+    (DEEPSEEK_V3, {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
+    (DEEPSEEK_V3, {"first_k_dense_replace": 0, "num_experts_per_tok": 4}),
 ]
 TRAINED = {"original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -41,6 +54,8 @@ ROPES: list[tuple[str, dict[str, Any]]] = [
     (DENSE, YARN | {"original_max_position_embeddings": 64, "truncate": False}),
     (DENSE, YARN | TRAINED | {"beta_fast": 4, "beta_slow": 2, "attention_factor": 0.7}),
     (DENSE, YARN | TRAINED | {"mscale": 1.0, "mscale_all_dim": 0.5}),
+    (DEEPSEEK_V2, YARN | TRAINED | {"mscale": 0.707, "mscale_all_dim": 0.707}),
+    (DEEPSEEK_V3, YARN | TRAINED | {"mscale": 1.0, "mscale_all_dim": 1.0}),
 ]
 
 

@@ -1,4 +1,8 @@
-"""Qwen3-MoE, the sparse models. Source: Qwen3 technical report, arXiv 2505.09388."""
+"""Models with experts: Qwen3-MoE, DeepSeek-V2 and DeepSeek-V3.
+
+Sources: Qwen3 technical report, arXiv 2505.09388; DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv
+2412.19437, of which the layers that predict further tokens are not computed.
+"""
 
 from engine.config import ModelConfig
 from engine.layers.layer import Placement
@@ -7,7 +11,7 @@ from engine.layers.moe import SparseMLP
 from engine.models.decoder import MLP, Decoder
 
 
-class Qwen3Moe(Decoder):
+class Sparse(Decoder):
     """Experts in the layers that the configuration calls sparse, dense MLPs in the others."""
 
     def __init__(self, config: ModelConfig, placement: Placement) -> None:
