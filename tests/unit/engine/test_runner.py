@@ -185,7 +185,7 @@ def test_block_bytes_are_those_of_the_cache(checkpoint: Path, make_runner: MakeR
     assert 10 * block_bytes == runner.cache.tensor.nbytes
     config = runner.config
     assert runner.cache.tensor.shape == (
-        config.num_layers, 2, 10, config.num_kv_heads, 8, config.head_size
+        config.num_layers, config.kv_planes, 10, config.num_kv_heads, 8, config.head_size
     )  # fmt: skip
 
 

@@ -154,7 +154,9 @@ class Paged:
         random = np.random.default_rng(len(chunks))
         tables = [-(-(start + tokens) // block_size) for start, tokens in chunks]
         blocks = iter(random.permutation(sum(tables)).tolist())
-        config: Any = SimpleNamespace(num_kv_heads=kv_heads, num_layers=1, head_size=size)
+        config: Any = SimpleNamespace(
+            num_kv_heads=kv_heads, num_layers=1, head_size=size, kv_planes=2, latent=None
+        )
         self.cache = KVCache(
             config=config,
             dtype=torch.bfloat16,

@@ -53,7 +53,9 @@ class Decoding:
         random = torch.Generator().manual_seed(seed)
         needed = [-(-length // block_size) for length in lengths]
         blocks = iter(np.random.default_rng(seed).permutation(sum(needed) + 3))
-        config: Any = SimpleNamespace(num_kv_heads=kv_heads, num_layers=1, head_size=size)
+        config: Any = SimpleNamespace(
+            num_kv_heads=kv_heads, num_layers=1, head_size=size, kv_planes=2, latent=None
+        )
         self.cache = KVCache(
             config=config,
             dtype=torch.bfloat16,
