@@ -21,7 +21,7 @@ def choose(
     scores_TE = logits_TE.sigmoid() if gate.sigmoid else logits_TE.softmax(-1)
     ranked_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if gate.groups > 1:
-        ranked_TQE = ranked_TE.view(len(ranked_TE), gate.groups, -1)
+        ranked_TQE = ranked_TE.view(len(ranked_TE), gate.groups, ranked_TE.shape[1] // gate.groups)
         best_TQ = ranked_TQE.topk(gate.best_of_group, dim=-1).values.sum(-1)
         chosen = best_TQ.topk(gate.chosen_groups, dim=-1).indices
         out_TQ = torch.ones_like(best_TQ, dtype=torch.bool).scatter_(1, chosen, False)

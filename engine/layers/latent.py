@@ -132,10 +132,10 @@ class LatentAttention:
         sizes, heads = self._sizes, self._num_heads
         made_SJ = self._queries(x_SD)
         plain = heads * sizes.plain_size
-        turned_SNR = made_SJ[:, plain:].view(-1, heads, sizes.turned_size)
+        turned_SNR = made_SJ[:, plain:].view(len(x_SD), heads, sizes.turned_size)
         self._rows.norm_rotate(turned_SNR, self._turn_queries, angles.cos_T1H, angles.sin_T1H)
         into_SNX[:, :, sizes.rank :] = turned_SNR
-        plain_NSE = made_SJ[:, :plain].view(-1, heads, sizes.plain_size).transpose(0, 1)
+        plain_NSE = made_SJ[:, :plain].view(len(x_SD), heads, sizes.plain_size).transpose(0, 1)
         out_NSC = into_SNX.new_empty(heads, len(x_SD), sizes.rank)
         # The scale before the product is rounded, not after.
         torch.baddbmm(out_NSC, plain_NSE, self._keys_NEC, beta=0, alpha=sizes.scale, out=out_NSC)
@@ -143,8 +143,8 @@ class LatentAttention:
 
     def _project(self, mixed_SI: Tensor) -> Tensor:
         """Make each head's value of its mixed latent, and the layer's output of all values."""
-        mixed_NSC = mixed_SI.view(-1, self._num_heads, self._sizes.rank).transpose(0, 1)
-        values_NSV = torch.bmm(mixed_NSC, self._values_NCV)
+        mixed_SNC = mixed_SI.view(len(mixed_SI), self._num_heads, self._sizes.rank)
+        values_NSV = torch.bmm(mixed_SNC.transpose(0, 1), self._values_NCV)
         return self._out(values_NSV.transpose(0, 1).flatten(1))
 
 

@@ -118,7 +118,7 @@ class Ring:
                 # The cell is the key, and its first part the value: what else comes out is no use.
                 kv_LXH = kv_LXH.repeat(1, 2, 1)
             out_TNH = ring.attend(q_TNH.contiguous(), kv_LXH, made.plan)
-            return out_TNH[:, :, : cache.value_size].reshape(len(q_TNH), -1)
+            return out_TNH[:, :, : cache.value_size].flatten(1)
 
         return attend
 

@@ -33,6 +33,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "odd": (MOE, {"num_experts": 5, "num_experts_per_tok": 3, "decoder_sparse_step": 2}),
     # All scores are equal: two experts get every token, the others none.
     "ties": (MOE, {}),
+    # Shared experts, groups to choose from, and a cache of latents.
+    "latent": ("DeepseekV3ForCausalLM", {"vocab_size": 260}),
 }
 DISPATCHERS = ("allgather", "alltoall", "padded")
 SPLITS: list[dict[str, int]] = [
@@ -87,6 +89,10 @@ def _cases() -> dict[str, dict[str, Any]]:
         add("moe", dispatch, split, "bf16", dtype="bfloat16")
         add("moe", dispatch, split, "bf16 moving", dtype="bfloat16", **more)
     add("moe", "auto", {"dp": 2, "ep": 2})
+    add("latent", "allgather", {"tp": 2})
+    add("latent", "allgather", {"tp": 2, "ep": 2})
+    add("latent", "padded", {"dp": 2, "ep": 2})
+    add("latent", "alltoall", {"dp": 2, "tp": 2, "ep": 4})
     return found
 
 
@@ -175,20 +181,23 @@ SPARSE = [name for name in FP32 if CASES[name]["model"] != "dense"]
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_every_token_is_counted_once_for_each_of_its_experts(name: str, computed: Path) -> None:
+def test_every_token_is_counted_once_for_each_of_its_experts(
+    name: str, models: dict[str, Path], computed: Path
+) -> None:
     case = CASES[name]
+    moe = load_config(models[case["model"]]).moe
+    assert moe is not None
     loads: dict[str, Tensor] = {}
     for layout in _layouts(case):
         for key, load in load_file(computed / f"{name}.{layout.rank}").items():
             if key.startswith("loads."):
                 loads[key] = loads.get(key, torch.zeros_like(load)) + load
     every = [passes(rank, 128)[step] for rank in range(case.get("dp", 1)) for step in range(STEPS)]
-    top_k = 3 if case["model"] == "odd" else 2
-    assert len(loads) == (1 if case["model"] == "odd" else 3)
+    assert loads.keys() == {f"loads.{layer}" for layer in range(3) if moe.is_sparse(layer)}
     for key, load in loads.items():
         # The last layer computes what comes after attention for the wanted rows only.
         rows = sum(map(len, every) if key == "loads.2" else map(tokens_of, every))
-        assert load.sum() == top_k * rows
+        assert load.sum() == moe.top_k * rows
         if case["model"] == "ties":
             assert sorted(load.tolist()) == [0] * 6 + [rows] * 2
 
@@ -227,8 +236,9 @@ def _theory(
     own_part = part.stop - part.start
     layers = len(layout.layers(config.num_layers))
     found: dict[str, list[int]] = {}
-    # Without experts a layer has two all-reduces; a layer with experts has attention's.
-    reduces = 2 * layers - sparse + (layout.pp_rank == 0)
+    # Without experts a layer has two all-reduces; a layer with experts has attention's, and that of
+    # experts which all tokens go through.
+    reduces = 2 * layers - (0 if config.moe.shared_size else sparse) + (layout.pp_rank == 0)
     if own:
         # Alone, nothing needs an embedding's sum.
         reduces -= tp == 1 and layout.pp_rank == 0

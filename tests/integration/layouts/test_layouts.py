@@ -21,6 +21,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("Qwen3ForCausalLM", {"vocab_size": 211}),
     "tied": ("LlamaForCausalLM", {"vocab_size": 512, "tie_word_embeddings": True}),
     "moe": ("Qwen3MoeForCausalLM", {"vocab_size": 300}),
+    # Without experts, of which a rounding may have a token choose others.
+    "latent": ("DeepseekV3ForCausalLM", {"vocab_size": 260, "first_k_dense_replace": 3}),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2},
