@@ -22,7 +22,7 @@ Call = Callable[[], None]
 
 
 class CacheMemory(Protocol):
-    """Keys and values for transfers, [L, 2, B, G, block_size, H]; layers by the model's numbers."""
+    """Keys and values for transfers, shaped as KVCache.tensor; layers by the model's numbers."""
 
     @property
     def tensor(self) -> Tensor:
@@ -161,7 +161,7 @@ class HostCopy:
         runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
         extents = [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
         for layer in layers:
-            for plane in (0, 1):
+            for plane in range(self.tensor.shape[1]):
                 for extent in extents:
                     yield layer - self.layers.start, plane, extent
 

@@ -172,7 +172,7 @@ class GpuSide:
         shape_BGTH = self._blocks, *held.shape[3:]
         count = int(np.prod(shape_BGTH))
         for layer in range(len(self._memory.layers)):
-            for plane in (0, 1):
+            for plane in range(held.shape[1]):
                 places = torch.arange(count, dtype=torch.int32, device=self._device)
                 bits = places.add_(layer * 77 + plane * 7919).remainder_(_PRIME)
                 of_blocks = slice(self._chosen.start, self._chosen.stop)

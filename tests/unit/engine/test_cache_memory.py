@@ -1,6 +1,7 @@
 """Memory for transfers beside a GPU's cache: what is computed or arrives comes over in time."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from engine.config import ModelConfig, load_config
 from engine.kvcache import KVCache
 from engine.parallel import Layout
 from tests.late_lane import LateLane
-from tests.unit.engine.checkpoints import ARCHITECTURES, make_checkpoint
+from tests.unit.engine.checkpoints import ARCHITECTURES, DEEPSEEK_V3, make_checkpoint
 
 BLOCKS = 8
 
@@ -75,6 +76,14 @@ def test_blocks_come_over_and_no_others(config: ModelConfig, way: str) -> None:
     assert of_blocks(there, 1) == [new, old, old, new, new, new, new, old]
     # K and V, of three runs of blocks.
     assert apart.lane.copies == 2 * 3
+
+
+def test_cells_of_latents_are_one_plane(tmp_path: Path) -> None:
+    apart = Apart(load_config(make_checkpoint(tmp_path, DEEPSEEK_V3)))
+    apart.memory.save([2], [1, 2])
+    apart.settle()
+    assert of_blocks(apart.memory.tensor, 2)[:4] == [2, 1, 1, 2]
+    assert apart.lane.copies == 1
 
 
 def test_layers_are_the_models_numbers(config: ModelConfig) -> None:
