@@ -54,7 +54,8 @@ def refusal(shape: ModelShape, layout: Layout) -> str | None:
     """Say why the engine would refuse this layout for this model; None where it would not."""
     heads, kv_heads, tp = shape.heads, shape.kv_heads, layout.tp
     shared_heads = shape.latent is None and kv_heads % tp and tp % kv_heads
-    if heads % tp or shared_heads or (shape.has_dense_mlp and shape.inner % tp):
+    shared = shape.experts.shared_inner if shape.experts is not None else 0
+    if heads % tp or shared_heads or shared % tp or (shape.has_dense_mlp and shape.inner % tp):
         return f"tp {tp} does not divide {heads} heads, {kv_heads} KV heads and the MLP"
     if layout.pp > shape.layers:
         return f"pp {layout.pp} needs as many layers; there are {shape.layers}"

@@ -80,7 +80,7 @@ def read_config(path: Path, weight_bits: float | None = None) -> ModelShape:
         latent=_latent(fields) if architecture in _LATENT else None,
         weight_bits=_weight_bits(fields) if weight_bits is None else weight_bits,
         kv_bits=_DTYPE_BITS.get(_dtype(fields), 16),
-        runs_here=architecture in RUN_HERE,
+        runs_here=architecture in RUN_HERE and fields.content.get("quantization_config") is None,
     )
 
 

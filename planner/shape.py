@@ -49,7 +49,7 @@ class ModelShape:
         mlp_matrices: 3 where a gate is beside the MLP's two matrices, 2 where there is none.
         weight_bits: Of a weight; 4, 8 and 16 are usual.
         kv_bits: Of an element of the cache.
-        runs_here: Whether this project's engine computes the architecture.
+        runs_here: Whether this project's engine computes the architecture with such weights.
     """
 
     name: str

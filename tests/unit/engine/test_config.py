@@ -1,12 +1,14 @@
 """Reading a model folder's configuration, and refusing what is not computed here."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.config import ARCHITECTURES, MoeConfig, load_config
+from engine.config_deepseek import Gate
 from engine.errors import ConfigError
 from engine.models import MODELS
 from engine.rope import Llama3, Rope, Yarn
@@ -71,6 +73,65 @@ LLAMA: dict[str, Any] = {
     "vocab_size": 128256,
 }
 
+# DeepSeek-V2-Lite's own, but for fields of training.
+DEEPSEEK: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "eos_token_id": 100001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+# What DeepSeek-V3's has otherwise.
+V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+}
+
 
 def write(folder: Path, config: dict[str, Any], **changes: Any) -> Path:
     """Write config.json; a change to ... removes the field."""
@@ -111,6 +172,55 @@ def test_published_llama_configs(tmp_path: Path) -> None:
     old = {"rope_theta": ..., "rope_scaling": None, "num_key_value_heads": ...}
     config = load_config(write(tmp_path, LLAMA, **old))
     assert (config.rope, config.num_kv_heads) == (Rope(theta=1e4), 32)
+
+
+def test_published_deepseek_configs(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, DEEPSEEK))
+    latent, moe = config.latent, config.moe
+    assert latent is not None
+    assert (latent.query_rank, latent.rank, latent.cell_size) == (None, 512, 576)
+    assert (config.num_kv_heads, config.head_size, config.kv_planes) == (1, 576, 1)
+    # Both roots of the original's factor are in its softmax_scale.
+    assert latent.scale == pytest.approx(192**-0.5 * (0.0707 * math.log(40) + 1) ** 2)
+    assert config.rope.amplitude == 1
+    assert config.max_position_embeddings == 163_840
+    assert moe is not None
+    assert (moe.num_experts, moe.top_k, moe.shared_size) == (64, 6, 2816)
+    assert [moe.is_sparse(layer) for layer in range(3)] == [False, True, True]
+    assert moe.gate is not None
+    assert (moe.gate.sigmoid, moe.gate.biased, moe.gate.groups) == (False, False, 1)
+
+    config = load_config(write(tmp_path, DEEPSEEK | V3))
+    assert config.moe is not None
+    assert config.moe.gate == Gate(
+        sigmoid=True, biased=True, groups=8, chosen_groups=4, best_of_group=2, scale=2.5
+    )
+    assert config.latent is not None
+    assert (config.latent.query_rank, config.more_layers) == (1536, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'; it must be greedy or"),
+        ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; it must be softmax"),
+        ({"norm_topk_prob": True}, "norm_topk_prob is True; it must be false"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq is 2; it must be 1"),
+        ({"kv_lora_rank": ...}, "kv_lora_rank is missing"),
+        ({"qk_rope_head_dim": 63}, "qk_rope_head_dim is 63.*even"),
+        (V3 | {"n_group": 7}, "n_group is 7.*n_routed_experts, which is 256"),
+        (V3 | {"topk_group": 9}, "topk_group is 9.*n_group, which is 8"),
+        (V3 | {"num_experts_per_tok": 200}, "num_experts_per_tok is 200.*chosen groups"),
+        (V3 | {"topk_method": "greedy"}, "topk_method is 'greedy'; it must be noaux_tc"),
+        (V3 | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*bfloat16"),
+    ],
+)
+def test_bad_fields_of_deepseek_are_refused_by_name(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write(tmp_path, DEEPSEEK, **changes)
+    with pytest.raises(ConfigError, match=rf"config\.json: .*{message}"):
+        load_config(tmp_path)
 
 
 def test_mistral_without_a_window_is_read_and_with_one_refused(tmp_path: Path) -> None:

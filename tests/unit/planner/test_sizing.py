@@ -109,6 +109,12 @@ DEEPSEEK_V3 = {
     "torch_dtype": "bfloat16",
     "quantization_config": {"quant_method": "fp8"},
 }
+DEEPSEEK_IN_BF16 = DEEPSEEK_V3 | {
+    "quantization_config": None,
+    "topk_method": "noaux_tc",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+}
 MIXTRAL = {
     "architectures": ["MixtralForCausalLM"],
     "hidden_size": 4096,
@@ -208,13 +214,18 @@ def test_a_folder_a_file_and_a_name_are_all_models(tmp_path: Path) -> None:
     assert find_model(str(path)).runs_here
     assert find_model("Llama-3-8B").runs_here
     assert not find_model("OPT-13B").runs_here
+
+
+def test_quantized_weights_do_not_run_here(tmp_path: Path) -> None:
+    assert not read_config(write(tmp_path, DEEPSEEK_V3)).runs_here
+    assert read_config(write(tmp_path, DEEPSEEK_IN_BF16)).runs_here
     assert find_model("llama-3-8b", weight_bits=4).weight_bytes == pytest.approx(4.0e9, rel=0.01)
 
 
 # ---- layouts
 
 
-@pytest.mark.parametrize("config", [QWEN3_8B, QWEN3_30B_A3B])
+@pytest.mark.parametrize("config", [QWEN3_8B, QWEN3_30B_A3B, DEEPSEEK_IN_BF16])
 def test_layouts_are_refused_as_the_engine_refuses_them(config: object, tmp_path: Path) -> None:
     path = write(tmp_path, config)
     shape, engine_config = read_config(path), load_config(tmp_path)
