@@ -186,10 +186,21 @@ def _refuse_unsupported(fields: Fields, family: _Family) -> None:
         raise fields.error("layer_types", "full_attention for every layer")
     if fields.get("hidden_act") not in (None, "silu"):
         raise fields.error("hidden_act", "silu")
-    if fields.get("quantization_config") is not None:
+    quantization = fields.get("quantization_config")
+    if quantization is not None and not _is_known_fp8(quantization):
         raise fields.error(
-            "quantization_config", "absent; use a checkpoint in bfloat16, float16 or float32"
+            "quantization_config",
+            "absent, or fp8 (e4m3) in blocks of 128 x 128; use a checkpoint in bfloat16, float16, "
+            "float32 or such fp8",
         )
+
+
+def _is_known_fp8(quantization: object) -> bool:
+    """Tell whether weights are in the format of engine.quantized."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+        return False
+    blocks = quantization.get("weight_block_size")
+    return blocks == [128, 128] and quantization.get("fmt", "e4m3") == "e4m3"
 
 
 def _head_size(fields: Fields, family: _Family, num_heads: int) -> int:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine import quantized
 from engine.checkpoint import TensorInfo, read_checkpoint
 from engine.config import ModelConfig, load_config
 from engine.errors import ConfigError, WeightError
@@ -32,6 +33,7 @@ _STORED = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,
+    quantized.FP8: torch.float8_e4m3fn,
 }
 _LOADABLE = tuple(_STORED)
 _SAMPLED_TENSORS = 4096
@@ -83,10 +85,14 @@ def load_weights(
     tensors = read_checkpoint(folder)
     wanted = defaultdict(list)
     for slot in slots:
-        _check(folder, slot, tensors.get(slot.name))
+        _check(folder, slot, tensors)
         wanted[tensors[slot.name].file].append(slot)
     names = {slot.name for slot in slots}
-    surplus = [name for name in tensors if name not in names and not ignored(name)]
+    surplus = [
+        name
+        for name in tensors
+        if name not in names and not ignored(name) and not quantized.is_scale(name, tensors)
+    ]
     if surplus:
         raise WeightError(
             tensors[surplus[0]].file,
@@ -97,13 +103,14 @@ def load_weights(
     done = 0
     for file, file_slots in wanted.items():
         file_slots.sort(key=lambda slot: tensors[slot.name].begin)  # disks like it in order
-        for slot in _copy(file, file_slots):
+        for slot in _copy(file, file_slots, tensors):
             done += tensors[slot.name].end - tensors[slot.name].begin
             if progress is not None:
                 progress(done, total)
 
 
-def _check(folder: Path, slot: WeightSlot, tensor: TensorInfo | None) -> None:
+def _check(folder: Path, slot: WeightSlot, tensors: Mapping[str, TensorInfo]) -> None:
+    tensor = tensors.get(slot.name)
     if tensor is None:
         raise WeightError(folder, f"has no tensor {slot.name}; is the checkpoint complete?")
     if tensor.shape != slot.shape:
@@ -116,16 +123,27 @@ def _check(folder: Path, slot: WeightSlot, tensor: TensorInfo | None) -> None:
             tensor.file,
             f"{slot.name} has dtype {tensor.dtype}; supported are {', '.join(_LOADABLE)}",
         )
+    quantized.scale_of(tensor, tensors)
 
 
-def _copy(file: Path, slots: Iterable[WeightSlot]) -> Iterable[WeightSlot]:
+def _copy(
+    file: Path, slots: Iterable[WeightSlot], tensors: Mapping[str, TensorInfo]
+) -> Iterable[WeightSlot]:
     try:
         with safe_open(file, framework="pt") as opened:
             for slot in slots:
-                slot.target.copy_(opened.get_slice(slot.name)[slot.part])
+                _put(opened.get_slice(slot.name)[slot.part], slot, tensors)
                 yield slot
     except (SafetensorError, OSError) as exc:
         raise WeightError(file, f"cannot be read: {exc}") from exc
+
+
+def _put(part: Tensor, slot: WeightSlot, tensors: Mapping[str, TensorInfo]) -> None:
+    """Copy what was read of a tensor into its slot; raises OSError."""
+    scale = quantized.scale_of(tensors[slot.name], tensors)
+    if scale is not None:
+        part = quantized.widened(part, _read(scale), slot.part)
+    slot.target.copy_(part)
 
 
 class Reader:
@@ -149,13 +167,12 @@ class Reader:
         """Copy tensors into their slots as `load_weights` does; raises WeightError likewise."""
         for slot in slots:
             began_s = time.perf_counter()
-            tensor = self._tensors.get(slot.name)
-            _check(self._folder, slot, tensor)
-            assert tensor is not None
+            _check(self._folder, slot, self._tensors)
+            tensor = self._tensors[slot.name]
             try:
                 if _version(tensor.file) != self._versions[tensor.file]:
                     raise WeightError(tensor.file, "has changed since the model was loaded")
-                slot.target.copy_(_read(tensor)[slot.part])
+                _put(_read(tensor)[slot.part], slot, self._tensors)
             except OSError as exc:
                 raise WeightError(tensor.file, f"cannot be read: {exc}") from exc
             self._pause(time.perf_counter() - began_s)

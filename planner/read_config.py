@@ -13,6 +13,7 @@ from planner.errors import ShapeError
 from planner.shape import Experts, Latent, ModelShape
 
 CONFIG_FILE = "config.json"
+_LEAST_BITS = 16  # of a weight that this project computes with
 _DTYPE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 
 
@@ -65,6 +66,7 @@ def read_config(path: Path, weight_bits: float | None = None) -> ModelShape:
             "num_key_value_heads", f"is {kv_heads}; it must divide num_attention_heads, {heads}"
         )
     bloom = architecture == _BLOOM
+    bits = _weight_bits(fields) if weight_bits is None else weight_bits
     return ModelShape(
         name=path.parent.name or architecture,
         layers=layers,
@@ -78,9 +80,9 @@ def read_config(path: Path, weight_bits: float | None = None) -> ModelShape:
         tied=bool(fields.content.get("tie_word_embeddings", bloom)),
         experts=_EXPERTS[architecture](fields, layers),
         latent=_latent(fields) if architecture in _LATENT else None,
-        weight_bits=_weight_bits(fields) if weight_bits is None else weight_bits,
+        weight_bits=bits,
         kv_bits=_DTYPE_BITS.get(_dtype(fields), 16),
-        runs_here=architecture in RUN_HERE and fields.content.get("quantization_config") is None,
+        runs_here=architecture in RUN_HERE and bits >= _LEAST_BITS,
     )
 
 

@@ -101,7 +101,10 @@ def question_lines(plan: Plan) -> list[str]:
     )
     lines = [model, load, f"calibration: {question.calibration.source or 'of the given file'}"]
     if not shape.runs_here:
-        lines.append("twinpool does not run this model yet; the plan is arithmetic alone")
+        lines.append(
+            f"twinpool does not compute this architecture with weights of {shape.weight_bits:g} "
+            "bits yet; the plan is arithmetic alone"
+        )
     return lines
 
 

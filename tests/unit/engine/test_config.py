@@ -212,7 +212,7 @@ def test_published_deepseek_configs(tmp_path: Path) -> None:
         (V3 | {"topk_group": 9}, "topk_group is 9.*n_group, which is 8"),
         (V3 | {"num_experts_per_tok": 200}, "num_experts_per_tok is 200.*chosen groups"),
         (V3 | {"topk_method": "greedy"}, "topk_method is 'greedy'; it must be noaux_tc"),
-        (V3 | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*bfloat16"),
+        (V3 | {"quantization_config": {"quant_method": "awq"}}, "quantization_config.*bfloat16"),
     ],
 )
 def test_bad_fields_of_deepseek_are_refused_by_name(

@@ -39,7 +39,7 @@ def test_the_best_split_and_the_others_reasons_are_shown(tmp_path: Path) -> None
 def test_a_model_that_does_not_run_here_is_planned_without_commands() -> None:
     result = invoke("bloom-176b", "--gpu", "H100", "--gpus", "16", *LOAD, *LIMITS)
     assert result.exit_code == 0, result.output
-    assert "twinpool does not run this model yet" in result.stdout
+    assert "twinpool does not compute this architecture with weights of 16 bits" in result.stdout
     assert "twinpool decode" not in result.stdout
 
 

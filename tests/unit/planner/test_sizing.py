@@ -216,8 +216,10 @@ def test_a_folder_a_file_and_a_name_are_all_models(tmp_path: Path) -> None:
     assert not find_model("OPT-13B").runs_here
 
 
-def test_quantized_weights_do_not_run_here(tmp_path: Path) -> None:
-    assert not read_config(write(tmp_path, DEEPSEEK_V3)).runs_here
+def test_weights_run_here_that_are_wide_enough(tmp_path: Path) -> None:
+    path = write(tmp_path, DEEPSEEK_V3)
+    assert not read_config(path).runs_here
+    assert read_config(path, weight_bits=16).runs_here
     assert read_config(write(tmp_path, DEEPSEEK_IN_BF16)).runs_here
     assert find_model("llama-3-8b", weight_bits=4).weight_bytes == pytest.approx(4.0e9, rel=0.01)
 
