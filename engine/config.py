@@ -30,6 +30,7 @@ class _Family:
 
     moe: bool
     qk_norm: bool
+    qkv_bias: bool = False
     default_head_size: int | None  # None: hidden_size / num_attention_heads
     default_theta: float | None = None
     has_window: bool = False  # where `sliding_window` is given
@@ -43,6 +44,7 @@ ARCHITECTURES: Mapping[str, _Family] = {
     "DeepseekV3ForCausalLM": replace(_LLAMA, moe=True, read_gate=read_gate_v3),
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _MISTRAL,
+    "Qwen2ForCausalLM": replace(_LLAMA, qkv_bias=True),
     "Qwen3ForCausalLM": _Family(moe=False, qk_norm=True, default_head_size=128),
     "Qwen3MoeForCausalLM": _Family(moe=True, qk_norm=True, default_head_size=None),
 }
@@ -78,7 +80,8 @@ class MoeConfig:
 class ModelConfig:
     """The sizes and constants of one model. `dtype` is the checkpoint's own.
 
-    With `qk_norm` the heads of queries and keys are normalised. `max_position_embeddings` are the
+    With `qk_norm` the heads of queries and keys are normalised; with `qkv_bias` something is added
+    to queries, keys and values. `max_position_embeddings` are the
     tokens of the longest sequence, with what `rope` adds to those that were trained with. Of a
     model with `latent` attention, `num_kv_heads` and `head_size` are those of its cells: one of
     `latent.cell_size`. A checkpoint may hold `more_layers`, which are not computed here.
@@ -99,6 +102,7 @@ class ModelConfig:
     max_position_embeddings: int
     dtype: str
     eos_token_ids: tuple[int, ...]
+    qkv_bias: bool = False
     moe: MoeConfig | None = None
     latent: LatentConfig | None = None
     more_layers: int = 0
@@ -155,6 +159,7 @@ def load_config(folder: Path) -> ModelConfig:
         rms_norm_eps=fields.number("rms_norm_eps"),
         rope=rope,
         qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias,
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
         max_position_embeddings=rope.max_tokens(fields.integer("max_position_embeddings")),
         dtype=_dtype(fields),

@@ -68,7 +68,7 @@ class Attention:
         q = (f"{name}.q_proj", config.num_heads * size, q_rows)
         k, v = ((f"{name}.{each}_proj", config.num_kv_heads * size, kv_rows) for each in ("k", "v"))
         self._qkv = [
-            ColumnLinear(outputs, config.hidden_size, placement)
+            ColumnLinear(outputs, config.hidden_size, placement, biased=config.qkv_bias)
             for outputs in ([[q], [k, v]] if is_last else [[q, k, v]])
         ]
         self._out = RowLinear(
@@ -77,6 +77,7 @@ class Attention:
         # The two norms as one: each head's row is the weight that belongs to it. They are constants
         # in models that do not normalise.
         self._normalises = config.qk_norm
+        self._biased = config.qkv_bias
         eps = config.rms_norm_eps if config.qk_norm else None
         num_qk_heads = self._num_heads + self._num_kv_heads
         norm_MH = torch.empty(num_qk_heads, size, device=placement.device)
@@ -113,8 +114,10 @@ class Attention:
             q_norm_NH.fill_(self._head_size**-0.5)
             k_norm_GH.fill_(1)
 
-    def weights(self) -> AttentionWeights:
-        """Return what a step through all layers needs."""
+    def weights(self) -> AttentionWeights | None:
+        """Return what a step through all layers needs; None where it has no room for a bias."""
+        if self._biased:
+            return None
         return AttentionWeights(
             qkv=[qkv.product for qkv in self._qkv], qk_norm=self._qk_norm, out=self._out.product
         )

@@ -13,6 +13,7 @@ MODELS: Mapping[str, Callable[[ModelConfig, Placement], Decoder]] = {
     "DeepseekV3ForCausalLM": Sparse,
     "LlamaForCausalLM": Dense,
     "MistralForCausalLM": Dense,
+    "Qwen2ForCausalLM": Dense,
     "Qwen3ForCausalLM": Dense,
     "Qwen3MoeForCausalLM": Sparse,
 }
