@@ -19,7 +19,8 @@ WORLD = 4
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # 4 query heads over 2 KV heads: tp 4 shares them.
     "dense": ("Qwen3ForCausalLM", {"vocab_size": 211}),
-    "tied": ("LlamaForCausalLM", {"vocab_size": 512, "tie_word_embeddings": True}),
+    # No norms of heads, and biases of them.
+    "tied": ("Qwen2ForCausalLM", {"vocab_size": 512, "tie_word_embeddings": True}),
     "moe": ("Qwen3MoeForCausalLM", {"vocab_size": 300}),
     # Without experts, of which a rounding may have a token choose others.
     "latent": ("DeepseekV3ForCausalLM", {"vocab_size": 260, "first_k_dense_replace": 3}),
