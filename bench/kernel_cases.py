@@ -4,13 +4,15 @@ Legend: as in engine.kernels.gpu's modules.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from engine.kernels.gpu import draw_torch
 from engine.kernels.gpu.options import DecodeOptions, Seen, causal
@@ -84,7 +86,7 @@ def cases(kernels: PagedKernels, device: torch.device, shapes: Shapes) -> Iterat
     for sequences, length in shapes.decodes:
         yield _decode(kernels, device, shapes, sequences, length)
     for tokens, keys in shapes.prefills:
-        yield _block(kernels, device, shapes, tokens, keys)
+        yield from _blocks(kernels, device, shapes, tokens, keys)
     for sequences, length in shapes.latents:
         yield _latent(kernels, device, shapes, sequences, length)
     for tokens in shapes.sparse:
@@ -186,7 +188,10 @@ def _tunable_decode(
     return Tunable(choices=choices(q_SNH, kv_heads, seen), run=lambda tile: ours(tile=tile))
 
 
-def _block(kernels: PagedKernels, device: torch.device, s: Shapes, tokens: int, keys: int) -> Case:
+def _blocks(
+    kernels: PagedKernels, device: torch.device, s: Shapes, tokens: int, keys: int
+) -> Iterator[Case]:
+    """Yield a prompt's tokens beside each way of torch's; ours gives fp32 and the LSE as well."""
     q = torch.randn(tokens, s.heads, s.size, device=device, dtype=_DTYPE)
     k, v = torch.randn(2, keys, s.kv_heads, s.size, device=device, dtype=_DTYPE).unbind()
     seen = causal(tokens, keys, keys - tokens, device)
@@ -194,20 +199,46 @@ def _block(kernels: PagedKernels, device: torch.device, s: Shapes, tokens: int, 
     q_1NTH, k_1GLH, v_1GLH = (each.transpose(0, 1)[None] for each in (q, k, v))
     mask = causal_lower_right(tokens, keys)
 
-    def peer() -> Tensor:
+    def sdpa() -> Tensor:
         attended = F.scaled_dot_product_attention(
             q_1NTH, k_1GLH, v_1GLH, attn_mask=mask, enable_gqa=True
         )
         return attended[0].transpose(0, 1)
 
-    return Case(
+    case = Case(
         name=f"prefill, {tokens} tokens over {keys} keys",
         ours=lambda: ours()[0],
         flops=4 * s.heads * s.size * _scores(seen),
-        peer=peer,
+        peer=sdpa,
         peer_name="SDPA",
         tunable=_tunable_block(q, s.kv_heads, seen, ours),
     )
+    yield case
+    yield replace(
+        case,
+        name=f"{case.name}, beside flex_attention",
+        peer=_flex(q_1NTH, k_1GLH, v_1GLH),
+        peer_name="flex_attention",
+        tunable=None,
+    )
+
+
+def _flex(q_1NTH: Tensor, k_1GLH: Tensor, v_1GLH: Tensor) -> Run:
+    """Return torch's attention by a mask of blocks; compiled on a GPU, where it is a kernel."""
+    tokens, keys = q_1NTH.shape[2], k_1GLH.shape[2]
+
+    def sees(_batch: Tensor, _head: Tensor, token: Tensor, key: Tensor) -> Tensor:
+        return key <= token + (keys - tokens)
+
+    mask = create_block_mask(sees, None, None, tokens, keys, device=q_1NTH.device)
+    attend = torch.compile(flex_attention) if q_1NTH.is_cuda else flex_attention
+
+    def run() -> Tensor:
+        attended: Any = attend(q_1NTH, k_1GLH, v_1GLH, block_mask=mask, enable_gqa=True)
+        made: Tensor = attended[0].transpose(0, 1)
+        return made
+
+    return run
 
 
 def _tunable_block(

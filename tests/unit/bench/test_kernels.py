@@ -59,6 +59,8 @@ def test_a_device_that_is_no_gpu_is_refused() -> None:
     assert "cpu is no GPU" in output
 
 
+# Where there is a GPU it is compiled.
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_every_case_runs_and_computes_what_its_peer_does() -> None:
     try:
         kernels = paged_kernels(torch.device("cuda"))
