@@ -85,6 +85,12 @@ inline void norm_rotate_head(bf16* head, const float* weight, const float* cos, 
     }
 }
 
+// `more` added in place, rounded once.
+inline void add_row(bf16* x, const bf16* more, i64 size) {
+#pragma omp simd
+    for (i64 d = 0; d < size; ++d) x[d] = narrow(widen(x[d]) + widen(more[d]));
+}
+
 inline void gate_row(const bf16* gate, const bf16* up, bf16* out, i64 size) {
 #pragma omp simd
     for (i64 i = 0; i < size; ++i) out[i] = narrow(silu(widen(gate[i])) * widen(up[i]));

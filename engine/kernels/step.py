@@ -39,9 +39,13 @@ class SparseWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionWeights:
-    """What attention computes with. `qkv` are products whose outputs lie side by side."""
+    """What attention computes with. `qkv` are products whose outputs lie side by side.
+
+    To all of these `bias` is added, where there is one, in the model's dtype.
+    """
 
     qkv: Sequence[Product]
+    bias: Tensor | None
     qk_norm: NormWeight
     out: Product
 

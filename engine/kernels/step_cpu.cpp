@@ -36,6 +36,7 @@ struct TwinpoolWeight {
 struct TwinpoolLayer {
   const float* attention_norm_D;
   TwinpoolWeight qkv[2];        // side by side; the second may have no outputs
+  const Bf16* qkv_bias;         // of all their outputs; null where there is none
   const float* qk_norm_MH;      // M = N + G
   TwinpoolWeight out;
   const float* mlp_norm_D;
@@ -303,6 +304,7 @@ class Step {
     const Index t = i / pieces(all, kHeads), from = i % pieces(all, kHeads) * kHeads;
     for (Index m = from; m < std::min(from + kHeads, all); ++m) {
       Bf16* head = s_.qkv_TNH + t * shape.q_stride + m * size;
+      if (layer.qkv_bias) add_row(head, layer.qkv_bias + m * size, size);
       if (m < turned) {
         norm_rotate_head(head, layer.qk_norm_MH + m * size, s_.cos_TH + t * size,
                          s_.sin_TH + t * size, size, s_.head_floor2);

@@ -48,6 +48,7 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         ("attention_norm", _POINTER),
         ("qkv", _Weight * 2),
+        ("qkv_bias", _POINTER),
         ("qk_norm", _POINTER),
         ("out", _Weight),
         ("mlp_norm", _POINTER),
@@ -263,6 +264,7 @@ def _described(layer: LayerWeights) -> _Layer:
     described = _Layer(
         attention_norm=layer.attention_norm.weight.data_ptr(),
         qkv=(_Weight * 2)(*map(_weight, attention.qkv)),
+        qkv_bias=attention.bias.data_ptr() if attention.bias is not None else None,
         qk_norm=attention.qk_norm.weight.data_ptr(),
         out=_weight(attention.out),
         mlp_norm=layer.mlp_norm.weight.data_ptr(),

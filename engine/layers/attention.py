@@ -77,7 +77,6 @@ class Attention:
         # The two norms as one: each head's row is the weight that belongs to it. They are constants
         # in models that do not normalise.
         self._normalises = config.qk_norm
-        self._biased = config.qkv_bias
         eps = config.rms_norm_eps if config.qk_norm else None
         num_qk_heads = self._num_heads + self._num_kv_heads
         norm_MH = torch.empty(num_qk_heads, size, device=placement.device)
@@ -114,12 +113,14 @@ class Attention:
             q_norm_NH.fill_(self._head_size**-0.5)
             k_norm_GH.fill_(1)
 
-    def weights(self) -> AttentionWeights | None:
-        """Return what a step through all layers needs; None where it has no room for a bias."""
-        if self._biased:
-            return None
+    def weights(self) -> AttentionWeights:
+        """Return what a step through all layers needs."""
+        biases = [qkv.bias_O for qkv in self._qkv if qkv.bias_O is not None]
         return AttentionWeights(
-            qkv=[qkv.product for qkv in self._qkv], qk_norm=self._qk_norm, out=self._out.product
+            qkv=[qkv.product for qkv in self._qkv],
+            bias=torch.cat(biases) if biases else None,
+            qk_norm=self._qk_norm,
+            out=self._out.product,
         )
 
     def __call__(self, x_TD: Tensor, shared: Pass, wanted_S: Tensor | None) -> Tensor:

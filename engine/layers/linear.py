@@ -49,7 +49,7 @@ class ColumnLinear:
         self._input_size = input_size
         rows = sum(part.stop - part.start for _, _, part in self._outputs)
         self._weight = _Weight(rows, input_size, placement)
-        self._bias_O = placement.empty(rows) if biased else None
+        self.bias_O = placement.empty(rows) if biased else None
         self.product: Product
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -63,23 +63,23 @@ class ColumnLinear:
                 part=(part,),
                 target=self._weight.loading_OI[begin:end],
             )
-            if self._bias_O is not None:
-                bias_O = self._bias_O[begin:end]
+            if self.bias_O is not None:
+                bias_O = self.bias_O[begin:end]
                 yield WeightSlot(name=f"{name}.bias", shape=(size,), part=(part,), target=bias_O)
             begin = end
 
     def reorder(self, order_O: Tensor) -> None:
         """Have the outputs in another order; before `prepare`."""
         self._weight.reorder(order_O)
-        if self._bias_O is not None:
-            self._bias_O = self._bias_O[order_O]
+        if self.bias_O is not None:
+            self.bias_O = self.bias_O[order_O]
 
     def prepare(self) -> None:
         self.product = self._weight.freeze()
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         out_TO = self.product(x_TI)
-        return out_TO if self._bias_O is None else out_TO.add_(self._bias_O)
+        return out_TO if self.bias_O is None else out_TO.add_(self.bias_O)
 
 
 class RowLinear:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
-LLAMA = "LlamaForCausalLM"
+LLAMA, QWEN2 = "LlamaForCausalLM", "Qwen2ForCausalLM"
 DEEPSEEK_V2, DEEPSEEK_V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
 
 _SHAPE: dict[str, Any] = {

@@ -13,6 +13,7 @@ from tests.unit.engine.checkpoints import (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     LLAMA,
+    QWEN2,
     hugging_face_logits,
     make_checkpoint,
 )
@@ -36,8 +37,8 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
     (LLAMA, {"num_attention_heads": 8, "num_key_value_heads": 2}),
     (LLAMA, {"head_dim": 24, "tie_word_embeddings": True, "rope_theta": 1e4}),
     ("MistralForCausalLM", {"sliding_window": None}),
-    ("Qwen2ForCausalLM", {"head_dim": 16}),
-    ("Qwen2ForCausalLM", {"head_dim": 16, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+    (QWEN2, {"head_dim": 16}),
+    (QWEN2, {"head_dim": 16, "tie_word_embeddings": True, "num_key_value_heads": 4}),
     (DEEPSEEK_V2, {}),
     (DEEPSEEK_V2, {"q_lora_rank": None, "n_shared_experts": 1}),
     (DEEPSEEK_V2, {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),

@@ -12,12 +12,12 @@ from engine.kernels import step_cpu
 from engine.kernels.step import STEP_ROWS
 from engine.runner import Chunk, ModelRunner
 from engine.step_watch import ATTENTION, DENSE, EXPERTS, HEAD, REST
-from tests.unit.engine.checkpoints import ARCHITECTURES, LLAMA, make_checkpoint
+from tests.unit.engine.checkpoints import ARCHITECTURES, LLAMA, QWEN2, make_checkpoint
 
 BLOCKS, BLOCK = 1200, 16
 
 
-@pytest.fixture(scope="module", params=(*ARCHITECTURES, LLAMA))
+@pytest.fixture(scope="module", params=(*ARCHITECTURES, LLAMA, QWEN2))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Hidden and inner sizes that fill no panel, and heads of an odd multiple of 16.
     return make_checkpoint(
