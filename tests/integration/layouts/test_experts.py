@@ -93,6 +93,7 @@ def _cases() -> dict[str, dict[str, Any]]:
     add("latent", "allgather", {"tp": 2, "ep": 2})
     add("latent", "padded", {"dp": 2, "ep": 2})
     add("latent", "alltoall", {"dp": 2, "tp": 2, "ep": 4})
+    add("latent", "padded", {"pp": 2, "dp": 2, "ep": 2}, "moving", moves=SWAPPED, experts=8)
     return found
 
 
@@ -263,7 +264,7 @@ def _theory(
         message = RowFormat(most, D, torch.float32).row_bytes
         each = (W - 1) * room * (message + most * D * 4)
         found["all_to_all"] = [2 * sparse, sparse * each]
-    return found
+    return {kind: each for kind, each in found.items() if each[0]}
 
 
 def _check_packed(of_all: list[dict[str, list[int]]], case: dict[str, Any], config: Any) -> None:
