@@ -58,11 +58,11 @@ ONE_OF_EACH_KERNEL := $(GPU_PYTHON) -m pytest tests/unit/bench/test_kernels.py -
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
 
 gpu-test: ## With a GPU: the tests of what computes there, and each kernel under compute-sanitizer
-	$(GPU_PYTHON) -m pytest tests/unit/engine/kernels/gpu tests/unit/engine/test_cache_memory.py \
-		tests/unit/bench/test_kernels.py tests/unit/bench/gpus
-	$(GPU_PYTHON) -m pytest tests/integration/test_apart.py
+	$(GPU_PYTHON) -m pytest tests/unit/engine/kernels/gpu tests/unit/bench/test_kernels.py
 	$(SANITIZE) memcheck $(ONE_OF_EACH_KERNEL)
 	$(SANITIZE) racecheck $(ONE_OF_EACH_KERNEL)
+	$(GPU_PYTHON) -m pytest tests/unit/engine/test_cache_memory.py tests/unit/bench/gpus
+	$(GPU_PYTHON) -m pytest tests/integration/test_apart.py
 
 gpu-bench: ## With a GPU: all that is measured on one, into GPU_RESULTS
 	mkdir -p $(GPU_RESULTS)
