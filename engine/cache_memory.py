@@ -8,17 +8,26 @@ whose: who frees a block has nobody left that saves or loads it for the old owne
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import UnsupportedError
+from engine.kernels.table import paged_kernels
 from engine.kvcache import Allocate, KVCache
+from engine.placed import placed
 
 Call = Callable[[], None]
+Ids = NDArray[np.int64]
+
+# Pieces that are copied one by one: each takes the host some microseconds, while all in one launch
+# keep multiprocessors busy.
+_MOST_COPIES = 32
+_MAPPED = 2  # cudaHostRegisterMapped: the GPU may read and write it itself
 
 
 class CacheMemory(Protocol):
@@ -30,11 +39,11 @@ class CacheMemory(Protocol):
         ...
 
     @property
-    def layers(self) -> Sequence[int]:
+    def layers(self) -> range:
         """The layers that this rank has."""
         ...
 
-    def save(self, layers: Sequence[int], blocks: Sequence[int]) -> None:
+    def save(self, layers: range, blocks: Sequence[int]) -> None:
         """Bring over what passes that were started have put into the blocks of some layers."""
         ...
 
@@ -42,7 +51,7 @@ class CacheMemory(Protocol):
         """Call when all that was saved until now is in the memory: at once, or from a thread."""
         ...
 
-    def load(self, layers: Sequence[int], blocks: Sequence[int]) -> None:
+    def load(self, layers: range, blocks: Sequence[int]) -> None:
         """Bring over what transfers have put into the blocks of some layers; from any thread."""
         ...
 
@@ -62,14 +71,14 @@ class CacheItself:
         self.tensor = cache.tensor
         self.layers = cache.layers
 
-    def save(self, layers: Sequence[int], blocks: Sequence[int]) -> None:
+    def save(self, layers: range, blocks: Sequence[int]) -> None:
         """See CacheMemory."""
 
     def then(self, call: Call) -> None:
         """See CacheMemory."""
         call()
 
-    def load(self, layers: Sequence[int], blocks: Sequence[int]) -> None:
+    def load(self, layers: range, blocks: Sequence[int]) -> None:
         """See CacheMemory."""
 
     def before_pass(self) -> None:
@@ -86,8 +95,11 @@ class Lane(Protocol):
         """Have the copies that follow wait for the passes that were started."""
         ...
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """Copy memory of one piece, after all before."""
+    def copy(self, target: Tensor, source: Tensor, layers: range, blocks: Ids) -> None:
+        """Copy blocks of some layers, by their place from 0 on, after all before.
+
+        Both memories have the shape of KVCache.tensor.
+        """
         ...
 
     def mark(self) -> Call:
@@ -122,22 +134,20 @@ class HostCopy:
         self._error: BaseException | None = None
         self._thread.start()
 
-    def save(self, layers: Sequence[int], blocks: Sequence[int]) -> None:
+    def save(self, layers: range, blocks: Sequence[int]) -> None:
         """See CacheMemory."""
         self._check()
         self._lane.after_passes()
-        for place in self._places(layers, blocks):
-            self._lane.copy(self.tensor[place], self._cache.tensor[place])
+        self._copy(self.tensor, self._cache.tensor, layers, blocks)
 
     def then(self, call: Call) -> None:
         """See CacheMemory."""
         self._check()
         self._waiting.put((self._lane.mark(), call))
 
-    def load(self, layers: Sequence[int], blocks: Sequence[int]) -> None:
+    def load(self, layers: range, blocks: Sequence[int]) -> None:
         """See CacheMemory."""
-        for place in self._places(layers, blocks):
-            self._lane.copy(self._cache.tensor[place], self.tensor[place])
+        self._copy(self._cache.tensor, self.tensor, layers, blocks)
         self._has_loaded = True  # after the copies: whoever sees it waits for them
 
     def before_pass(self) -> None:
@@ -151,19 +161,12 @@ class HostCopy:
         """See CacheMemory."""
         self._lane.finish_passes()
 
-    def _places(
-        self, layers: Sequence[int], blocks: Sequence[int]
-    ) -> Iterator[tuple[int, int, slice]]:
-        """Yield the pieces that lie together in both memories."""
+    def _copy(self, target: Tensor, source: Tensor, layers: range, blocks: Sequence[int]) -> None:
+        first = self.layers.start
+        places = range(layers.start - first, layers.stop - first)
         ids = np.asarray(blocks, np.int64)
-        if not len(ids):
-            return
-        runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
-        extents = [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
-        for layer in layers:
-            for plane in range(self.tensor.shape[1]):
-                for extent in extents:
-                    yield layer - self.layers.start, plane, extent
+        if len(places) and len(ids):
+            self._lane.copy(target, source, places, ids)
 
     def _call_in_turn(self) -> None:
         try:
@@ -186,15 +189,34 @@ class _CudaLane:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copy_blocks = paged_kernels(device).copy_blocks
 
     def after_passes(self) -> None:
         """See Lane."""
         self._stream.wait_stream(torch.cuda.default_stream(self._device))
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """See Lane."""
+    def copy(self, target: Tensor, source: Tensor, layers: range, blocks: Ids) -> None:
+        """See Lane. Many pieces are one launch, which reads or writes the host's memory itself."""
+        runs = extents(blocks)
         with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            if len(layers) * target.shape[1] * len(runs) > _MOST_COPIES:
+                self._copy_blocks(
+                    target, source, layers, placed(blocks.astype(np.int32), self._device)
+                )
+                return
+            for layer in layers:
+                for plane in range(target.shape[1]):
+                    for run in runs:
+                        place = layer, plane, run
+                        target[place].copy_(source[place], non_blocking=True)
+
+    def warm_up(self, cache: Tensor, host: Tensor) -> None:
+        """Copy a block there and back, so that no transfer waits for a compiler: both are empty."""
+        with torch.cuda.stream(self._stream):
+            first = placed(np.zeros(1, np.int32), self._device)
+            self._copy_blocks(host, cache, range(1), first)
+            self._copy_blocks(cache, host, range(1), first)
+        self._stream.synchronize()
 
     def mark(self) -> Call:
         """See Lane."""
@@ -212,6 +234,12 @@ class _CudaLane:
         torch.cuda.default_stream(self._device).synchronize()
 
 
+def extents(blocks: Ids) -> list[slice]:
+    """Return the runs of blocks that lie side by side, in their order; of one block at least."""
+    runs = np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1)
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
+
+
 def cache_memory(cache: KVCache, allocate: Allocate | None) -> CacheMemory:
     """Return the memory for transfers; a GPU's has its copy from `allocate`, where that is given.
 
@@ -222,7 +250,9 @@ def cache_memory(cache: KVCache, allocate: Allocate | None) -> CacheMemory:
         return CacheItself(cache)
     host = (allocate or _zeros)(tensor.shape, tensor.dtype)
     _pin(host)
-    return HostCopy(cache, host, _CudaLane(tensor.device))
+    lane = _CudaLane(tensor.device)
+    lane.warm_up(tensor, host)
+    return HostCopy(cache, host, lane)
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -232,7 +262,7 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def _pin(host: Tensor) -> None:
     """Lock memory as it is: torch's own pinned memory is of another allocator, and larger."""
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    error = cudart.cudaHostRegister(host.data_ptr(), host.nbytes, 0)
+    error = cudart.cudaHostRegister(host.data_ptr(), host.nbytes, _MAPPED)
     if int(error):
         raise UnsupportedError(
             f"{host.nbytes >> 20} MiB of the host's memory, as much as the GPU has for KV, cannot"

@@ -4,8 +4,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
+
+from engine.cache_memory import Ids, extents
 
 
 class LateLane:
@@ -23,17 +26,18 @@ class LateLane:
     def after_passes(self) -> None:
         """See Lane."""
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
+    def copy(self, target: Tensor, source: Tensor, layers: range, blocks: Ids) -> None:
         """See Lane."""
-        assert target.is_contiguous()
-        assert source.is_contiguous()
+        for layer in layers:
+            for plane in range(target.shape[1]):
+                for run in extents(blocks):
+                    place = layer, plane, run
+                    self._orders.put(partial(self._piece, target[place], source[place]))
 
-        def do() -> None:
-            time.sleep(self._pause_s)
-            target.copy_(source)
-            self.copies += 1
-
-        self._orders.put(do)
+    def _piece(self, target: Tensor, source: Tensor) -> None:
+        time.sleep(self._pause_s)
+        target.copy_(source)
+        self.copies += 1
 
     def mark(self) -> Callable[[], None]:
         """See Lane."""

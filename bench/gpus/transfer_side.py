@@ -140,7 +140,7 @@ class GpuSide:
         """Everything is computed: save it layer by layer, and send each as it is saved."""
         began = time.monotonic()
         for layer in self._memory.layers:
-            self._memory.save((layer,), self._chosen)
+            self._memory.save(range(layer, layer + 1), self._chosen)
             self._memory.then(partial(self._ready, Span(layer, layer + 1)))
         self._events.wait(Completed, 1)
         return {"began": began}

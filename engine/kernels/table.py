@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.errors import UnsupportedError
 from engine.kernels.gpu import (
     block_torch,
+    blocks_torch,
     decode_torch,
     draw_torch,
     experts_torch,
@@ -40,6 +41,7 @@ class PagedKernels:
     draw: Callable[..., Tensor]
     pack: Callable[..., None]
     unpack: Callable[..., None]
+    copy_blocks: Callable[[Tensor, Tensor, range, Tensor], None]
 
 
 def paged_kernels(device: torch.device) -> PagedKernels:
@@ -63,6 +65,7 @@ def _by_torch() -> PagedKernels:
         draw=draw_torch.draw,
         pack=pack_torch.pack,
         unpack=pack_torch.unpack,
+        copy_blocks=blocks_torch.copy_blocks,
     )
 
 
@@ -71,6 +74,7 @@ def _by_triton() -> PagedKernels:
     try:
         from engine.kernels.gpu import (
             block,
+            blocks,
             decode,
             draw,
             experts,
@@ -97,6 +101,7 @@ def _by_triton() -> PagedKernels:
         draw=draw.draw,
         pack=pack.pack,
         unpack=pack.unpack,
+        copy_blocks=blocks.copy_blocks,
     )
 
 

@@ -68,7 +68,7 @@ def test_memory_of_a_cpu_is_the_cache(config: ModelConfig) -> None:
 @pytest.mark.parametrize("way", ["save", "load"])
 def test_blocks_come_over_and_no_others(config: ModelConfig, way: str) -> None:
     apart = Apart(config)
-    getattr(apart.memory, way)([1], [6, 3, 4, 5, 0])
+    getattr(apart.memory, way)(range(1, 2), [6, 3, 4, 5, 0])
     apart.settle()
     there = apart.memory.tensor if way == "save" else apart.cache.tensor
     new, old = (1.0, 2.0) if way == "save" else (2.0, 1.0)
@@ -80,7 +80,7 @@ def test_blocks_come_over_and_no_others(config: ModelConfig, way: str) -> None:
 
 def test_cells_of_latents_are_one_plane(tmp_path: Path) -> None:
     apart = Apart(load_config(make_checkpoint(tmp_path, DEEPSEEK_V3)))
-    apart.memory.save([2], [1, 2])
+    apart.memory.save(range(2, 3), [1, 2])
     apart.settle()
     assert of_blocks(apart.memory.tensor, 2)[:4] == [2, 1, 1, 2]
     assert apart.lane.copies == 1
@@ -90,14 +90,14 @@ def test_layers_are_the_models_numbers(config: ModelConfig) -> None:
     apart = Apart(config, Layout(pp=2, pp_rank=1))
     first = apart.memory.layers[0]
     assert first > 0
-    apart.memory.save([first], [2])
+    apart.memory.save(range(first, first + 1), [2])
     apart.settle()
     assert of_blocks(apart.memory.tensor, 0)[2] == 1
 
 
 def test_no_blocks_are_no_copies(config: ModelConfig) -> None:
     apart = Apart(config)
-    apart.memory.save([0, 1], [])
+    apart.memory.save(range(2), [])
     apart.settle()
     assert apart.lane.copies == 0
 
@@ -107,7 +107,7 @@ def test_what_follows_a_save_waits_for_it_and_keeps_its_order(config: ModelConfi
     seen: list[list[float]] = []
     over = threading.Event()
     for block in range(3):
-        apart.memory.save([0], [block])
+        apart.memory.save(range(1), [block])
         apart.memory.then(lambda: seen.append(of_blocks(apart.memory.tensor, 0)[:3]))
     apart.memory.then(over.set)
     assert over.wait(5)
@@ -123,7 +123,7 @@ def test_pass_waits_for_what_was_loaded(config: ModelConfig) -> None:
 
 def test_block_with_a_new_owner_is_loaded_for_it_last(config: ModelConfig) -> None:
     apart = Apart(config)
-    apart.memory.load([0], [3])
+    apart.memory.load(range(1), [3])
     apart.memory.before_pass()
     apart.cache.tensor[:, :, 3].fill_(7)  # a pass of the new owner
     apart.memory.before_pass()

@@ -10,7 +10,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from engine.kernels.gpu import block, decode, draw, experts, insert, latent, merge, pack, rows
+from engine.kernels.gpu import (
+    block,
+    blocks,
+    decode,
+    draw,
+    experts,
+    insert,
+    latent,
+    merge,
+    pack,
+    rows,
+)
 from engine.kernels.gpu.options import DecodeOptions, causal
 from engine.kernels.rows import NormWeight
 
@@ -80,6 +91,7 @@ def launch_moves() -> None:
     payload = torch.ones(1, 2, 2, 2, 8, SIZE, dtype=BF16)
     for move in (pack.pack, pack.unpack):
         move(cache, payload, units, units, slice(0, 2), 8, 13)
+    blocks.copy_blocks(cache, cache.clone(), range(1), units.int())
 
 
 def launch_experts() -> None:

@@ -25,6 +25,7 @@ def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
         "_block_kernel",
+        "_blocks_kernel",
         "_count_kernel",
         "_decode_kernel",
         "_down_kernel",
