@@ -28,13 +28,20 @@ class DenseWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterWeights:
+    """What chooses the experts with the highest softmax; see RowKernels.route."""
+
+    weight_ED: Tensor
+    top_k: int
+    normalise: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class SparseWeights:
     """What a router and its experts compute with; all experts are this rank's."""
 
-    router_ED: Tensor
+    router: RouterWeights
     experts: Experts
-    top_k: int
-    normalise: bool
 
 
 @dataclass(frozen=True, kw_only=True)

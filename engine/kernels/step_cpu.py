@@ -128,9 +128,10 @@ class NativeStep:
         if sparse:
             found = sparse[0].experts
             assert isinstance(found, NativeExperts)
-            self._step.experts = len(sparse[0].router_ED)
-            self._step.top_k, self._step.inner = sparse[0].top_k, found.inner
-            self._step.normalise = sparse[0].normalise
+            router = sparse[0].router
+            self._step.experts = len(router.weight_ED)
+            self._step.top_k, self._step.inner = router.top_k, found.inner
+            self._step.normalise = router.normalise
         if end is not None:
             self._step.end_norm = end.norm.weight.data_ptr()
             self._step.head = _weight(end.head)
@@ -273,8 +274,8 @@ def _described(layer: LayerWeights) -> _Layer:
         described.gate_up, described.down = _weight(mlp.gate_up), _weight(mlp.down)
     else:
         assert isinstance(mlp.experts, NativeExperts)
-        assert mlp.router_ED.is_contiguous()
-        described.router = mlp.router_ED.data_ptr()
+        assert mlp.router.weight_ED.is_contiguous()
+        described.router = mlp.router.weight_ED.data_ptr()
         described.expert_gate_up = mlp.experts.gate_up.data_ptr()
         described.expert_down = mlp.experts.down.data_ptr()
     return described

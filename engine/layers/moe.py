@@ -16,11 +16,10 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.dispatch import Choices, Dispatcher, ExpertMap
 from engine.errors import UnsupportedError
-from engine.kernels import Product, experts_kernel, router_kernel
+from engine.kernels import experts_kernel
 from engine.kernels.experts import Experts, Put
-from engine.kernels.rows import Routes
 from engine.kernels.step import SparseWeights
-from engine.layers import gate
+from engine.layers.expert_router import ExpertRouter
 from engine.layers.layer import Placement
 from engine.layers.mlp import DenseMLP
 from engine.weights import Fill, WeightSlot
@@ -35,9 +34,6 @@ class SparseMLP:
         assert config.moe is not None
         self._name = name
         self._num_experts = config.moe.num_experts
-        self._top_k = config.moe.top_k
-        self._norm_topk_prob = config.moe.norm_topk_prob
-        self._gate = config.moe.gate
         layout, hidden = placement.layout, config.hidden_size
         self._sizes = (hidden, config.moe.intermediate_size)
         self._inner = layout.expert_inner_part(config.moe.intermediate_size)
@@ -53,24 +49,14 @@ class SparseMLP:
         self._device = placement.device
         self._tables = experts.tables(placement.device)
         self._loads_E = torch.zeros(self._num_experts, dtype=torch.int64, device=placement.device)
-        # The router is small and decides discretely: fp32 whatever the model's dtype.
-        self._router_ED = torch.empty(self._num_experts, hidden, device=placement.device)
-        self._bias_E: Tensor | None = None
-        if self._gate is not None and self._gate.biased:
-            self._bias_E = torch.empty(self._num_experts, device=placement.device)
+        self._router = ExpertRouter(config.moe, hidden, f"{name}.gate", placement)
         self._shared: DenseMLP | None = None
         if shared_size := config.moe.shared_size:
             self._shared = DenseMLP(hidden, shared_size, f"{name}.shared_experts", placement)
-        deterministic = placement.deterministic
-        self._make_scores = router_kernel(
-            placement.device, placement.dtype, deterministic=deterministic
-        )
-        self._make_experts = experts_kernel(placement.device, deterministic=deterministic)
-        self._rows = placement.rows
+        self._make_experts = experts_kernel(placement.device, deterministic=placement.deterministic)
         self._empty = placement.empty
         self._loading: tuple[Tensor, Tensor] | None = self._room(len(self._held))
         self._experts: Experts
-        self._scores: Product
 
     def _room(self, experts: int) -> tuple[Tensor, Tensor]:
         """Return uninitialised weights of experts, [E, 2I, D] and [E, D, I]."""
@@ -78,14 +64,7 @@ class SparseMLP:
         return self._empty(experts, 2 * inner, hidden), self._empty(experts, hidden, inner)
 
     def slots(self) -> Iterator[WeightSlot]:
-        yield self._slot("gate", tuple(self._router_ED.shape), (), self._router_ED)
-        if self._bias_E is not None:
-            yield WeightSlot(
-                name=f"{self._name}.gate.e_score_correction_bias",
-                shape=tuple(self._bias_E.shape),
-                part=(),
-                target=self._bias_E,
-            )
+        yield from self._router.slots()
         if self._shared is not None:
             yield from self._shared.slots()
         assert self._loading is not None
@@ -117,7 +96,7 @@ class SparseMLP:
     def prepare(self) -> None:
         assert self._loading is not None
         self._experts = self._make_experts(*self._loading)
-        self._scores = self._make_scores(self._router_ED)
+        self._router.prepare()
         self._loading = None  # the experts have what they need
         if self._shared is not None:
             self._shared.prepare()
@@ -127,14 +106,10 @@ class SparseMLP:
 
         That is where ranks share the experts, or there is more than a softmax and its experts.
         """
-        if self._dispatch is not None or self._gate is not None or self._shared is not None:
+        router = self._router.weights()
+        if self._dispatch is not None or self._shared is not None or router is None:
             return None
-        return SparseWeights(
-            router_ED=self._router_ED,
-            experts=self._experts,
-            top_k=self._top_k,
-            normalise=self._norm_topk_prob,
-        )
+        return SparseWeights(router=router, experts=self._experts)
 
     def __call__(self, x_TD: Tensor, most_rows: int) -> Tensor:
         """Return the experts' weighted sum in fp32, each token's in the order of its choices."""
@@ -148,19 +123,7 @@ class SparseMLP:
             return self._dispatch(x_TD, self._choose, self._experts.pairs, most_rows)
         if not len(x_TD):
             return self._add_up(torch.empty_like(x_TD, dtype=torch.float32))
-        return self._add_up(self._experts(x_TD, self._route(self._scores(x_TD))))
-
-    def _route(self, logits_TE: Tensor) -> Routes:
-        if self._gate is None:
-            return self._rows.route(logits_TE, self._top_k, self._norm_topk_prob)
-        return Routes(*self._weigh(logits_TE), self._num_experts)
-
-    def _weigh(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights [T, K] and the experts [T, K] that fp32 scores choose."""
-        how = self._top_k, self._norm_topk_prob
-        if self._gate is None:
-            return self._rows.choose(logits_TE, *how)
-        return gate.choose(logits_TE, self._bias_E, *how, self._gate)
+        return self._add_up(self._experts(x_TD, self._router.route(x_TD)))
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -230,7 +193,7 @@ class SparseMLP:
 
     def _choose(self, x_TD: Tensor, first: int, counted: slice = slice(None)) -> Choices:
         """See engine.dispatch.Router."""
-        weights_TK, experts_TK = self._weigh(self._scores(x_TD))
+        weights_TK, experts_TK = self._router.choose(x_TD)
         chosen_P = experts_TK[counted].flatten()
         self._loads_E.scatter_add_(0, chosen_P, torch.ones_like(chosen_P))
         return Choices(

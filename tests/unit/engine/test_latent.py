@@ -14,7 +14,7 @@ from engine.errors import UnsupportedError, WeightError
 from engine.kernels import latent_cpu
 from engine.kernels.gpu import latent_torch
 from engine.kvcache import KVCache
-from engine.layers import gate
+from engine.layers.expert_router import choose
 from engine.parallel import Layout
 from engine.runner import ModelRunner
 from tests.unit.engine.checkpoints import DEEPSEEK_V3, make_checkpoint
@@ -110,7 +110,7 @@ def test_experts_are_chosen_group_by_group(
         best_of_group=best,
         scale=1.5,
     )
-    weights_TK, experts_TK = gate.choose(logits_TE, bias_E, 3, True, how)
+    weights_TK, experts_TK = choose(logits_TE, bias_E, 3, True, how)
     scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
     for token in range(5):
         chosen, weights = plain_choice(scores_TE[token].tolist(), bias_E.tolist(), 3, how)
