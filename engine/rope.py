@@ -69,8 +69,8 @@ class Linear:
     amplitude: float = 1.0
 
     def max_tokens(self, trained: int) -> int:
-        """See `Scaling`."""
-        return int(trained * self.stretch)
+        """See `Scaling`. Most of these configurations give the stretched length."""
+        return trained
 
     def factor(self, _pair: int, _theta: float, _head_size: int) -> float:
         """See `Scaling`."""

@@ -230,13 +230,13 @@ def test_mistral_without_a_window_is_read_and_with_one_refused(tmp_path: Path) -
         load_config(write(tmp_path, mistral, sliding_window=4096))
 
 
-def test_a_stretched_context_is_as_long_as_its_stretch(tmp_path: Path) -> None:
+def test_yarn_lengthens_a_context_and_linear_scaling_is_taken_at_its_word(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     config = load_config(write(tmp_path, DENSE, rope_scaling=yarn))
     assert isinstance(config.rope.scaling, Yarn)
     assert config.max_position_embeddings == 131_072
     linear = {"type": "linear", "factor": 2}
-    assert load_config(write(tmp_path, DENSE, rope_scaling=linear)).max_position_embeddings == 81920
+    assert load_config(write(tmp_path, DENSE, rope_scaling=linear)).max_position_embeddings == 40960
 
 
 def test_names_of_transformers_5_mean_the_same(tmp_path: Path) -> None:
