@@ -31,6 +31,7 @@ from engine.kernels.experts import Experts, ExpertsKernel
 from engine.kernels.gpu import passes
 from engine.kernels.rows import RowKernels
 from engine.kernels.step import Product, StepKernel
+from engine.kernels.table import PagedKernels
 
 __all__ = [
     "AttentionKernel",
@@ -43,6 +44,7 @@ __all__ = [
     "draw_kernel",
     "experts_kernel",
     "has_forms",
+    "paged",
     "product_kernel",
     "router_kernel",
     "row_kernels",
@@ -82,6 +84,7 @@ class _Kernels:
     rows: Callable[..., RowKernels]
     argmax: Callable[[], Callable[[Tensor], list[int]]]
     draw: Callable[[], Draw | None]
+    paged: Callable[[], PagedKernels | None]
     step: StepKernel
     # Whether kernels have forms, each compiled at its first launch, by sizes of what they compute.
     has_forms: bool
@@ -96,6 +99,7 @@ _CPU = _Kernels(
     rows=rows_cpu.rows,
     argmax=argmax_cpu.finder,
     draw=lambda: None,
+    paged=lambda: None,
     step=step_cpu.step,
     has_forms=False,
 )
@@ -108,6 +112,7 @@ _CUDA = _Kernels(
     rows=passes.rows,
     argmax=passes.argmax_finder,
     draw=passes.draw,
+    paged=passes.kernels,
     step=passes.no_step,
     has_forms=True,
 )
@@ -166,6 +171,14 @@ def draw_kernel(device: torch.device) -> Draw | None:
     None where torch's operators do. Raises UnsupportedError.
     """
     return _of(device).draw()
+
+
+def paged(device: torch.device) -> PagedKernels | None:
+    """Return the kernels that a device has for parts of attention, such as a ring's.
+
+    None where torch's operators, and compiled code beside them, do. Raises UnsupportedError.
+    """
+    return _of(device).paged()
 
 
 def step_kernel(device: torch.device) -> StepKernel:

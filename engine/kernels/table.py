@@ -5,6 +5,7 @@ Owns the choice, which no model makes. Legend: as in engine.kernels.gpu's module
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -69,6 +70,7 @@ def _by_torch() -> PagedKernels:
     )
 
 
+@cache
 def _by_triton() -> PagedKernels:
     # Only now: a machine without a GPU need not have Triton.
     try:

@@ -5,8 +5,8 @@ heads, then the V heads), R = N / G query heads that share a KV head, H head siz
 
 Both lie in order of their positions, so the keys that a slice of queries may look at are a range of
 rows, and a mask is needed at its two ends only. Products are in the inputs' type, accumulated in
-fp32; all else is in fp32. In bf16 on the CPU it is compiled code's work where the machine can have
-it, else that of torch's operators, slice by slice.
+fp32; all else is in fp32. On a GPU it is a kernel's work, in bf16 on the CPU that of compiled code
+where the machine can have it, else that of torch's operators, slice by slice.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,8 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.kernels import attention_native
+from engine.kernels import attention_native, paged
 from engine.kernels.attention_native import Piece
+from engine.kernels.gpu.options import Seen
+from engine.kernels.table import PagedKernels
+from engine.placed import placed
 from engine.ring.merge import Partial
 
 # Queries in a slice, and the scores that a slice may have in all: 32 MiB in fp32.
@@ -52,23 +55,47 @@ def attend(
     begin, end = seen(at_L, at_T, window)
     if begin == end:
         return Partial.nothing(q_TNH)
+    kernels = paged(q_TNH.device)
+    if kernels is not None:
+        return _attend_paged(kernels, q_TNH, kv_LXH, *_ranges(at_T, at_L, window))
     native = attention_native.attention()
     if native is None or not attention_native.fits(q_TNH, kv_LXH):
         return _attend_torch(q_TNH, at_T, kv_LXH, at_L, window)
-    if window is None:
-        low_T = np.zeros(len(at_T), np.int64)
-    else:
-        low_T = np.searchsorted(at_L, at_T - window + 1)
-    high_T = np.searchsorted(at_L, at_T, "right")
     partial = Partial.undefined(q_TNH)
     piece = Piece(
         q_TNH=q_TNH,
         kv_LXH=kv_LXH,
         out_TNH=partial.out_TNH,
         lse_TN=partial.lse_TN,
-        seen=(low_T, high_T),
+        seen=_ranges(at_T, at_L, window),
     )
     native([piece])
+    return partial
+
+
+def _ranges(at_T: Positions, at_L: Positions, window: int | None) -> tuple[Positions, Positions]:
+    """Return the first key that each query sees, and the one after its last."""
+    if window is None:
+        low_T = np.zeros(len(at_T), np.int64)
+    else:
+        low_T = np.searchsorted(at_L, at_T - window + 1)
+    return low_T, np.searchsorted(at_L, at_T, "right")
+
+
+def _attend_paged(
+    kernels: PagedKernels, q_TNH: Tensor, kv_LXH: Tensor, low_T: Positions, high_T: Positions
+) -> Partial:
+    partial, device = Partial.undefined(q_TNH), q_TNH.device
+    low, high = (placed(each.astype(np.int32), device) for each in (low_T, high_T))
+    k_LGH, v_LGH = kv_LXH.chunk(2, dim=1)
+    kernels.block(
+        q_TNH,
+        k_LGH,
+        v_LGH,
+        Seen(low, high, int(high_T[-1])),
+        out_TNH=partial.out_TNH,
+        lse_TN=partial.lse_TN,
+    )
     return partial
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.kernels import paged
+
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -48,6 +50,10 @@ class Partial:
 
     def merge(self, other: "Partial") -> None:
         """Take in the attention of the same queries over other keys, in place."""
+        kernels = paged(self.memory.device)
+        if kernels is not None:
+            kernels.merge(self.out_TNH, self.lse_TN, other.out_TNH, other.lse_TN)
+            return
         # Finite, so that rows where neither saw a key get weights of zero and not NaN.
         top_TN = torch.maximum(self.lse_TN, other.lse_TN).clamp_min_(_LOWEST)
         mine_TN = torch.exp(self.lse_TN - top_TN)

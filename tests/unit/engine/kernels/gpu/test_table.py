@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.errors import UnsupportedError
-from engine.kernels import row_kernels
+from engine.kernels import row_kernels, table
 from engine.kernels.gpu import decode_torch
 from engine.kernels.table import PagedKernels, paged_kernels
 
@@ -36,9 +36,21 @@ def test_without_triton_a_gpu_is_refused_and_a_cpu_is_not(monkeypatch: pytest.Mo
         monkeypatch.delitem(sys.modules, name)
     # `from package import module` finds what an earlier import left as the package's attribute.
     package = sys.modules["engine.kernels.gpu"]
-    for name in ("block", "decode", "draw", "experts", "insert", "latent", "merge", "pack", "rows"):
+    for name in (
+        "block",
+        "blocks",
+        "decode",
+        "draw",
+        "experts",
+        "insert",
+        "latent",
+        "merge",
+        "pack",
+        "rows",
+    ):
         monkeypatch.delattr(package, name, raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
+    table._by_triton.cache_clear()
     with pytest.raises(UnsupportedError, match="install the package triton"):
         paged_kernels(torch.device("cuda"))
     assert paged_kernels(torch.device("cpu"))
