@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
+# Rows of a step: none that fill a tile, some that do, and one more.
+BATCHES = (1, 2, 15, 16, 17, 63, 64, 65, 255, 256)
+# Keys of sequences: none, a block's last, and one more.
+LENGTHS = (0, 1, 15, 16, 17, 33)
 # Of attention: scores and sums are fp32, but weights are rounded to the dtype before the product.
 _RTOL = {torch.float32: 2e-5, torch.bfloat16: 2**-7}
 _ATOL = {torch.float32: 2e-5, torch.bfloat16: 2**-6}

@@ -10,7 +10,9 @@ from engine.kernels.gpu.options import DecodeOptions
 from engine.kernels.gpu.tune import Tile
 from engine.kernels.table import PagedKernels
 from tests.unit.engine.kernels.gpu.tensors import (
+    BATCHES,
     DTYPES,
+    LENGTHS,
     Cached,
     apart,
     assert_near,
@@ -75,6 +77,13 @@ def test_every_sequence_sees_its_own_tokens_and_no_others(
     )
     options = DecodeOptions(scale=1.5, window=window, soft_cap=soft_cap, split_tokens=split_tokens)
     check(gpu, cache, seed, shared, options, SMALL)
+
+
+@pytest.mark.parametrize("sequences", BATCHES)
+def test_batches_of_any_size(gpu: PagedKernels, device: torch.device, sequences: int) -> None:
+    lengths = (LENGTHS * sequences)[:sequences]
+    cache = cached(2, lengths, kv_heads=1, places=16, size=64, dtype=torch.bfloat16, device=device)
+    check(gpu, cache, 3, 2, DecodeOptions(), SMALL)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

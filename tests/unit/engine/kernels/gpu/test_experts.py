@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.kernels.gpu.tune import Tile
 from engine.kernels.table import PagedKernels
-from tests.unit.engine.kernels.gpu.tensors import DTYPES, apart, assert_near, random
+from tests.unit.engine.kernels.gpu.tensors import BATCHES, DTYPES, apart, assert_near, random
 
 SMALL = Tile(rows=16, keys=32, warps=4, stages=2)
 
@@ -73,6 +73,16 @@ def test_each_token_gets_the_weighted_sum_of_its_experts(
     found_TD = gpu.experts(x_TD, gate_up, down, experts_TK, weights_TK)
     assert found_TD.dtype == torch.float32
     assert_near(found_TD, exact(x_TD, gate_up, down, experts_TK, weights_TK), dtype)
+
+
+@pytest.mark.parametrize("tokens", BATCHES)
+def test_batches_of_any_size(gpu: PagedKernels, device: torch.device, tokens: int) -> None:
+    x_TD = random(4, tokens, 32, dtype=torch.bfloat16, device=device)
+    gate_up, down = layer(5, 6, 32, 16, torch.bfloat16, device)
+    experts_TK, weights_TK = chosen(6, tokens, 6, 2, device)
+    found_TD = gpu.experts(x_TD, gate_up, down, experts_TK, weights_TK)
+    wanted_TD = exact(x_TD, gate_up, down, experts_TK, weights_TK)
+    assert_near(found_TD, wanted_TD, torch.bfloat16)
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 50])

@@ -9,7 +9,15 @@ from torch import Tensor
 from engine.kernels.gpu import latent_torch
 from engine.kernels.gpu.tune import Tile
 from engine.kernels.table import PagedKernels
-from tests.unit.engine.kernels.gpu.tensors import DTYPES, apart, assert_near, cached, random
+from tests.unit.engine.kernels.gpu.tensors import (
+    BATCHES,
+    DTYPES,
+    LENGTHS,
+    apart,
+    assert_near,
+    cached,
+    random,
+)
 
 SMALL = Tile(rows=16, keys=16, warps=4, stages=2)
 
@@ -65,6 +73,14 @@ def test_every_query_sees_its_own_sequences_cells(
     q_TNX = apart(random(seed, len(lengths), heads, size, dtype=dtype, device=device))
     cells_BPX = cache.k_BGPH[:, 0]
     check(gpu, q_TNX, cells_BPX, sizes[0], cache.tables_SB, cache.lengths_S, split_tokens)
+
+
+@pytest.mark.parametrize("sequences", BATCHES)
+def test_batches_of_any_size(gpu: PagedKernels, device: torch.device, sequences: int) -> None:
+    lengths = (LENGTHS * sequences)[:sequences]
+    cache = cached(2, lengths, kv_heads=1, places=16, size=48, dtype=torch.bfloat16, device=device)
+    q_TNX = random(3, sequences, 5, 48, dtype=torch.bfloat16, device=device)
+    check(gpu, q_TNX, cache.k_BGPH[:, 0], 32, cache.tables_SB, cache.lengths_S)
 
 
 def test_sizes_of_deepseek(gpu: PagedKernels, device: torch.device) -> None:
