@@ -79,7 +79,10 @@ def read_latent(fields: Fields, rope: Rope) -> LatentConfig:
 
 
 def read_gate_v2(fields: Fields) -> Gate | None:
-    """Read how DeepSeek-V2's experts are chosen; raises ConfigError."""
+    """Read how DeepSeek-V2's experts are chosen, None for V2-Lite's: by a softmax, and no more.
+
+    Raises ConfigError.
+    """
     method = fields.get("topk_method")
     if method not in ("greedy", "group_limited_greedy"):
         raise fields.error("topk_method", "greedy or group_limited_greedy")
@@ -87,10 +90,11 @@ def read_gate_v2(fields: Fields) -> Gate | None:
     if fields.flag("norm_topk_prob", default=False):
         raise fields.error("norm_topk_prob", "false")
     grouped = method == "group_limited_greedy"
-    return _gate(fields, sigmoid=False, biased=False, grouped=grouped, best_of_group=1)
+    gate = _gate(fields, sigmoid=False, biased=False, grouped=grouped, best_of_group=1)
+    return None if gate.groups == gate.scale == 1 else gate
 
 
-def read_gate_v3(fields: Fields) -> Gate | None:
+def read_gate_v3(fields: Fields) -> Gate:
     """Read how DeepSeek-V3's experts are chosen; raises ConfigError."""
     _expect(fields, "topk_method", "noaux_tc")
     _expect(fields, "scoring_func", "sigmoid")

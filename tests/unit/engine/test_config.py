@@ -187,8 +187,12 @@ def test_published_deepseek_configs(tmp_path: Path) -> None:
     assert moe is not None
     assert (moe.num_experts, moe.top_k, moe.shared_size) == (64, 6, 2816)
     assert [moe.is_sparse(layer) for layer in range(3)] == [False, True, True]
+    assert moe.gate is None
+    grouped = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}
+    moe = load_config(write(tmp_path, DEEPSEEK | grouped)).moe
+    assert moe is not None
     assert moe.gate is not None
-    assert (moe.gate.sigmoid, moe.gate.biased, moe.gate.groups) == (False, False, 1)
+    assert (moe.gate.sigmoid, moe.gate.biased, moe.gate.groups) == (False, False, 8)
 
     config = load_config(write(tmp_path, DEEPSEEK | V3))
     assert config.moe is not None

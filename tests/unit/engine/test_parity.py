@@ -40,6 +40,7 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
     (QWEN2, {"head_dim": 16}),
     (QWEN2, {"head_dim": 16, "tie_word_embeddings": True, "num_key_value_heads": 4}),
     (DEEPSEEK_V2, {}),
+    (DEEPSEEK_V2, {"routed_scaling_factor": 1.0}),
     (DEEPSEEK_V2, {"q_lora_rank": None, "n_shared_experts": 1}),
     (DEEPSEEK_V2, {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
     (DEEPSEEK_V3, {}),
