@@ -82,6 +82,8 @@ def _code_of(error: ServiceError) -> grpc.StatusCode:
     if isinstance(error, WorkFailed):
         if error.reason == DeadlineExceeded.__name__:
             return grpc.StatusCode.DEADLINE_EXCEEDED
+        if error.reason == "Aborted":  # by who asked for it
+            return grpc.StatusCode.CANCELLED
         return grpc.StatusCode.ABORTED if error.retryable else grpc.StatusCode.INTERNAL
     for kind, code in _CODES.items():
         if isinstance(error, kind):

@@ -50,6 +50,10 @@ ERRORS = [
         WorkFailed("late at prefill", reason="DeadlineExceeded", retryable=False),
         grpc.StatusCode.DEADLINE_EXCEEDED,
     ),
+    (
+        WorkFailed("late at prefill", reason="Aborted", retryable=False),
+        grpc.StatusCode.CANCELLED,
+    ),
     (DeadlineExceeded(), grpc.StatusCode.DEADLINE_EXCEEDED),
     (NotFound("no model 'x'"), grpc.StatusCode.NOT_FOUND),
     (Incompatible("another model"), grpc.StatusCode.FAILED_PRECONDITION),
