@@ -122,7 +122,7 @@ def test_decoded_tokens_move_to_another_instance(
             right = client.complete("Once upon a time", timeout_s=60, **options)
         streams = [Stream(cluster, "Once upon a time", **options) for _ in range(4)]
         wait_until(lambda: all(len(stream.token_ids) > 30 for stream in streams), "tokens of all")
-        cluster.signal("a", signal.SIGTERM)
+        cluster.signal(cluster.busiest("a", "b"), signal.SIGTERM)
         for stream in streams:
             stream.join()
             stream.check(right)

@@ -90,17 +90,13 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decodes]:
         yield cluster
 
 
-def begun_at_a(cluster: Cluster, prompt: Any, **options: Any) -> Stream:
-    """An answer that has begun at "a": of two idle instances that know nothing of a prompt, the
-    first one by name is taken.
-    """
+def begun(cluster: Cluster, prompt: Any, **options: Any) -> tuple[Stream, str, str]:
+    """An answer that has begun, the decode instance where it is, and the other one."""
     cluster.wait_idle()
     stream = Stream(cluster, prompt, cache_salt=uuid4().hex, **options)
     wait_until(lambda: len(stream.token_ids) >= BEGUN, "tokens")
-    with cluster.client() as client:
-        found = client.status().instances
-    assert [each.name for each in found if each.ledger_reserved] == ["a"]
-    return stream
+    source = cluster.busiest("a", "b")
+    return stream, source, "b" if source == "a" else "a"
 
 
 def wait_paused(stream: Stream) -> None:
@@ -121,13 +117,14 @@ def restart(cluster: Cluster, name: str) -> None:
 def test_answers_of_all_kinds_go_on_without_any_prefill(twins: Decodes, wanted: Wanted) -> None:
     streams = begin_all(twins, wanted)
     before, work = twins.carried, twins.prefilled
-    twins.signal("a", signal.SIGTERM)
-    assert twins.wait_exit("a") == 0
+    source = twins.busiest("a", "b")
+    twins.signal(source, signal.SIGTERM)
+    assert twins.wait_exit(source) == 0
     check_all(streams, wanted)
     assert twins.carried > before
     assert twins.prefilled == work
     assert twins.carried_bytes > 0
-    restart(twins, "a")
+    restart(twins, source)
 
 
 @pytest.mark.slow
@@ -135,9 +132,9 @@ def test_answer_is_carried_to_and_fro(twins: Decodes) -> None:
     longer = {**LONG, "max_new_tokens": 5000}  # an instance has to come back in the meantime
     with twins.client() as client:
         right = client.complete(PROMPTS[1], timeout_s=60, **longer)
-    stream = begun_at_a(twins, PROMPTS[1], **longer)
+    stream, *there = begun(twins, PROMPTS[1], **longer)
     work = twins.prefilled
-    for name in ("a", "b"):
+    for name in there:
         told = len(stream.token_ids)
         twins.signal(name, signal.SIGTERM)
         assert twins.wait_exit(name) == 0
@@ -155,23 +152,23 @@ def test_answer_is_carried_to_and_fro(twins: Decodes) -> None:
 def test_instance_that_dies_in_mid_move_costs_no_token(twins: Decodes, who: str) -> None:
     with twins.client() as client:
         right = client.complete(PROMPTS[2], timeout_s=60, **LONG)
-    stream = begun_at_a(twins, PROMPTS[2], **LONG)
+    stream, source, target = begun(twins, PROMPTS[2], **LONG)
     before = twins.stayed
-    twins.signal("b", signal.SIGSTOP)
-    twins.signal("a", signal.SIGTERM)
+    twins.signal(target, signal.SIGSTOP)
+    twins.signal(source, signal.SIGTERM)
     wait_paused(stream)
     if who == "target":
-        twins.kill("b")
-        twins.start("b")
+        twins.kill(target)
+        twins.start(target)
     else:
-        twins.kill("a")
-        twins.signal("b", signal.SIGCONT)
+        twins.kill(source)
+        twins.signal(target, signal.SIGCONT)
     stream.join()
     stream.check(right)
     assert twins.stayed > before
     if who == "target":
-        assert twins.wait_exit("a") == 0
-    restart(twins, "a")
+        assert twins.wait_exit(source) == 0
+    restart(twins, source)
 
 
 @pytest.mark.parametrize("why", some_slow(["client leaves", "deadline"], "client leaves"))
@@ -179,18 +176,18 @@ def test_request_that_ends_in_mid_move_leaves_nothing(twins: Decodes, why: str) 
     before = twins.carried
     timeout_s = 6 if why == "deadline" else 60
     longer = {**LONG, "max_new_tokens": 4000}
-    stream = begun_at_a(twins, PROMPTS[0], timeout_s=timeout_s, **longer)
-    twins.signal("b", signal.SIGSTOP)
-    twins.signal("a", signal.SIGTERM)
+    stream, source, target = begun(twins, PROMPTS[0], timeout_s=timeout_s, **longer)
+    twins.signal(target, signal.SIGSTOP)
+    twins.signal(source, signal.SIGTERM)
     wait_paused(stream)
     if why == "client leaves":
         stream.cancel()
     stream.join()
     assert isinstance(stream.error, DeadlineExceeded) == (why == "deadline")
     assert stream.chunks[-1].finish_reason is None
-    twins.signal("b", signal.SIGCONT)
-    assert twins.wait_exit("a") == 0
-    restart(twins, "a")
+    twins.signal(target, signal.SIGCONT)
+    assert twins.wait_exit(source) == 0
+    restart(twins, source)
     assert twins.carried == before
 
 

@@ -32,14 +32,15 @@ def test_hung_engines_end_and_what_they_had_goes_on_elsewhere(
             right = client.complete(PROMPT, timeout_s=60, **OPTIONS)
         streams = [Stream(cluster, PROMPT, **OPTIONS) for _ in range(4)]
         wait_until(lambda: all(len(stream.token_ids) > 9 for stream in streams), "tokens of all")
-        for name in ("a", "p"):
+        hung = (cluster.busiest("a", "b"), "p")
+        for name in hung:
             (tmp_path / name).touch()
         late = [Stream(cluster, PROMPT, **OPTIONS) for _ in range(2)]
         for stream in (*streams, *late):
             stream.join()
             stream.check(right)
-        assert sorted({stream.moves for stream in streams}) == [0, 1]
-        for name in ("a", "p"):
+        assert max(stream.moves for stream in streams) == 1
+        for name in hung:
             assert cluster.wait_exit(name) == BROKEN
             said = cluster.log(name)
             assert "a step has not ended for 1 s (--step-timeout-s)" in said
