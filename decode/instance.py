@@ -389,8 +389,9 @@ async def _serve(
             settings,
             server,
             registry,
+            routers,
             drain=instance.service.drain,
-            background=[routers.run(), instance.service.sweep(), instance.watch_steps()],
+            background=[instance.service.sweep(), instance.watch_steps()],
         )
     finally:
         instance.close()

@@ -259,8 +259,9 @@ async def _serve(
             settings,
             server,
             registry,
+            routers,
             drain=instance.service.drain,
-            background=[routers.run(), instance.watch_steps()],
+            background=[instance.watch_steps()],
         )
     finally:
         instance.close()

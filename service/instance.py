@@ -4,12 +4,13 @@ Owns the way from a model folder to a runner and to the hello a router gets. Joi
 and transfer beyond shapes: that is for the roles.
 """
 
+import asyncio
 import logging
 import os
 import secrets
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -54,6 +55,7 @@ from service.instance_config import InstanceConfig
 from service.lifecycle import Server, join_address
 from service.malloc import keep_freed_memory
 from service.metrics import MetricsEndpoint
+from service.routers import Routers
 from service.version import server_version
 from service.wire import layout_to_wire
 from text.assets import TextAssets, load_assets
@@ -415,17 +417,30 @@ async def serve_instance(
     settings: InstanceConfig,
     server: Server,
     registry: CollectorRegistry,
+    routers: Routers,
     *,
-    drain: Callable[[], Awaitable[None]],
+    drain: Callable[[], Coroutine[Any, Any, None]],
     background: Iterable[Coroutine[Any, Any, None]],
 ) -> None:
-    """Serve until told to stop, metrics included; `background` goes on until the drain is over."""
+    """Serve until told to stop, metrics included; `background` goes on until the drain is over.
+
+    So does the registration with `routers`. From its first step on `drain` has heartbeats say that
+    the instance drains.
+    """
+
+    async def drain_telling() -> None:
+        draining = asyncio.create_task(drain())
+        routers.beat()  # until they know they give it requests, which it has to turn away
+        await draining
+
     collect_rarely()
     with ExitStack() as stack:
         if settings.metrics_port:
             stack.enter_context(MetricsEndpoint(registry, port=settings.metrics_port))
         await server.serve_until_stopped(
-            drain=drain, drain_timeout_s=settings.drain_timeout_s, background=background
+            drain=drain_telling,
+            drain_timeout_s=settings.drain_timeout_s,
+            background=[routers.run(), *background],
         )
 
 

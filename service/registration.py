@@ -139,6 +139,7 @@ class Registration:
         self._accepted = asyncio.Event()
         self._closed = asyncio.Event()
         self._wake = asyncio.Event()
+        self._beat_at = 0.0
         self._problem = ""
 
     @property
@@ -149,6 +150,11 @@ class Registration:
     async def wait_registered(self) -> None:
         """Returns once the router has accepted this instance."""
         await self._accepted.wait()
+
+    def beat(self) -> None:
+        """Has the next heartbeat go out now: what it says has changed."""
+        self._beat_at = 0.0
+        self._wake.set()
 
     def close(self) -> None:
         """Makes `run` end the stream and return; the router then forgets the instance."""
@@ -261,14 +267,14 @@ class Registration:
         if prefixes is not None:
             prefixes.restart()
         prefixes_interval_s = PREFIX_INTERVAL_S if prefixes is not None else math.inf
-        due = prefixes_due = 0.0
+        self._beat_at = prefixes_due = 0.0
         # Heartbeats go between the chunks: assets may take longer than a router's patience.
         chunks = asset_chunks(self._assets()) if accepted.send_assets else iter(())
         while True:
             now = time.monotonic()
-            if now >= due:
+            if now >= self._beat_at:
+                self._beat_at = now + interval_s
                 await _write(call, RegisterRequest(heartbeat=self._heartbeat()))
-                due = now + interval_s
                 self._wake.set()  # a credit goes with each, for the router to answer
             if self._wake.is_set():
                 self._wake.clear()
@@ -284,7 +290,8 @@ class Registration:
                 await _write(call, RegisterRequest(assets=chunk))
             else:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(min(due, prefixes_due) - time.monotonic()):
+                    due = min(self._beat_at, prefixes_due)
+                    async with asyncio.timeout(due - time.monotonic()):
                         await self._wake.wait()
 
     def _lost(self, problem: str) -> None:

@@ -83,6 +83,11 @@ class Routers:
         """How many routers have accepted this instance and are connected."""
         return sum(joined.registration.registered for joined in self._joined.values())
 
+    def beat(self) -> None:
+        """Has all of them told now what a heartbeat says."""
+        for joined in self._joined.values():
+            joined.registration.beat()
+
     async def run(self) -> None:
         """Stays registered with all of them for ever.
 

@@ -82,6 +82,7 @@ def accepting(
     credits: bool = False,
     answer: Callable[[Credit], RegisterResponse | None] = lambda _: None,
     drop_after: int = 0,
+    interval_ms: int = 20,
 ) -> Script:
     async def script(
         router: Router, requests: AsyncIterator[RegisterRequest]
@@ -89,7 +90,7 @@ def accepting(
         await router.record(await anext(requests))
         accepted = Accepted(
             router_id="r",
-            heartbeat_interval_ms=20,
+            heartbeat_interval_ms=interval_ms,
             send_assets=send_assets,
             prefix_events=prefix_events,
             credits=credits,
@@ -146,7 +147,7 @@ def registration(address: str, **kwargs: Any) -> Registration:
     return Registration(
         router_address=address,
         hello=InstanceHello(name="decode-1", epoch=7),
-        heartbeat=lambda: Heartbeat(running=3),
+        heartbeat=kwargs.pop("heartbeat", lambda: Heartbeat(running=3)),
         assets=kwargs.pop("assets", dict),
         **kwargs,
     )
@@ -179,6 +180,19 @@ async def test_hello_comes_first_then_heartbeats_at_the_routers_interval() -> No
     assert router.streams[0][0].hello.name == "decode-1"
     assert set(router.kinds(0)[1:]) == {"heartbeat"}
     assert router.streams[0][1].heartbeat.running == 3
+
+
+async def test_heartbeat_that_is_asked_for_waits_for_no_interval() -> None:
+    running_now = [1]
+    router = Router(accepting(interval_ms=3_600_000))
+    async with serving(router) as server:
+        worker = registration(server.address, heartbeat=lambda: Heartbeat(running=running_now[-1]))
+        async with running(worker):
+            await router.until(lambda: len(router.kinds(0)) == 2)
+            running_now.append(2)
+            worker.beat()
+            await router.until(lambda: len(router.kinds(0)) == 3)
+    assert [each.heartbeat.running for each in router.streams[0][1:]] == running_now
 
 
 async def test_assets_go_in_bounded_chunks_when_the_router_asks() -> None:
