@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from engine.kernels.gpu import draw_torch
-from engine.kernels.gpu.options import DecodeOptions, Seen, causal
+from engine.kernels.gpu.options import DecodeOptions, Seen, Units, causal
 from engine.kernels.gpu.tune import Choices, Tile
 from engine.kernels.rows import NormWeight
 from engine.kernels.table import PagedKernels
@@ -364,14 +364,13 @@ def _pack(kernels: PagedKernels, device: torch.device, s: Shapes) -> Case:
     cache = torch.randn(shape, device=device, dtype=_DTYPE)
     payload = torch.empty_like(cache)
     blocks = torch.randperm(units, device=device)
-    heads = slice(0, s.kv_heads)
-    box = blocks, torch.zeros_like(blocks), heads, s.places, units * s.places
+    box = Units(blocks, torch.zeros_like(blocks), slice(0, s.kv_heads))
 
     def peer() -> Tensor:
         return torch.index_select(cache, 2, blocks)
 
     def ours() -> Tensor:
-        kernels.pack(cache, payload, *box)
+        kernels.move(payload, cache, None, box, s.places, units * s.places)
         return payload
 
     return Case(

@@ -40,8 +40,7 @@ class PagedKernels:
     experts: Callable[..., Tensor]
     expert_pairs: Callable[..., Tensor]
     draw: Callable[..., Tensor]
-    pack: Callable[..., None]
-    unpack: Callable[..., None]
+    move: Callable[..., None]
     copy_blocks: Callable[[Tensor, Tensor, range, Tensor], None]
 
 
@@ -64,8 +63,7 @@ def _by_torch() -> PagedKernels:
         experts=experts_torch.experts,
         expert_pairs=experts_torch.expert_pairs,
         draw=draw_torch.draw,
-        pack=pack_torch.pack,
-        unpack=pack_torch.unpack,
+        move=pack_torch.move,
         copy_blocks=blocks_torch.copy_blocks,
     )
 
@@ -101,8 +99,7 @@ def _by_triton() -> PagedKernels:
         experts=experts.experts,
         expert_pairs=experts.expert_pairs,
         draw=draw.draw,
-        pack=pack.pack,
-        unpack=pack.unpack,
+        move=pack.move,
         copy_blocks=blocks.copy_blocks,
     )
 

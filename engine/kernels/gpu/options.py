@@ -1,6 +1,6 @@
-"""How queries look at keys, for every device's form of the kernels. Computes nothing but ranges.
+"""What kernels are asked for, whatever the device's form of them. Computes nothing but ranges.
 
-Legend: T query rows, L key rows.
+Legend: T query rows, L key rows, U units.
 """
 
 from dataclasses import dataclass
@@ -63,3 +63,12 @@ def full(tokens: int, keys: int, device: torch.device) -> Seen:
     """Return what queries see that may look at all keys."""
     low_T = torch.zeros(tokens, device=device, dtype=torch.int32)
     return Seen(low_T, torch.full_like(low_T, keys), keys)
+
+
+@dataclass(frozen=True)
+class Units:
+    """Where some heads' units lie in a cache: unit u is the part `subs_U[u]` of `blocks_U[u]`."""
+
+    blocks_U: Tensor
+    subs_U: Tensor
+    heads: slice

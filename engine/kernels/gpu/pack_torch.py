@@ -2,39 +2,29 @@
 
 from torch import Tensor
 
+from engine.kernels.gpu.options import Units
 
-def pack(
-    cache_LCBGPH: Tensor,
-    payload: Tensor,
-    blocks_U: Tensor,
-    subs_U: Tensor,
-    heads: slice,
-    unit: int,
-    tokens: int,
+
+def move(
+    into: Tensor, source: Tensor, to: Units | None, at: Units | None, unit: int, tokens: int
 ) -> None:
-    """Write a box to `payload`, [L, C, U, N, Q, H]; what lies behind its tokens is zero."""
-    payload.copy_(_units(cache_LCBGPH, heads, unit)[:, :, blocks_U.long(), subs_U.long()])
+    """Write a box, where it is `at` in one memory, to where it belongs in another.
+
+    None for a payload's place. What lies behind the last token of the last unit becomes zero.
+    """
+    box = source if at is None else _units(source, at, unit)[:, :, at.blocks_U, at.subs_U]
+    if to is None:
+        into.copy_(box)
+        if tokens % unit:
+            into[:, :, -1, :, tokens % unit :] = 0
+        return
+    units = _units(into, to, unit)
+    units[:, :, to.blocks_U, to.subs_U] = box
     if tokens % unit:
-        payload[:, :, -1, :, tokens % unit :] = 0
+        units[:, :, to.blocks_U[-1], to.subs_U[-1], :, tokens % unit :] = 0
 
 
-def unpack(
-    cache_LCBGPH: Tensor,
-    payload: Tensor,
-    blocks_U: Tensor,
-    subs_U: Tensor,
-    heads: slice,
-    unit: int,
-    tokens: int,
-) -> None:
-    """Write a payload to its blocks; the rest of the last unit becomes zero, whatever was sent."""
-    units = _units(cache_LCBGPH, heads, unit)
-    units[:, :, blocks_U.long(), subs_U.long()] = payload
-    if tokens % unit:
-        units[:, :, blocks_U[-1], subs_U[-1], :, tokens % unit :] = 0
-
-
-def _units(cache: Tensor, heads: slice, unit: int) -> Tensor:
-    """Return the view [L, C, B, units of a block, N, unit, H] of some heads."""
-    split: Tensor = cache[:, :, :, heads].unflatten(4, (-1, unit))
+def _units(memory: Tensor, box: Units, unit: int) -> Tensor:
+    """Return the view [L, C, B, units of a block, N, unit, H] of a box's heads."""
+    split: Tensor = memory[:, :, :, box.heads].unflatten(4, (-1, unit))
     return split.transpose(3, 4)

@@ -22,7 +22,7 @@ from engine.kernels.gpu import (
     pack,
     rows,
 )
-from engine.kernels.gpu.options import DecodeOptions, causal
+from engine.kernels.gpu.options import DecodeOptions, Units, causal
 from engine.kernels.rows import NormWeight
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -89,8 +89,10 @@ def launch_draw() -> None:
 def launch_moves() -> None:
     cache, units = torch.ones(1, 2, 3, 2, 16, SIZE, dtype=BF16), torch.zeros(2, dtype=torch.int64)
     payload = torch.ones(1, 2, 2, 2, 8, SIZE, dtype=BF16)
-    for move in (pack.pack, pack.unpack):
-        move(cache, payload, units, units, slice(0, 2), 8, 13)
+    box = Units(units, units, slice(0, 2))
+    pack.move(payload, cache, None, box, 8, 13)
+    pack.move(cache, payload, box, None, 8, 13)
+    pack.move(cache, cache.clone(), box, box, 8, 13)
     blocks.copy_blocks(cache, cache.clone(), range(1), units.int())
 
 

@@ -1,5 +1,7 @@
 """Cached keys and values on their way into a payload and out of it, bit by bit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels.gpu import pack_torch
+from engine.kernels.gpu.options import Units
 from engine.kernels.table import PagedKernels
 from kvtransfer.layout import KVShape, Span, uniform
 from kvtransfer.memory import KVMemory
@@ -58,38 +61,91 @@ def test_a_box_goes_out_and_in_as_the_reference_has_it(
     whole = bits(seed, 2 * layers, planes, count, 4, 16, size, dtype=dtype, device=device)
     cache = whole[::2]
     units = -(-tokens // unit)
-    order = torch.randperm(count * ratio, generator=torch.Generator().manual_seed(seed))[:units]
-    blocks, subs = (order // ratio).to(device), (order % ratio).to(device)
-    box = blocks, subs, slice(first_head, first_head + heads), unit, tokens
+    at = units_of(units, count, ratio, seed, device, first_head, heads)
     shape = (layers, planes, units, heads, unit, size)
 
     payload = bits(seed + 1, *shape, dtype=dtype, device=device)
     wanted = payload.clone()
-    gpu.pack(cache, payload, *box)
-    pack_torch.pack(cache, wanted, *box)
+    gpu.move(payload, cache, None, at, unit, tokens)
+    pack_torch.move(wanted, cache, None, at, unit, tokens)
     assert same(payload, wanted)
 
     # A sender that left something behind the last token.
     payload = bits(seed + 2, *shape, dtype=dtype, device=device)
     wanted_whole = whole.clone()
-    gpu.unpack(cache, payload, *box)
-    pack_torch.unpack(wanted_whole[::2], payload, *box)
+    gpu.move(cache, payload, at, None, unit, tokens)
+    pack_torch.move(wanted_whole[::2], payload, at, None, unit, tokens)
     assert same(whole, wanted_whole)
+
+
+def units_of(
+    units: int, blocks: int, ratio: int, seed: int, device: torch.device, first: int, heads: int
+) -> Units:
+    """So many units, each its own, of some heads."""
+    order = torch.randperm(blocks * ratio, generator=torch.Generator().manual_seed(seed))[:units]
+    blocks_U, subs_U = (order // ratio).to(device), (order % ratio).to(device)
+    return Units(blocks_U, subs_U, slice(first, first + heads))
+
+
+@given(
+    ratios=st.sampled_from([(1, 1), (1, 2), (4, 1), (2, 4)]),
+    first_heads=st.tuples(st.integers(0, 2), st.integers(0, 1)),
+    heads=st.integers(1, 2),
+    tokens=st.integers(0, 40),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20, deadline=None)
+def test_a_box_goes_from_one_cache_to_another_of_other_blocks_and_heads(
+    gpu: PagedKernels,
+    device: torch.device,
+    ratios: tuple[int, int],
+    first_heads: tuple[int, int],
+    heads: int,
+    tokens: int,
+    seed: int,
+) -> None:
+    unit, units, size = 4, -(-tokens // 4), 6
+    caches, boxes = [], []
+    for number, (ratio, first, all_heads) in enumerate(
+        zip(ratios, first_heads, (4, 3), strict=True)
+    ):
+        count = -(-units // ratio) + 2
+        shape = 2, 2, count, all_heads, unit * ratio, size
+        caches.append(bits(seed + number, *shape, dtype=torch.bfloat16, device=device))
+        boxes.append(units_of(units, count, ratio, seed + number, device, first, heads))
+    (source, into), (at, to) = caches, boxes
+    payload = source.new_empty(2, 2, units, heads, unit, size)
+    pack_torch.move(payload, source, None, at, unit, tokens)
+    wanted = into.clone()
+    pack_torch.move(wanted, payload, to, None, unit, tokens)
+
+    by_torch = into.clone()
+    pack_torch.move(by_torch, source, to, at, unit, tokens)
+    gpu.move(into, source, to, at, unit, tokens)
+    assert same(by_torch, wanted)
+    assert same(into, wanted)
 
 
 def test_what_does_not_fit_the_box_is_refused(gpu: PagedKernels, device: torch.device) -> None:
     cache = torch.zeros(1, 2, 3, 4, 16, 8, device=device)
     blocks = torch.tensor([0, 1], device=device)
-    box = blocks, torch.zeros_like(blocks), slice(0, 4)
+    box = Units(blocks, torch.zeros_like(blocks), slice(0, 4))
     payload = torch.zeros(1, 2, 2, 4, 16, 8, device=device)
     with pytest.raises(ValueError, match="must be alike"):
-        gpu.pack(cache, payload[:, :1], *box, 16, 20)
+        gpu.move(payload[:, :1], cache, None, box, 16, 20)
     with pytest.raises(ValueError, match="must be alike"):
-        gpu.pack(cache, payload.half(), *box, 16, 20)
-    with pytest.raises(ValueError, match="as many as the tokens need"):
-        gpu.pack(cache, payload, *box, 16, 33)
+        gpu.move(payload.half(), cache, None, box, 16, 20)
+    with pytest.raises(ValueError, match="must be alike"):
+        gpu.move(payload[:, :, :, :3], cache, None, box, 16, 20)
+    with pytest.raises(ValueError, match="as many as they need"):
+        gpu.move(payload, cache, None, box, 16, 33)
+    with pytest.raises(ValueError, match="must divide"):
+        gpu.move(payload, cache, None, box, 12, 20)
+    with pytest.raises(ValueError, match="heads 2 to 5 of 4"):
+        gpu.move(cache, payload, replace(box, heads=slice(2, 5)), None, 16, 20)
+    turned = cache.transpose(4, 5).contiguous().transpose(4, 5)
     with pytest.raises(ValueError, match="contiguous"):
-        gpu.pack(cache.transpose(4, 5).contiguous().transpose(4, 5), payload, *box, 16, 20)
+        gpu.move(payload, turned, None, box, 16, 20)
 
 
 @pytest.mark.parametrize("unit", [2, 4])
@@ -104,5 +160,5 @@ def test_the_reference_packs_what_the_transfer_does_on_a_cpu(unit: int) -> None:
     units = torch.arange(-(-tokens // unit))
     blocks, subs = torch.tensor([3, 1])[units // ratio], units % ratio
     payload = torch.empty(2, 2, len(units), 2, unit, 8)
-    pack_torch.pack(cache, payload, blocks, subs, slice(1, 3), unit, tokens)
+    pack_torch.move(payload, cache, None, Units(blocks, subs, slice(1, 3)), unit, tokens)
     assert payload.view(torch.uint8).flatten().tolist() == wanted.tolist()
