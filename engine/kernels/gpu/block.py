@@ -23,6 +23,7 @@ from engine.kernels.gpu.runtime import (
     check_grid,
     check_heads,
     check_rows,
+    most_of,
     padded,
     padded_rows,
 )
@@ -31,6 +32,7 @@ from engine.kernels.gpu.tune import Choices, Tile, bucket, tuned
 TILES = (
     Tile(rows=128, keys=64, warps=8, stages=3),
     Tile(rows=128, keys=128, warps=8, stages=2),
+    Tile(rows=128, keys=64, warps=8, stages=5),
     Tile(rows=64, keys=64, warps=4, stages=3),
     Tile(rows=64, keys=64, warps=8, stages=2),
     Tile(rows=64, keys=32, warps=8, stages=2),
@@ -255,7 +257,8 @@ def choices(q_TNH: Tensor, kv_heads: int, keys: int) -> Choices:
     fitting = [
         tile
         for tile in TILES
-        if (tile.rows + 2 * tile.keys * tile.stages) * row_bytes <= SHARED_BYTES
+        if max(tile.rows, tile.keys) <= most_of(q_TNH.dtype)
+        and (tile.rows + 2 * tile.keys * tile.stages) * row_bytes <= SHARED_BYTES
         and tile.rows * padded(size) <= _MOST_SUMS * 32 * tile.warps
     ]
     return Choices(name=bucket("block", q_TNH.dtype, size, heads // kv_heads, keys), tiles=fitting)

@@ -24,9 +24,11 @@ from engine.kernels.gpu.runtime import (
     check_grid,
     check_heads,
     check_rows,
+    most_of,
     multiprocessors,
     padded,
     padded_rows,
+    paged_buffers,
 )
 from engine.kernels.gpu.tune import Choices, Tile, bucket, tuned
 
@@ -35,9 +37,11 @@ _PROGRAMS = 2  # for each multiprocessor: one loads while another computes
 TILES = (
     Tile(keys=64, warps=4, stages=3),
     Tile(keys=128, warps=4, stages=3),
-    Tile(keys=64, warps=4, stages=2),
     Tile(keys=32, warps=4, stages=3),
     Tile(keys=16, warps=4, stages=2),
+    Tile(keys=64, warps=4, stages=5),
+    Tile(keys=32, warps=4, stages=5),
+    Tile(keys=128, warps=8, stages=5),
 )
 
 
@@ -207,5 +211,10 @@ def choices(q_SNH: Tensor, kv_heads: int, seen: int) -> Choices:
     """
     heads, size = q_SNH.shape[1:]
     row_bytes = padded(size) * q_SNH.element_size()
-    fitting = [tile for tile in TILES if 2 * tile.keys * tile.stages * row_bytes <= SHARED_BYTES]
+    fitting = [
+        tile
+        for tile in TILES
+        if tile.keys <= most_of(q_SNH.dtype)
+        and 2 * tile.keys * paged_buffers(tile.stages) * row_bytes <= SHARED_BYTES
+    ]
     return Choices(name=bucket("decode", q_SNH.dtype, size, heads // kv_heads, seen), tiles=fitting)

@@ -12,6 +12,7 @@ and a token's choices are added in theirs: with the same tile the result does no
 else is in the batch.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +21,23 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.gpu import softmax
-from engine.kernels.gpu.runtime import INTERPRETED, SHARED_BYTES, check_grid, check_rows, padded
+from engine.kernels.gpu.runtime import (
+    INTERPRETED,
+    SHARED_BYTES,
+    check_grid,
+    check_rows,
+    most_of,
+    padded,
+)
 from engine.kernels.gpu.tune import Choices, Tile, bucket, tuned
 
 _DEPTH = 64  # of the inner dimension, at a time
 _CHUNK = 1024  # pairs that are looked at together
 _SUM_TILE = 1024
-_LEAST_ROWS, _MOST_ROWS = 16, 128
+_LEAST_ROWS, _MANY_ROWS, _MOST_ROWS = 16, 64, 128
+# Columns, warps and stages: few rows are bound by memory, many by the matrix units.
+_NARROW = ((64, 4, 3), (32, 4, 4), (128, 8, 3), (64, 8, 4), (32, 4, 2))
+_WIDE = ((128, 8, 3), (64, 8, 4), (64, 4, 3), (32, 4, 4))
 _NOBODY = tl.constexpr(-1)
 
 
@@ -253,7 +264,10 @@ def expert_pairs(
 
 @dataclass(frozen=True)
 class Placed:
-    """Pairs by expert: `order` has those of each row, -1 for nobody; `tile_experts` each tile's."""
+    """Pairs by expert: `order` has those of each row, -1 for nobody; `tile_experts` each tile's.
+
+    A tile whose expert is -1 is nobody's.
+    """
 
     order: Tensor
     tile_experts: Tensor
@@ -283,6 +297,21 @@ def place(experts_P: Tensor, num_experts: int, rows: int) -> Placed:
     return Placed(order, tile_experts)
 
 
+def apart(experts_P: Tensor, rows: int) -> Placed:
+    """Give each pair a tile of its own: of one token, whose experts differ, that is each's place.
+
+    Nothing is launched, which would take as long as the products of a few rows.
+    """
+    return Placed(_first_rows(len(experts_P), rows, experts_P.device), experts_P)
+
+
+@functools.cache
+def _first_rows(pairs: int, rows: int, device: torch.device) -> Tensor:
+    order = torch.full((pairs, rows), _NOBODY.value, dtype=torch.int32)
+    order[:, 0] = torch.arange(pairs)
+    return order.view(-1).to(device)
+
+
 def _through(
     x_TD: Tensor,
     gate_up_EUD: Tensor,
@@ -301,7 +330,10 @@ def _through(
             f"{tuple(down_EDI.shape)}: [E, 2I, D] and [E, D, I] must fit rows of D"
         )
     tile = tile or tuned(x_TD.device, choices_of(x_TD, num_experts, inner, len(experts_P)))
-    placed = place(experts_P, num_experts, tile.rows)
+    if choices == len(experts_P):
+        placed = apart(experts_P, tile.rows)
+    else:
+        placed = place(experts_P, num_experts, tile.rows)
     inner_RI = x_TD.new_empty(len(placed.order), inner)
     y_PD = x_TD.new_empty(len(experts_P), hidden)
     tiles = len(placed.tile_experts)
@@ -349,17 +381,10 @@ def choices_of(x_TD: Tensor, num_experts: int, inner: int, pairs: int) -> Choice
     A tile of rows and one each of gates and ups, in all stages, must fit a multiprocessor's shared
     memory.
     """
-    rows = min(_MOST_ROWS, max(_LEAST_ROWS, padded(pairs // num_experts)))
-    tiles = [
-        Tile(rows=rows, keys=columns, warps=warps, stages=stages)
-        for columns, warps, stages in (
-            (64, 4, 3),
-            (128, 8, 3),
-            (32, 4, 4),
-            (64, 8, 4),
-            (32, 4, 2),
-        )
-    ]
+    most = most_of(x_TD.dtype)
+    rows = min(_MOST_ROWS, most, max(_LEAST_ROWS, padded(pairs // num_experts)))
+    shapes = _WIDE if rows >= _MANY_ROWS else _NARROW
+    tiles = [Tile(rows=rows, keys=k, warps=w, stages=s) for k, w, s in shapes if k <= 4 * most]
     row_bytes = _DEPTH * x_TD.element_size()
     fitting = [t for t in tiles if (t.rows + 2 * t.keys) * t.stages * row_bytes <= SHARED_BYTES]
     return Choices(name=bucket("experts", x_TD.dtype, inner, rows, pairs), tiles=fitting)

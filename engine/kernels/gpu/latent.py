@@ -24,18 +24,22 @@ from engine.kernels.gpu.runtime import (
     SHARED_BYTES,
     check_grid,
     check_rows,
+    most_of,
     multiprocessors,
     padded_rows,
+    paged_buffers,
 )
 from engine.kernels.gpu.tune import Choices, Tile, bucket, tuned
 
 _MOST_ROWS = 64  # of a tile: the sums of wide latents fill the registers
 TILES = (
-    Tile(rows=64, keys=64, warps=8, stages=2),
-    Tile(rows=64, keys=32, warps=8, stages=2),
+    Tile(rows=64, keys=64, warps=8, stages=3),
     Tile(rows=64, keys=32, warps=8, stages=3),
-    Tile(rows=32, keys=64, warps=4, stages=2),
-    Tile(rows=16, keys=64, warps=4, stages=2),
+    Tile(rows=64, keys=32, warps=8, stages=5),
+    Tile(rows=32, keys=64, warps=8, stages=3),
+    Tile(rows=32, keys=32, warps=8, stages=3),
+    Tile(rows=16, keys=64, warps=8, stages=3),
+    Tile(rows=16, keys=32, warps=4, stages=3),
     Tile(rows=16, keys=16, warps=4, stages=2),
 )
 
@@ -200,11 +204,14 @@ def choices(q_TNX: Tensor, latent: int, longest: int) -> Choices:
     Queries, and a tile's cells in all stages, must fit a multiprocessor's shared memory.
     """
     heads, size = q_TNX.shape[1:]
-    rows = min(_MOST_ROWS, padded_rows(heads))
+    most = most_of(q_TNX.dtype)
+    rows = min(_MOST_ROWS, padded_rows(heads), most)
     cell_bytes = (padded_rows(latent) + padded_rows(size - latent)) * q_TNX.element_size()
     fitting = [
         tile
         for tile in TILES
-        if tile.rows <= rows and (tile.rows + tile.keys * tile.stages) * cell_bytes <= SHARED_BYTES
+        if tile.rows <= rows
+        and tile.keys <= most
+        and (tile.rows + tile.keys * paged_buffers(tile.stages)) * cell_bytes <= SHARED_BYTES
     ]
     return Choices(name=bucket("latent", q_TNX.dtype, size, rows, longest), tiles=fitting)

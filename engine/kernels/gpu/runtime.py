@@ -6,8 +6,9 @@ from torch import Tensor
 
 # Read when a kernel is defined, so it holds for the process.
 INTERPRETED: bool = triton.knobs.runtime.interpret
-# What a tile's operands may take of the 227 KiB that a multiprocessor of a Hopper GPU gives.
-SHARED_BYTES = 200 * 1024
+# What a tile's operands may take of the 227 KiB that a multiprocessor of a Hopper GPU gives; the
+# rest is for what Triton itself puts there.
+SHARED_BYTES = 220 * 1024
 _SMALLEST_DOT = 16
 _MOST_GRID = 65535  # of the second and third axis
 
@@ -16,6 +17,23 @@ def padded(size: int) -> int:
     """Return the power of two that a tile has for so many elements."""
     power: int = triton.next_power_of_2(size)
     return power
+
+
+def most_of(dtype: torch.dtype) -> int:
+    """Return how many rows, and how many keys, a tile of this type may have.
+
+    fp32 is multiplied exactly, which matrix units do not do: operands lie in registers, and of
+    larger tiles they would not.
+    """
+    return _SMALLEST_DOT if dtype == torch.float32 else _MOST_GRID
+
+
+def paged_buffers(stages: int) -> int:
+    """Return how many tiles of a paged cache lie in shared memory when a loop has so many stages.
+
+    Half of them are for the table's entries, which say where the tiles are.
+    """
+    return max(2, (stages + 1) // 2)
 
 
 def padded_rows(rows: int) -> int:

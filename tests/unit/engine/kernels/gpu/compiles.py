@@ -1,6 +1,7 @@
 """Compiles every kernel for a GPU that need not be there, as launches on small tensors ask for it.
 
-A program of its own: Triton decides once in a process whether it interprets.
+A program of its own: Triton decides once in a process whether it interprets. Of kernels with tiles
+each tile is compiled that a shape of bf16 may have, and must fit the GPU's shared memory.
 """
 
 from typing import Any
@@ -27,6 +28,7 @@ from engine.kernels.rows import NormWeight
 
 HOPPER = GPUTarget("cuda", 90, 32)
 BF16, SIZE = torch.bfloat16, 64
+SHARED_MOST = 227 * 1024
 
 
 class AbsentGPU:
@@ -50,6 +52,7 @@ def compile_only() -> set[str]:
     def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         made = run(kernel, *args, grid=grid, warmup=True, **options)
         assert made.asm["cubin"]
+        assert made.metadata.shared <= SHARED_MOST, f"{kernel.__name__} {options}: too much shared"
         launched.add(kernel.__name__)
         return made
 
@@ -78,6 +81,27 @@ def launch_attention() -> None:
     merge.merge(out, lse, out, lse)
     cells, wide = torch.ones(9, 64, 576, dtype=BF16), torch.ones(2, 128, 576, dtype=BF16)
     latent.attend(wide, cells, 512, tables, lengths, 140, split_tokens=64, with_lse=True)
+
+
+def launch_tiles() -> None:
+    tables, lengths = torch.zeros(2, 9, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    for size in (64, 128, 256, 512):
+        q, kv = torch.ones(2, 8, size, dtype=BF16), torch.ones(9, 2, 16, size, dtype=BF16)
+        for tile in decode.choices(q, 2, 140).tiles:
+            decode.decode(q, kv, kv, tables, lengths, 140, DecodeOptions(), tile=tile)
+        seen = causal(2, 100, 40, q.device)
+        for tile in block.choices(q, 2, 100).tiles:
+            block.block(q, kv, kv, seen, table_B=tables[0], tile=tile)
+    cells = torch.ones(9, 64, 576, dtype=BF16)
+    for heads in (16, 128):
+        q = torch.ones(2, heads, 576, dtype=BF16)
+        for tile in latent.choices(q, 512, 140).tiles:
+            latent.attend(q, cells, 512, tables, lengths, 140, tile=tile)
+    for tokens in (2, 900):
+        x, chosen = torch.ones(tokens, SIZE, dtype=BF16), torch.zeros(tokens, 2, dtype=torch.int64)
+        gate_up, down = torch.ones(4, 64, SIZE, dtype=BF16), torch.ones(4, SIZE, 32, dtype=BF16)
+        for tile in experts.choices_of(x, 4, 32, 2 * tokens).tiles:
+            experts.experts(x, gate_up, down, chosen, torch.ones(tokens, 2), tile=tile)
 
 
 def launch_draw() -> None:
@@ -110,4 +134,5 @@ if __name__ == "__main__":
     launch_experts()
     launch_draw()
     launch_moves()
+    launch_tiles()
     print(*sorted(names))

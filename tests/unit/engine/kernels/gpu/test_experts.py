@@ -75,6 +75,23 @@ def test_each_token_gets_the_weighted_sum_of_its_experts(
     assert_near(found_TD, exact(x_TD, gate_up, down, experts_TK, weights_TK), dtype)
 
 
+def test_pairs_of_one_token_are_not_sorted(
+    gpu: PagedKernels, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.kernels.gpu import experts
+
+    def place(*_: object) -> None:
+        raise AssertionError("two launches more")
+
+    monkeypatch.setattr(experts, "place", place)
+    x_1D = random(4, 1, 32, dtype=torch.bfloat16, device=device)
+    gate_up, down = layer(5, 7, 32, 16, torch.bfloat16, device)
+    experts_1K = torch.tensor([[6, -1, 0, 3]], device=device)
+    weights_1K = torch.rand(1, 4, device=device)
+    found_1D = gpu.experts(x_1D, gate_up, down, experts_1K, weights_1K)
+    assert_near(found_1D, exact(x_1D, gate_up, down, experts_1K, weights_1K), torch.bfloat16)
+
+
 @pytest.mark.parametrize("tokens", BATCHES)
 def test_batches_of_any_size(gpu: PagedKernels, device: torch.device, tokens: int) -> None:
     x_TD = random(4, tokens, 32, dtype=torch.bfloat16, device=device)
