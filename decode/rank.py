@@ -13,7 +13,14 @@ from decode.config import DecodeConfig
 from decode.rank_experts import RankExperts
 from decode.sender import RankSender
 from engine.ring.comm import Traffic
-from kvtransfer import Identity, ReceiveAgent, SendAgent, TransferEvent, TransferSettings
+from kvtransfer import (
+    Identity,
+    ReceiveAgent,
+    SendAgent,
+    SharedRegion,
+    TransferEvent,
+    TransferSettings,
+)
 from kvtransfer.hardware import describe_rdma
 from kvtransfer.network import NetworkTransport
 from service.instance import Model, Part, load_model, progress_bar
@@ -54,12 +61,15 @@ class Rank:
                 checksum=settings.checksum,
             ),
             on_event=on_event,
+            boxes=model.memory.boxes,
             on_landed=lambda _, layers, blocks: model.memory.load(
                 range(layers.begin, layers.end), blocks
             ),
         )
-        # Its own transport, since each agent drives one; the cache lies in no shared region, whose
-        # pages might be slower to decode from, so that a receiver has to be sent it.
+        # Its own transport, since each agent drives one. The host's cache lies in no shared region,
+        # whose pages might be slower to decode from, so that a receiver has to be sent it; of a
+        # GPU's the region has the leases.
+        boxes = model.memory.boxes
         self.sender = RankSender(
             lambda: SendAgent(
                 transport=NetworkTransport(),
@@ -72,6 +82,8 @@ class Rank:
                     lane="auto" if settings.kv_lane == "mapped" else settings.kv_lane,
                 ),
                 on_event=on_sent,
+                region=SharedRegion() if boxes else None,
+                boxes=boxes,
             ),
             model.config.num_layers,
             model.memory,

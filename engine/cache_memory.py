@@ -2,8 +2,9 @@
 
 On a CPU it is the cache itself. A GPU's cache has a copy in the host's memory, with the same blocks
 in the same places: what passes have computed is saved to it before it is sent, and what has arrived
-is loaded from it before a pass reads it. Owns these copies and their order, not which blocks are
-whose: who frees a block has nobody left that saves or loads it for the old owner.
+is loaded from it before a pass reads it. Or transfers read and write the GPU's own, and only have
+to know when passes are over. Owns these copies and their order, not which blocks are whose: who
+frees a block has nobody left that saves or loads it for the old owner.
 """
 
 import queue
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.boxes import Boxes
 from engine.errors import UnsupportedError
 from engine.kernels.table import paged_kernels
 from engine.kvcache import Allocate, KVCache
@@ -35,7 +37,12 @@ class CacheMemory(Protocol):
 
     @property
     def tensor(self) -> Tensor:
-        """The memory itself, the host's."""
+        """The memory itself."""
+        ...
+
+    @property
+    def boxes(self) -> Boxes | None:
+        """What copies from it and to it where it is a GPU's; None: it is the host's."""
         ...
 
     @property
@@ -66,6 +73,8 @@ class CacheMemory(Protocol):
 
 class CacheItself:
     """The cache of a CPU; see CacheMemory. Passes are over when they return."""
+
+    boxes = None
 
     def __init__(self, cache: KVCache) -> None:
         self.tensor = cache.tensor
@@ -122,6 +131,8 @@ class HostCopy:
     whatever was still on its way for the old one.
     """
 
+    boxes = None
+
     def __init__(self, cache: KVCache, host: Tensor, lane: Lane) -> None:
         """`host` has the cache's shape and type."""
         self.tensor = host
@@ -129,21 +140,17 @@ class HostCopy:
         self._cache = cache
         self._lane = lane
         self._has_loaded = False
-        self._waiting: queue.SimpleQueue[tuple[Call, Call]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._call_in_turn, name="kv-saved", daemon=True)
-        self._error: BaseException | None = None
-        self._thread.start()
+        self._saved = _InTurn()
 
     def save(self, layers: range, blocks: Sequence[int]) -> None:
         """See CacheMemory."""
-        self._check()
+        self._saved.check()
         self._lane.after_passes()
         self._copy(self.tensor, self._cache.tensor, layers, blocks)
 
     def then(self, call: Call) -> None:
         """See CacheMemory."""
-        self._check()
-        self._waiting.put((self._lane.mark(), call))
+        self._saved.put(self._lane.mark(), call)
 
     def load(self, layers: range, blocks: Sequence[int]) -> None:
         """See CacheMemory."""
@@ -152,7 +159,7 @@ class HostCopy:
 
     def before_pass(self) -> None:
         """See CacheMemory."""
-        self._check()
+        self._saved.check()
         if self._has_loaded:
             self._has_loaded = False
             self._lane.before_passes()
@@ -168,19 +175,69 @@ class HostCopy:
         if len(places) and len(ids):
             self._lane.copy(target, source, places, ids)
 
-    def _call_in_turn(self) -> None:
+
+class CacheOnGpu:
+    """A GPU's cache, which transfers read and write themselves; see CacheMemory.
+
+    What arrives is there before anybody is told of it.
+    """
+
+    def __init__(self, cache: KVCache, lane: Lane, boxes: Boxes) -> None:
+        """`lane` is asked for the order of passes only."""
+        self.tensor = cache.tensor
+        self.layers = cache.layers
+        self.boxes = boxes
+        self._lane = lane
+        self._computed = _InTurn()
+
+    def save(self, layers: range, blocks: Sequence[int]) -> None:
+        """See CacheMemory."""
+        self._computed.check()
+
+    def then(self, call: Call) -> None:
+        """See CacheMemory."""
+        self._lane.after_passes()
+        self._computed.put(self._lane.mark(), call)
+
+    def load(self, layers: range, blocks: Sequence[int]) -> None:
+        """See CacheMemory."""
+
+    def before_pass(self) -> None:
+        """See CacheMemory."""
+        self._computed.check()
+
+    def finish_passes(self) -> None:
+        """See CacheMemory."""
+        self._lane.finish_passes()
+
+
+class _InTurn:
+    """Calls from a thread of their own, each after a wait."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[tuple[Call, Call]] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._call, name="kv-saved", daemon=True)
+        self._thread.start()
+
+    def put(self, wait: Call, call: Call) -> None:
+        """Call when the wait is over, after all before."""
+        self.check()
+        self._waiting.put((wait, call))
+
+    def check(self) -> None:
+        """Raise RuntimeError where a call has failed: for the thread that ends the instance."""
+        if self._error is not None:
+            raise RuntimeError("keys and values could not be saved to be sent") from self._error
+
+    def _call(self) -> None:
         try:
             while True:
                 wait, call = self._waiting.get()
                 wait()
                 call()
         except BaseException as error:
-            # Raised where the next pass is, whose thread ends the instance.
             self._error = error
-
-    def _check(self) -> None:
-        if self._error is not None:
-            raise RuntimeError("keys and values could not be saved to be sent") from self._error
 
 
 class _CudaLane:
@@ -240,17 +297,24 @@ def extents(blocks: Ids) -> list[slice]:
     return [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
 
 
-def cache_memory(cache: KVCache, allocate: Allocate | None) -> CacheMemory:
+def cache_memory(
+    cache: KVCache, allocate: Allocate | None, *, host_copy: bool = True
+) -> CacheMemory:
     """Return the memory for transfers; a GPU's has its copy from `allocate`, where that is given.
 
-    Raises UnsupportedError where the host's memory cannot be held in place for a GPU to copy.
+    Without a copy in the host's memory transfers have the GPU's own. Raises UnsupportedError where
+    the host's cannot be held in place for a GPU to copy.
     """
     tensor = cache.tensor
     if tensor.device.type == "cpu":
         return CacheItself(cache)
+    lane = _CudaLane(tensor.device)
+    if not host_copy:
+        boxes = Boxes(tensor.device)
+        boxes.warm_up(tensor)
+        return CacheOnGpu(cache, lane, boxes)
     host = (allocate or _zeros)(tensor.shape, tensor.dtype)
     _pin(host)
-    lane = _CudaLane(tensor.device)
     lane.warm_up(tensor, host)
     return HostCopy(cache, host, lane)
 

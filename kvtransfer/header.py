@@ -14,7 +14,7 @@ from isal.isal_zlib import crc32
 from kvtransfer.errors import ProtocolViolation
 from kvtransfer.layout import Span
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 NONCE_BYTES = 16
 _HEADER = struct.Struct("<4sHBBQQ16sHHIIHHHHIIII")
 _MAGIC = b"TPKV"

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 
 from kvtransfer import receive_lanes, wire
 from kvtransfer.api import Identity, PeerStats
+from kvtransfer.device_memory import Boxes
 from kvtransfer.errors import ConnectionRefused, PeerLost, StaleEpoch, TransferError
 from kvtransfer.lane_choice import in_common, usable
+from kvtransfer.mapped_caches import Caches, LentCaches, MappedCaches
 from kvtransfer.receive_lanes import (
     Place,
     ReceiveLane,
@@ -46,6 +48,7 @@ class Connection:
     rank: int
     lane: ReceiveLane
     carrier: str
+    checksum: bool
     note: str
     heard_at: float
     beat_at: float
@@ -85,6 +88,7 @@ class Inbound:
         clock: Callable[[], float],
         counters: Counters,
         owner: Owner,
+        boxes: Boxes | None,
     ) -> None:
         self._transport = transport
         self._identity = identity
@@ -93,6 +97,7 @@ class Inbound:
         self._clock = clock
         self._counters = counters
         self._owner = owner
+        self._boxes = boxes
         self._pending: dict[Link, float] = {}
         self._open: dict[Link, Connection] = {}
         self._numbered: dict[int, Connection] = {}
@@ -259,6 +264,8 @@ class Inbound:
             rank=hello.rank,
             lane=lane,
             carrier=lane.carrier,
+            # The host sees no byte of what goes from GPU to GPU.
+            checksum=settings.checksum and kind is not LaneKind.DEVICE,
             note=note,
             heard_at=now,
             beat_at=now,
@@ -276,7 +283,7 @@ class Inbound:
             lane=kind,
             window=settings.slots_per_connection if tagged else settings.window,
             slot_bytes=settings.slot_bytes,
-            checksum=settings.checksum,
+            checksum=fresh.checksum,
             data_address=link.tagged.address if tagged else b"",
             note=note,
         )
@@ -287,7 +294,9 @@ class Inbound:
 
     def _lane(self, place: Place, hello: wire.Hello) -> tuple[LaneKind, ReceiveLane, str]:
         """Return the best lane that works, and why it is none of the better ones of this host."""
-        here = usable(self._settings.lane, rdma=self._transport.rdma)
+        here = usable(
+            self._settings.lane, rdma=self._transport.rdma, on_device=self._boxes is not None
+        )
         note = ""
         for kind in in_common(here, hello.lanes):
             if kind is LaneKind.TAGGED:
@@ -298,14 +307,19 @@ class Inbound:
                     note = f"TCP between processes of one host: {note or 'no memory is shared'}"
                 return kind, StreamReceive(place), note
             try:
-                if hello.share is None:
-                    raise NotMappable("the peer shares no memory")
-                region = MappedRegion(hello.share)
+                return kind, MappedReceive(place, self._caches(hello)), note
             except NotMappable as exc:
                 note = str(exc)
-            else:
-                return kind, MappedReceive(place, region, hello.offsets), note
         raise ConnectionRefused(f"no lane for KV works: {note}")
+
+    def _caches(self, hello: wire.Hello) -> Caches:
+        """Return what a peer of this host shares; raises NotMappable."""
+        if hello.share is None:
+            raise NotMappable("the peer shares no memory")
+        region = MappedRegion(hello.share)
+        if self._boxes is None:
+            return MappedCaches(region, hello.offsets)
+        return LentCaches(region, hello.offsets, hello.lent, self._boxes)
 
     def _check_hello(self, hello: wire.Hello) -> None:
         if not hmac.compare_digest(hello.token, self._identity.token):

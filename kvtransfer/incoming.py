@@ -7,12 +7,12 @@ import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kvtransfer.addresses import BlockTable
 from kvtransfer.api import Kept, ReceiveGrant
 from kvtransfer.coverage import Coverage, kept_tokens
 from kvtransfer.errors import GrantRefused, ManifestMismatch, ProtocolViolation
 from kvtransfer.header import DataHeader, manifest_crc
 from kvtransfer.layout import CacheLayout
-from kvtransfer.memory import BlockTable
 from kvtransfer.plan import Plan
 from kvtransfer.wire import Manifest
 

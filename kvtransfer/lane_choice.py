@@ -10,25 +10,30 @@ from kvtransfer.settings import Lane
 from kvtransfer.wire import LaneKind
 
 _ONLY: dict[Lane, LaneKind] = {
-    "mapped": LaneKind.MAPPED,
     "stream": LaneKind.STREAM,
     "ucx": LaneKind.TAGGED,
 }
 
 
-def usable(setting: Lane, *, rdma: bool, shares: bool = True) -> tuple[LaneKind, ...]:
+def usable(
+    setting: Lane, *, rdma: bool, on_device: bool, shares: bool = True
+) -> tuple[LaneKind, ...]:
     """Return the lanes that one side can use, the best first.
 
-    UCX carries what goes over RDMA hardware. Without any it would run over the same TCP sockets
-    and the same shared memory, and measured slower there than the lanes made for them.
+    What is mapped is memory of the sort that both have, the host's or a GPU's. UCX carries what
+    goes over RDMA hardware. Without any it would run over the same TCP sockets and the same shared
+    memory, and measured slower there than the lanes made for them.
     """
-    if setting != "auto":
-        wanted: Iterable[LaneKind] = (_ONLY[setting],)
+    mapped = LaneKind.DEVICE if on_device else LaneKind.MAPPED
+    if setting == "mapped":
+        wanted: Iterable[LaneKind] = (mapped,)
+    elif setting != "auto":
+        wanted = (_ONLY[setting],)
     elif rdma:
-        wanted = (LaneKind.MAPPED, LaneKind.TAGGED, LaneKind.STREAM)
+        wanted = (mapped, LaneKind.TAGGED, LaneKind.STREAM)
     else:
-        wanted = (LaneKind.MAPPED, LaneKind.STREAM)
-    return tuple(lane for lane in wanted if shares or lane is not LaneKind.MAPPED)
+        wanted = (mapped, LaneKind.STREAM)
+    return tuple(lane for lane in wanted if shares or lane is not mapped)
 
 
 def in_common(usable_here: Iterable[LaneKind], offered: frozenset[LaneKind]) -> list[LaneKind]:

@@ -25,6 +25,7 @@ _BACKOFF_S = (0.05, 2.0)
 _HEARTBEAT = wire.encode(wire.Heartbeat())
 _LANES: dict[LaneKind, Callable[[Link, wire.Welcome, TransferSettings, Counters], SendLane]] = {
     LaneKind.MAPPED: MappedSend,
+    LaneKind.DEVICE: MappedSend,
     LaneKind.STREAM: StreamSend,
     LaneKind.TAGGED: TaggedSend,
 }

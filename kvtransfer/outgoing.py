@@ -6,11 +6,11 @@ Owns cutting and merging of boxes. Pure bookkeeping: no I/O, no events, no clock
 from collections import deque
 from dataclasses import dataclass, field, replace
 
+from kvtransfer.addresses import BlockTable
 from kvtransfer.api import SendTransfer
 from kvtransfer.coverage import Ready
 from kvtransfer.header import manifest_crc
 from kvtransfer.layout import CacheLayout, Span
-from kvtransfer.memory import BlockTable
 from kvtransfer.plan import Plan, Region
 from kvtransfer.shared import Lease
 

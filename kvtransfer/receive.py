@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kvtransfer import wire
+from kvtransfer.addresses import Memory, tables_of
 from kvtransfer.api import (
     AgentStats,
     Closed,
@@ -26,6 +27,7 @@ from kvtransfer.api import (
     TransferEvent,
     TransferStats,
 )
+from kvtransfer.device_memory import Boxes, memories_of
 from kvtransfer.errors import (
     GrantExpired,
     GrantRefused,
@@ -41,7 +43,6 @@ from kvtransfer.inbound import Connection, Inbound
 from kvtransfer.incoming import Incoming, Source
 from kvtransfer.layout import CacheLayout, Span, check_compatible
 from kvtransfer.loop import AgentLoop
-from kvtransfer.memory import KVMemory, memories_of, tables_of
 from kvtransfer.plan import plan_cache
 from kvtransfer.receive_lanes import Landing
 from kvtransfer.settings import TransferSettings
@@ -77,15 +78,16 @@ class ReceiveAgent:
         settings: TransferSettings,
         on_event: Callable[[TransferEvent], None],
         on_landed: OnLanded | None = None,
+        boxes: Boxes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take each cache group's memory of `rank`: [layers, planes, blocks, heads, block_size,
-        head_size].
+        head_size]; with `boxes` it is a GPU's.
 
         `on_landed` is told of each piece when it is in a memory, in the agent's thread: before the
         event that ends its transfer. Raises ValueError where a memory does not fit the layout.
         """
-        self._memories: tuple[KVMemory, ...] = memories_of(memories, layout, rank)
+        self._memories: tuple[Memory, ...] = memories_of(memories, layout, rank, boxes)
         self._transport = transport
         self._layout = layout
         self._rank = rank
@@ -105,6 +107,7 @@ class ReceiveAgent:
             clock=clock,
             counters=self._counters,
             owner=self,
+            boxes=boxes,
         )
         self._snapshot = AgentStats()
         self._loop = AgentLoop(f"kv-receive-{rank}", transport, self, clock)
@@ -393,7 +396,7 @@ class ReceiveAgent:
     def _check(
         self, header: DataHeader, checksummed: bool, connection: Connection, incoming: Incoming
     ) -> None:
-        if self._settings.checksum and not checksummed:
+        if connection.checksum and not checksummed:
             raise ProtocolViolation("a piece without the checksum that was asked for")
         if header.source_rank != connection.rank:
             raise ProtocolViolation("a piece in the name of another rank")

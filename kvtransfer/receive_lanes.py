@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvtransfer import wire
+from kvtransfer.addresses import BlockTable, Memory
 from kvtransfer.errors import (
     ChecksumMismatch,
     PeerLost,
@@ -22,7 +23,6 @@ from kvtransfer.errors import (
 )
 from kvtransfer.header import HEADER_BYTES, MEANT, DataHeader, intact, unseal
 from kvtransfer.layout import CacheLayout
-from kvtransfer.memory import BlockTable, KVMemory
 from kvtransfer.send_lanes import DIRECT_BYTES
 from kvtransfer.settings import MAX_PIECE_BYTES, TransferSettings
 from kvtransfer.slots import Bytes, ReceiveSlot, ReceiveSlots, SlotState, data_tag, page_aligned
@@ -38,7 +38,7 @@ class Landing:
 
     header: DataHeader
     crc: int
-    memory: KVMemory
+    memory: Memory
     table: BlockTable
     unit: int
     source_layout: CacheLayout

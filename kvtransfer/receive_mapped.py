@@ -4,22 +4,20 @@ Owns the tables of the blocks that the sender has told, and the check that it st
 they had been read.
 """
 
-import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from kvtransfer import wire
+from kvtransfer.addresses import BlockTable, Memory
 from kvtransfer.errors import ProtocolViolation, StaleRead, TransferError
 from kvtransfer.header import crc_of_head, unseal
 from kvtransfer.layout import CacheLayout
-from kvtransfer.memory import BlockTable, KVMemory, element_type
+from kvtransfer.mapped_caches import Caches
 from kvtransfer.receive_lanes import Landing, Place, damaged
 from kvtransfer.send_lanes import MAPPED_DIRECT_BYTES
 from kvtransfer.settings import MAX_PIECE_BYTES
-from kvtransfer.shared import Lease, MappedRegion
+from kvtransfer.shared import Lease
 from kvtransfer.slots import SlotState, page_aligned
 
 _TABLES = 4096
@@ -35,22 +33,22 @@ class _Named:
 
 
 class MappedReceive:
-    """Pieces read from the sender's cache, which this process has mapped read-only."""
+    """Pieces read from the sender's caches, which this process reaches."""
 
-    def __init__(
-        self, place: Place, region: MappedRegion, offsets: tuple[tuple[int, int], ...]
-    ) -> None:
+    def __init__(self, place: Place, caches: Caches) -> None:
         self._place = place
-        self._region = region
-        self._offsets = offsets
-        self._memories: dict[tuple[CacheLayout, int], KVMemory] = {}
+        self._caches = caches
+        self._memories: dict[tuple[CacheLayout, int], Memory] = {}
         self._named: OrderedDict[tuple[int, bytes], _Named] = OrderedDict()
         self._scratch = page_aligned(0)
         self._taken = 0
         self.probed_bytes = 0
         self.probe_s = 0.0
 
-    carrier = "mapped"
+    @property
+    def carrier(self) -> str:
+        """See ReceiveLane."""
+        return self._caches.carrier
 
     def start(self) -> None:
         """See ReceiveLane."""
@@ -97,10 +95,10 @@ class MappedReceive:
         named = self._named.setdefault(key, _Named(table.lease))
         if len(self._named) > _TABLES:
             self._named.popitem(last=False)
-        if table.group >= len(self._offsets) or named.lease != table.lease:
+        if table.group >= len(self._caches.blocks) or named.lease != table.lease:
             raise ProtocolViolation("a table of a group or lease that does not exist")
         ids = named.ids.setdefault(table.group, [])
-        blocks = self._offsets[table.group][1]
+        blocks = self._caches.blocks[table.group]
         if table.first != len(ids) or len(ids) + len(table.block_ids) > blocks:
             raise ProtocolViolation("a table out of order or longer than the cache")
         ids += table.block_ids
@@ -156,38 +154,20 @@ class MappedReceive:
         self._place.scatter(landing, memoryview(payload.data))
 
     def _check_lease(self, named: _Named) -> None:
-        if not self._region.stands(named.lease):
+        if not self._caches.stands(named.lease):
             raise StaleRead("the sender let its blocks go before they were read")
 
-    def _memory(self, landing: Landing, group: int) -> KVMemory:
+    def _memory(self, landing: Landing, group: int) -> Memory:
         key = (landing.source_layout, group)
         if key not in self._memories:
             layout = landing.source_layout.groups[group]
-            shard, shape = layout.shard(self._place.rank), layout.shape
-            offset, blocks = self._offsets[group]
-            sizes = (
-                len(shard.layers),
-                shape.planes,
-                blocks,
-                len(shard.heads),
-                layout.block_size,
-                shape.head_size,
-            )
-            array = self._region.array(offset, sizes, element_type(shape.dtype))
-            self._memories[key] = KVMemory.from_numpy(array, layout, self._place.rank)
+            self._memories[key] = self._caches.memory(group, layout, self._place.rank)
         return self._memories[key]
 
     def _probe(self, size: int) -> None:
-        """Read so many bytes, the region's again and again if it is smaller.
-
-        Twice, so that what is timed has its pages: serving meets each of them once only.
+        """Read so many bytes, twice, so that what is timed has its pages: serving meets each of
+        them once only.
         """
-        size = min(size, MAX_PIECE_BYTES)
-        into = page_aligned(size)
         for _ in range(2):
-            began = time.perf_counter()
-            for begin in range(0, size, self._region.size):
-                part = into[begin : begin + self._region.size]
-                np.copyto(part, self._region.bytes(len(part)))
-            self.probe_s = time.perf_counter() - began
+            self.probe_s = self._caches.probe(min(size, MAX_PIECE_BYTES))
         self.probed_bytes += size

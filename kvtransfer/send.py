@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kvtransfer import wire
+from kvtransfer.addresses import Memory, tables_of
 from kvtransfer.api import (
     AgentStats,
     Closed,
@@ -27,6 +28,7 @@ from kvtransfer.api import (
     TransferEvent,
     TransferStats,
 )
+from kvtransfer.device_memory import Boxes, memories_of
 from kvtransfer.errors import (
     AckTimeout,
     CreditStalled,
@@ -42,7 +44,6 @@ from kvtransfer.errors import (
 from kvtransfer.lane_choice import usable
 from kvtransfer.layout import CacheLayout, Span, check_compatible
 from kvtransfer.loop import AgentLoop
-from kvtransfer.memory import KVMemory, memories_of, tables_of
 from kvtransfer.outbound import Outbound, Route, Session
 from kvtransfer.outgoing import Lane, Outgoing
 from kvtransfer.plan import plan_cache
@@ -89,19 +90,33 @@ class SendAgent:
         settings: TransferSettings,
         on_event: Callable[[TransferEvent], None],
         region: SharedRegion | None = None,
+        boxes: Boxes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take each cache group's memory of `rank`: [layers, planes, blocks, heads, block_size,
         head_size]. With a `region` from which they were allocated, receivers on this host may map
-        them.
+        them. With `boxes` they are a GPU's, and are lent under the region's leases.
 
-        Raises ValueError where a memory does not fit the layout or is not of the region.
+        Raises ValueError where a memory does not fit the layout or is not of the region, OSError
+        where it cannot be lent.
         """
-        self._memories: tuple[KVMemory, ...] = memories_of(memories, layout, rank)
+        self._memories: tuple[Memory, ...] = memories_of(memories, layout, rank, boxes)
         self._region = region
-        self._offsets = tuple(
-            (region.offset_of(memory), memory.shape[2]) for memory in memories if region
+        self._offsets: tuple[tuple[int, int], ...] = ()
+        self._lent: tuple[bytes, ...] = ()
+        self._lanes = usable(
+            settings.lane,
+            rdma=transport.rdma,
+            on_device=boxes is not None,
+            shares=region is not None,
         )
+        if region is not None:
+            offsets = [0 if boxes else region.offset_of(memory) for memory in memories]
+            self._offsets = tuple(
+                zip(offsets, (each.blocks for each in self._memories), strict=True)
+            )
+        if boxes is not None and LaneKind.DEVICE in self._lanes:
+            self._lent = tuple(boxes.lend(memory) for memory in memories)
         self._transport = transport
         self._identity = identity
         self._layout = layout
@@ -205,10 +220,8 @@ class SendAgent:
 
     def _hello(self, link: Link) -> wire.Hello:
         """Say who this rank is and which lanes it can use; whom it talks to is not known here."""
-        lanes = usable(
-            self._settings.lane, rdma=self._transport.rdma, shares=self._region is not None
-        )
-        mapped = self._region is not None and LaneKind.MAPPED in lanes
+        lanes = self._lanes
+        mapped = not {LaneKind.MAPPED, LaneKind.DEVICE}.isdisjoint(lanes)
         return wire.Hello(
             instance=self._identity.instance,
             epoch=self._identity.epoch,
@@ -221,6 +234,7 @@ class SendAgent:
             data_address=link.tagged.address if LaneKind.TAGGED in lanes else b"",
             share=self._region.handle if self._region is not None and mapped else None,
             offsets=self._offsets if mapped else (),
+            lent=self._lent,
         )
 
     # ------------------------------------------------------------------------------ transfers

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvtransfer import wire
+from kvtransfer.addresses import BlockTable, Memory
 from kvtransfer.errors import ProtocolViolation
 from kvtransfer.header import HEADER_BYTES, MEANT, DataHeader, seal, seal_over
 from kvtransfer.layout import Span
-from kvtransfer.memory import BlockTable, KVMemory
 from kvtransfer.settings import MAX_PIECE_BYTES, MAX_SLOTS, TransferSettings
 from kvtransfer.shared import Lease
 from kvtransfer.slots import (
@@ -35,6 +35,8 @@ from kvtransfer.transport import Link
 # that takes a list of parts, and in a loop over runs.
 DIRECT_BYTES = 32 << 10
 MAPPED_DIRECT_BYTES = 4 << 10
+# What the lanes are called that the receiver reads.
+CARRIERS = {wire.LaneKind.MAPPED: "mapped", wire.LaneKind.DEVICE: "gpu"}
 # Pieces of a stream handed to the socket ahead of the kernel: one being sent, one to follow.
 _STREAM_PIECES = 3
 
@@ -44,7 +46,7 @@ class Outpiece:
     """A box of one transfer, and where it lies."""
 
     header: DataHeader
-    memory: KVMemory
+    memory: Memory
     table: BlockTable
     unit: int
 
@@ -278,7 +280,7 @@ class StreamSend:
 
 
 class MappedSend:
-    """Pieces announced only: the receiver reads them out of this process's cache."""
+    """Pieces announced only: the receiver reads them out of this process's cache, or its GPU's."""
 
     def __init__(
         self, link: Link, welcome: wire.Welcome, settings: TransferSettings, counters: Counters
@@ -291,7 +293,10 @@ class MappedSend:
         # When each piece was announced that the receiver has not taken yet.
         self._not_taken: deque[float] = deque()
 
-    carrier = "mapped"
+    @property
+    def carrier(self) -> str:
+        """See SendLane."""
+        return CARRIERS[self._welcome.lane]
 
     @property
     def can_send(self) -> bool:
@@ -300,6 +305,8 @@ class MappedSend:
 
     def limit(self, run_bytes: int, unit_bytes: int) -> int:
         """See SendLane."""
+        if self._welcome.lane is wire.LaneKind.DEVICE:
+            return MAX_PIECE_BYTES  # a launch costs more than what it copies
         # While the receiver has nothing to do, a small piece gives it something sooner.
         packed = run_bytes < MAPPED_DIRECT_BYTES and self._welcome.checksum
         small = packed or not self._not_taken

@@ -7,10 +7,10 @@ of whose turn it is or of deadlines.
 from collections.abc import Callable, Sequence
 
 from kvtransfer import wire
+from kvtransfer.addresses import Memory
 from kvtransfer.errors import LayoutMismatch
 from kvtransfer.header import DataHeader
 from kvtransfer.layout import Span
-from kvtransfer.memory import KVMemory
 from kvtransfer.outbound import Session
 from kvtransfer.outgoing import Lane, Outgoing
 from kvtransfer.send_lanes import MappedSend, Outpiece
@@ -22,7 +22,7 @@ class PieceSender:
 
     def __init__(
         self,
-        memories: Sequence[KVMemory],
+        memories: Sequence[Memory],
         region: SharedRegion | None,
         rank: int,
         clock: Callable[[], float],

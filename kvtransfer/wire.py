@@ -28,6 +28,7 @@ class LaneKind(IntEnum):
     MAPPED = 1  # the receiver reads it out of the sender's cache, which it has mapped
     STREAM = 2  # over the link's byte stream, header first
     TAGGED = 3  # as tagged messages into granted slots (UCX)
+    DEVICE = 4  # the receiver's GPU reads it out of the sender's, which lends its memory
 
 
 class Kind(IntEnum):
@@ -55,6 +56,7 @@ class Hello:
 
     `lanes` are those that the sender can use: with TAGGED comes its `data_address`, with MAPPED
     its `share`, in which `offsets` gives each cache group's (offset in bytes, number of blocks).
+    With DEVICE what is `lent` opens each group's memory, and the share has only the leases.
     """
 
     instance: str
@@ -68,6 +70,7 @@ class Hello:
     data_address: bytes = b""
     share: ShareHandle | None = None
     offsets: tuple[tuple[int, int], ...] = ()
+    lent: tuple[bytes, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +217,7 @@ Control = (
 
 _PREAMBLE = struct.Struct(f"<4sH{COMPATIBILITY_BYTES}s")
 _HELLO_MAGIC = b"TPHI"
-_HELLO = struct.Struct(f"<QIQIBB{BOOT_ID_BYTES}sBHBB")
+_HELLO = struct.Struct(f"<QIQIBB{BOOT_ID_BYTES}sBHBBBB")
 _SHARE = struct.Struct("<IIQ")
 _OFFSET = struct.Struct("<QI")
 _WELCOME = struct.Struct("<IQBHIBHH")
@@ -249,12 +252,15 @@ def encode_hello(hello: Hello, compatibility: bytes) -> bytes:
                 len(hello.data_address),
                 len(share),
                 len(hello.offsets),
+                len(hello.lent),
+                len(hello.lent[0]) if hello.lent else 0,
             ),
             name,
             hello.token,
             hello.data_address,
             share,
             *(_OFFSET.pack(*offset) for offset in hello.offsets),
+            *hello.lent,
         )
     )
 
@@ -279,7 +285,7 @@ def decode_hello(message: bytes, compatibility: bytes) -> Hello:
     reader = _Reader(message, _PREAMBLE.size)
     fields = reader.fields(_HELLO)
     epoch, rank, target_epoch, target_rank, name, token, boot_id, lanes, address = fields[:9]
-    share, offsets = fields[9:]
+    share, offsets, lent, lent_bytes = fields[9:]
     hello = Hello(
         instance=reader.text(name),
         epoch=epoch,
@@ -292,6 +298,7 @@ def decode_hello(message: bytes, compatibility: bytes) -> Hello:
         data_address=reader.raw(address),
         share=_share(reader, boot_id, share) if share else None,
         offsets=tuple(_OFFSET.iter_unpack(reader.raw(offsets * _OFFSET.size))),
+        lent=tuple(reader.raw(lent_bytes) for _ in range(lent)),
     )
     reader.end()
     return hello

@@ -44,6 +44,7 @@ class Rank:
             settings=TransferSettings(host=settings.data_host, lane=settings.kv_lane),
             on_event=on_event,
             region=region,
+            boxes=model.memory.boxes,
         )
         runner, memory = model.runner, model.memory
         self.handoff = Handoff(self.agent, shape.layers, runner.local_blocks, memory.then)

@@ -153,7 +153,8 @@ def load_model(
         assets = load_assets(folder)
         dtype = _DTYPES[config.dtype if settings.dtype == "auto" else settings.dtype]
         runner = _runner(settings, config, dtype, device, part, allocate, keeps_logits=keeps_logits)
-        memory = cache_memory(runner.cache, allocate)
+        memory = cache_memory(runner.cache, allocate, host_copy=settings.kv_host_copy)
+        _check_lending(settings, memory)
         part = replace(part, layout=runner.layout)
         part.meet()  # some load longer than others; in a pass they wait for seconds only
         runner.warm_up()
@@ -368,6 +369,18 @@ def _choose_grain(
     blocks = _num_blocks(settings, config, dtype, replace(part.layout, cp=1, cp_rank=0))
     most = min(part.most_grain, blocks // _LEAST_ROUNDS * settings.block_size)
     return calibration.choose_grain(trial, settings.block_size, most)
+
+
+def _check_lending(settings: InstanceConfig, memory: CacheMemory) -> None:
+    """Raise StartError where a GPU's memory cannot be shared in the way that was asked for."""
+    if memory.boxes is None or settings.kv_lane not in ("auto", "mapped"):
+        return
+    try:
+        memory.boxes.lend(memory.tensor)
+    except OSError as error:
+        raise StartError(
+            f"--no-kv-host-copy: {error}; use --kv-host-copy, or --kv-lane stream"
+        ) from error
 
 
 def _describe(

@@ -85,6 +85,11 @@ class InstanceConfig(BaseModel):
         default="auto",
         description="How KV travels: mapped (memory of one host), ucx, stream (TCP), or auto.",
     )
+    kv_host_copy: bool = Field(
+        default=True,
+        description="Send and take a GPU's KV by a copy in the host's memory, as large as the"
+        " cache; without one it goes from GPU to GPU in a host, and by small buffers elsewhere.",
+    )
     checksum: bool = Field(default=True, description="Check every piece of KV with a crc32.")
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="Seconds that open requests may take after SIGTERM."

@@ -24,7 +24,14 @@ LAUNCHER = "tests.integration.apart"
 if torch.cuda.is_available():
     FLAGS = (*FLAGS, "--device", "cuda", "--gpu-memory-fraction", "0.3")
     LAUNCHER = ""
-LANES = some_slow(("mapped", "stream"), "mapped")
+# With a copy in the host's memory, and from GPU to GPU or by buffers of the host's.
+WAYS: dict[str, tuple[str, ...]] = {
+    "mapped": ("--kv-lane", "mapped"),
+    "stream": ("--kv-lane", "stream"),
+    "gpu": ("--no-kv-host-copy", "--kv-lane", "mapped"),
+    "gpu by stream": ("--no-kv-host-copy", "--kv-lane", "stream"),
+}
+CARRIERS = {"mapped": "mapped", "stream": "tcp", "gpu": "gpu", "gpu by stream": "tcp"}
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +39,12 @@ def expected() -> Reference:
     return reference(MODEL_DIR)
 
 
-@pytest.fixture(scope="module", params=LANES)
+@pytest.fixture(scope="module", params=some_slow(WAYS, "mapped", "gpu"))
 def apart(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
     """Prefill in steps of few tokens, so that prompts are computed in pieces."""
-    flags = (*FLAGS, "--kv-lane", request.param)
+    flags = (*FLAGS, *WAYS[request.param])
     pieces = ("--max-batched-tokens", "128")
     with Cluster(
         MODEL_DIR,
@@ -47,6 +54,7 @@ def apart(
         launcher=LAUNCHER,
     ) as cluster:
         yield cluster
+        assert f"KV to decode rank 0: {CARRIERS[request.param]}," in cluster.log("prefill")
 
 
 def check(cluster: Cluster, expected: Reference, tokens: list[int], new: int = TOKENS) -> list[int]:
@@ -105,13 +113,15 @@ def test_blocks_of_requests_that_were_given_up_serve_others(
     apart.wait_idle()
 
 
+@pytest.mark.parametrize("copied", [True, False])
 def test_decoded_tokens_move_to_another_instance(
-    expected: Reference, tmp_path_factory: pytest.TempPathFactory
+    expected: Reference, tmp_path_factory: pytest.TempPathFactory, copied: bool
 ) -> None:
+    way = "--kv-host-copy" if copied else "--no-kv-host-copy"
     with Cluster(
         MODEL_DIR,
         tmp_path_factory.mktemp("moves"),
-        *(*FLAGS, "--drain-timeout-s", "3"),
+        *(*FLAGS, "--drain-timeout-s", "3", way),
         decodes=("a", "b"),
         more_flags=dict.fromkeys(("a", "b"), ("--local-prefill-tokens", "40")),
         router_flags=("--local-prefill-max", "100"),

@@ -29,7 +29,7 @@ def _run_of(memory, blocks, subs, unit, head, layer, plane, m_l, m_c, m_b, m_g, 
     return memory + layer * m_l + plane * m_c + block * m_b + head * m_g + place * LENGTH
 
 
-@triton.jit(do_not_specialize=["into_head", "from_head"])
+@triton.jit(do_not_specialize=["into_head", "from_head", "tokens"])
 def _move_kernel(
     into,
     into_blocks,

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.cache_memory import CacheItself, HostCopy, cache_memory
+from engine.boxes import Boxes
+from engine.cache_memory import CacheItself, CacheOnGpu, HostCopy, cache_memory
 from engine.config import ModelConfig, load_config
 from engine.kvcache import KVCache
 from engine.parallel import Layout
@@ -138,7 +139,24 @@ def test_error_of_what_follows_ends_the_next_pass(config: ModelConfig) -> None:
         raise OSError("gone")
 
     apart.memory.then(fail)
-    apart.memory._thread.join(5)
+    apart.memory._saved._thread.join(5)
     with pytest.raises(RuntimeError, match="could not be saved") as caught:
         apart.memory.before_pass()
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_memory_of_a_gpu_without_a_copy_is_the_cache_itself(config: ModelConfig) -> None:
+    cache, lane = make_cache(config), LateLane()
+    memory = CacheOnGpu(cache, lane, Boxes(torch.device("cpu")))
+    assert memory.tensor is cache.tensor
+    memory.save(range(1), [3])
+    memory.load(range(1), [3])
+    memory.before_pass()
+    called: list[str] = []
+    done = threading.Event()
+    for name in ("first", "second"):
+        memory.then(lambda name=name: called.append(name))  # type: ignore[misc]
+    memory.then(done.set)
+    assert done.wait(5)
+    assert called == ["first", "second"]
+    assert lane.copies == 0

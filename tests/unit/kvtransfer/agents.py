@@ -40,6 +40,7 @@ from kvtransfer.settings import Lane
 from kvtransfer.shared import Lease, boot_id
 from kvtransfer.slots import data_tag
 from kvtransfer.transport import Connected, ControlArrived, Done
+from tests.lent_boxes import LentBoxes
 from tests.unit.kvtransfer.layouts import RankMemory, whole
 
 T = TypeVar("T")
@@ -66,6 +67,8 @@ QUICK = TransferSettings(
 
 # The lane of agents that a test starts; the fixture `lane` changes it.
 LANE: Lane = "ucx"
+# Whether their memory counts as a GPU's; the fixture `way` changes it.
+ON_GPU = False
 LANES: tuple[Lane, ...] = ("ucx", "stream", "mapped")
 KINDS = {
     "ucx": wire.LaneKind.TAGGED,
@@ -148,6 +151,7 @@ class Receiver:
             identity=identity,
             settings=replace(settings, lane=LANE),
             on_event=events,
+            boxes=LentBoxes() if ON_GPU else None,
         )
         host, port = agent.start()
         return cls(network, transport, memory, agent, events, host, port)
@@ -192,8 +196,8 @@ class Sender:
     ) -> "Sender":
         transport, events = network.transport(), Events()
         memory = RankMemory.make(layout, rank, total, random.Random(2), spare=40)
-        region = SharedRegion()
-        shared = region.allocate(memory.kv.shape, memory.kv.dtype)
+        region, boxes = SharedRegion(), LentBoxes() if ON_GPU else None
+        shared = (boxes or region).allocate(memory.kv.shape, memory.kv.dtype)
         memory.kv = shared.copy_(memory.kv)
         memory.fill(whole(layout.shape, total, seed))
         agent = SendAgent(
@@ -205,6 +209,7 @@ class Sender:
             settings=replace(settings, lane=LANE),
             on_event=events,
             region=region,
+            boxes=boxes,
         )
         agent.start()
         return cls(transport, memory, agent, events, region)
@@ -311,8 +316,9 @@ class RawSender:
         self.lost = False
         self.sent = self.taken = 0
         self.region = SharedRegion()
+        self.boxes = LentBoxes() if ON_GPU else None
         kv = receiver.memory.kv
-        self.memory = self.region.allocate(kv.shape, kv.dtype)
+        self.memory = (self.boxes or self.region).allocate(kv.shape, kv.dtype)
         self.lease: Lease | None = None
         self.link: LoopbackLink = self.transport.connect(receiver.host, receiver.port)
 
@@ -325,15 +331,20 @@ class RawSender:
             target_epoch=DECODE.epoch,
             target_rank=0,
             token=DECODE.token,
-            lanes=frozenset({KINDS[self.lane]}),
+            lanes=frozenset({wire.LaneKind.DEVICE if self.boxes else KINDS[self.lane]}),
             boot_id=boot_id(),
             data_address=self.transport.data_address if self.lane == "ucx" else b"",
             share=self.region.handle if mapped else None,
-            offsets=((self.region.offset_of(self.memory), self.memory.shape[2]),) if mapped else (),
+            offsets=((self._offset, self.memory.shape[2]),) if mapped else (),
+            lent=(self.boxes.lend(self.memory),) if self.boxes else (),
         )
         hello = replace(base, **changes)  # type: ignore[arg-type]
         self.link.send_control(wire.encode_hello(hello, compatibility))
         return self
+
+    @property
+    def _offset(self) -> int:
+        return 0 if self.boxes else self.region.offset_of(self.memory)
 
     def up(self) -> "RawSender":
         """Say hello and wait for what allows to send."""

@@ -8,13 +8,19 @@ import numpy as np
 import torch
 from isal.isal_zlib import crc32
 
+from engine.boxes import Boxes
+from kvtransfer.addresses import BlockTable
 from kvtransfer.coverage import Coverage
+from kvtransfer.device_memory import DeviceMemory
 from kvtransfer.layout import CacheLayout, KVLayout, Span
-from kvtransfer.memory import BlockTable, KVMemory, element_type
+from kvtransfer.memory import KVMemory, element_type
 from kvtransfer.plan import Plan, Region
 from tests.unit.kvtransfer.layouts import RankMemory
 
-WAYS = ("payload", "stream", "copy")
+# From a GPU's memory, that is the CPU's in its place: through a payload, or at once.
+GPU_WAYS = ("gpu payload", "gpu copy")
+WAYS = ("payload", "stream", "copy", *GPU_WAYS)
+BOXES = Boxes(torch.device("cpu"))
 
 
 @dataclass
@@ -57,6 +63,12 @@ class Side:
             memory = KVMemory.from_numpy(bits, self.layout, rank)
         return memory, memory.table(own.block_ids, own.total_tokens)
 
+    def open_on_gpu(self, rank: int) -> tuple[DeviceMemory, BlockTable]:
+        """Wrap a rank's memory as if a GPU had it."""
+        own = self.ranks[rank]
+        memory = DeviceMemory(own.kv, self.layout, rank, BOXES)
+        return memory, memory.table(own.block_ids, own.total_tokens)
+
 
 @dataclass(frozen=True)
 class Message:
@@ -90,6 +102,8 @@ def _cut(span: Span, grain: int, rng: random.Random) -> Iterator[Span]:
 def carry(message: Message, unit: int, source: Side, target: Side, way: str) -> int:
     """Bring one message's elements from source to target memory; return its bytes."""
     region = message.region
+    if way in GPU_WAYS:
+        return carry_on_gpu(message, unit, source, target, way)
     memory, table = source.open(region.source_rank, read_only=way == "copy")
     into, to_table = target.open(region.target_rank)
     box = (message.layers, region.heads, message.tokens, unit)
@@ -108,6 +122,21 @@ def carry(message: Message, unit: int, source: Side, target: Side, way: str) -> 
         memory.pack(payload, table, *box)
         into.scatter(payload, to_table, *box)
     return size
+
+
+def carry_on_gpu(message: Message, unit: int, source: Side, target: Side, way: str) -> int:
+    """As `carry`, between memories of GPUs."""
+    region = message.region
+    memory, table = source.open_on_gpu(region.source_rank)
+    into, to_table = target.open_on_gpu(region.target_rank)
+    box = (message.layers, region.heads, message.tokens, unit)
+    payload = np.full(memory.payload_bytes(*box), 0xAB, np.uint8)
+    memory.pack(payload, table, *box)
+    if way == "gpu payload":
+        into.scatter(payload, to_table, *box)
+    else:
+        assert into.copy_from(memory, table, to_table, *box, crc=7) == crc32(payload, 7)
+    return len(payload)
 
 
 def stream(out: Sequence[memoryview], into: Sequence[memoryview], rng: random.Random) -> None:

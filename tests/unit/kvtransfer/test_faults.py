@@ -55,7 +55,7 @@ def drop_kind(kind: wire.Kind) -> Fault:
     return fault
 
 
-pytestmark = pytest.mark.usefixtures("lane")
+pytestmark = pytest.mark.usefixtures("way")
 
 
 # -------------------------------------------------------------------------------------- aborts
@@ -248,7 +248,7 @@ def test_a_dead_receiver_fails_transfers_and_its_successor_serves() -> None:
     pair.close()
 
 
-@pytest.mark.parametrize("lane", ["ucx"], indirect=True)
+@pytest.mark.parametrize("way", ["ucx"], indirect=True)
 def test_slots_of_a_dead_link_stay_aside_until_the_transport_lets_go() -> None:
     network = Network()
     pair = Pair(network=network)

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtransfer.addresses import tables_of
+from kvtransfer.device_memory import memories_of
 from kvtransfer.layout import KVShape, Span, uniform, uniform_cache
-from kvtransfer.memory import KVMemory, element_type, memories_of, tables_of
+from kvtransfer.memory import KVMemory, element_type
 from tests.unit.kvtransfer.layouts import DTYPES, RankMemory, layouts, shapes, whole
 
 SHAPE = KVShape(layers=2, kv_heads=2, head_size=8, dtype="float32")

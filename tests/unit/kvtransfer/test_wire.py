@@ -43,6 +43,7 @@ HELLO = wire.Hello(
         boot_id=bytes(range(16)), pid=7, descriptor=8, size=2**40, name="twinpool-kv-x"
     ),
     offsets=((65536, 100), (2**33, 5)),
+    lent=(bytes(range(80)), b"l" * 80),
 )
 MESSAGES: list[wire.Control] = [
     wire.Welcome(3, 4, wire.LaneKind.STREAM, 6, 512 << 10, True, b"address", "why"),
