@@ -14,7 +14,7 @@ them: TTFT, TPOT, and the hand-over, from prefill's end, as the client learns of
 token of decode.
 
 With --device cuda Twinpool's systems are on one GPU, of whose memory each instance has its part;
-vLLM's rows are of its CPU build and are left out.
+vLLM's rows are of its CPU build and are left out. With --no-host-copy KV goes from cache to cache.
 
 Runs are short, so that all systems are done within half an hour: give a longer --duration-s and
 --budget-s for figures to publish.
@@ -67,6 +67,9 @@ def main(
     sparse: Annotated[bool, typer.Option(help="The sparse checkpoint, not the dense one.")] = False,
     large: Annotated[bool, typer.Option(help="One in the shape of Llama-3-8B, for a GPU.")] = False,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the models run.")] = "cpu",
+    host_copy: Annotated[
+        bool, typer.Option(help="A GPU's KV by the host's memory, not from cache to cache.")
+    ] = True,
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Keep records, logs and drawings here.")
     ] = None,
@@ -117,6 +120,7 @@ def main(
             logs=temporary,
             vllm_python=vllm_python if device == "cpu" else None,
             device=device,
+            host_copy=host_copy,
         )
         contest = Contest(machine, workloads, settings, out or temporary / "out", _say)
         try:

@@ -53,6 +53,7 @@ class Machine:
         logs: Folder for what its programs say.
         vllm_python: Interpreter of an environment with vLLM.
         device: Where Twinpool's models run; with cuda all on one GPU.
+        host_copy: Whether a GPU's KV goes by the host's memory, or from cache to cache.
     """
 
     model: Path
@@ -62,6 +63,7 @@ class Machine:
     logs: Path
     vllm_python: Path | None = None
     device: str = "cpu"
+    host_copy: bool = True
 
     def parts(self, count: int) -> list[tuple[int, ...]]:
         """Return the cores of each of so many instances."""
@@ -121,6 +123,7 @@ def at_address(
         command += ["--device", machine.device]
         if machine.device == "cuda":
             command += ["--gpu-memory-fraction", f"{_OF_GPU / len(roles):g}"]
+            command += ["--kv-host-copy" if machine.host_copy else "--no-kv-host-copy"]
         settings = thread_env(len(cores)) | import_env()
         programs.append(
             Program(name=f"{name}-{number}", command=command, settings=settings, cores=cores)

@@ -1,10 +1,11 @@
 """KV from one process's GPU memory to another's, as a prefill instance hands it to decode.
 
-Sender and receiver share the GPU, each with a cache of Llama-3-8B's KV, and the path is the one
-that serves requests: layers saved to the host's memory beside the passes, the transfer with its
-checks and checksums, and pieces loaded as they land. The clock runs from the first layer that is
-saved to the moment when a pass may read the last. The limit is a plain copy within the GPU of as
-many bytes, and beside it are the two copies over the bus alone, to locked host memory and back.
+Sender and receiver share the GPU, each with a cache of Llama-3-8B's KV, and the paths are those
+that serve requests. At once: the receiver's GPU reads what the sender has lent. Through the host:
+layers saved to its memory beside the passes, the transfer with its checks and checksums, and pieces
+loaded as they land. The clock runs from the first layer that is computed to the moment when a pass
+may read the last. The limit is a plain copy within the GPU of as many bytes, and beside what goes
+through the host are the two copies over the bus alone, to locked host memory and back.
 """
 
 import re
@@ -40,15 +41,25 @@ def measure(
 ) -> Iterator[Row]:
     """Measure the sequences whose names match; raises SideFailed."""
     timer = timer_of(device)
-    for carrier in CARRIERS:
+    tcp, shm = CARRIERS
+    for carrier, host_copy in ((shm, False), (shm, True), (tcp, True)):
+        way = f"by {carrier.name}" if host_copy else "at once"
         for count in tokens:
-            name = f"KV of {count} tokens, GPU to GPU, {carrier.name}"
+            name = f"KV of {count} tokens, GPU to GPU, {way}"
             if re.search(pattern, name):
-                yield _row(name, replace(request, tokens=count), carrier, device, timer, rounds)
+                asked = replace(request, tokens=count)
+                yield _row(name, asked, carrier, device, timer, rounds, host_copy=host_copy)
 
 
 def _row(
-    name: str, request: Request, carrier: Carrier, device: torch.device, timer: Timer, rounds: int
+    name: str,
+    request: Request,
+    carrier: Carrier,
+    device: torch.device,
+    timer: Timer,
+    rounds: int,
+    *,
+    host_copy: bool,
 ) -> Row:
     work = Work(
         name=name,
@@ -58,7 +69,8 @@ def _row(
     )
     command = [sys.executable, "-m", _SIDE]
     with Pair("ours", command, carrier, thread_env(_THREADS)) as pair:
-        pair.open(work, device=str(device), **request_options(work, carrier))
+        options = request_options(work, carrier)
+        pair.open(work, device=str(device), host_copy=host_copy, **options)
         seconds = pair.move(work, range(_WARM_UP + rounds))[_WARM_UP:]
     gbps, spread = median_and_spread([request.bytes / each / 1e9 for each in seconds])
     return Row(
@@ -67,8 +79,8 @@ def _row(
         unit="GB/s",
         higher_is_better=True,
         limit=_gbps(timer, request.bytes, device, device, rounds),
-        peer=_over_the_bus(timer, request.bytes, device, rounds),
-        peer_name="copies to the host and back",
+        peer=_over_the_bus(timer, request.bytes, device, rounds) if host_copy else None,
+        peer_name="copies to the host and back" if host_copy else None,
         spread=spread,
     )
 

@@ -45,9 +45,16 @@ class GpuSide:
     """A rank of an instance; see bench.movers.side.Side."""
 
     def open(
-        self, *, side: str, device: str, carrier: str, request: dict[str, Any], **_: Any
+        self,
+        *,
+        side: str,
+        device: str,
+        carrier: str,
+        host_copy: bool,
+        request: dict[str, Any],
+        **_: Any,
     ) -> dict[str, Any]:
-        """Make cache, copy and agent."""
+        """Make cache, its copy in the host's memory or none, and agent."""
         self._source, self._device = side == "source", torch.device(device)
         self._tokens = Span(0, request["tokens"])
         sizes = {"kv_heads": request["kv_heads"], "head_size": request["head_size"]}
@@ -69,7 +76,7 @@ class GpuSide:
             layout=Layout(),
             allocate=region.allocate if on_cpu else None,
         )
-        self._memory = cache_memory(self._cache, region.allocate)
+        self._memory = cache_memory(self._cache, region.allocate, host_copy=host_copy)
         shape = KVShape(layers=config.num_layers, dtype="bfloat16", **sizes)
         self._layout = uniform_cache((shape,), request["block_size"])
         self._events = Events()
@@ -85,6 +92,7 @@ class GpuSide:
             "rank": 0,
             "settings": TransferSettings(lane="mapped" if carrier == "shm" else "stream"),
             "on_event": self._events,
+            "boxes": self._memory.boxes,
         }
         if self._source:
             return SendAgent(identity=identity("source"), region=region, **common)
