@@ -189,4 +189,5 @@ def test_there_is_a_tile_for_decode_and_for_prefill(gpu: PagedKernels) -> None:
     for dtype in DTYPES:
         x = torch.empty(1, 2048, dtype=dtype)
         rows = [experts.choices_of(x, 128, 768, pairs).tiles[0].rows for pairs in (8, 512, 65536)]
-        assert rows == [16, 16, 128]
+        # fp32 is multiplied out of registers, which larger tiles would overflow.
+        assert rows == [16, 16, 16 if dtype == torch.float32 else 128]
