@@ -40,6 +40,21 @@ class LatentConfig:
         """Elements of a head's query, before the latent's matrix is taken in."""
         return self.plain_size + self.turned_size
 
+    def makes_keys(self, new: int, tokens: int) -> bool:
+        """Whether the last `new` of so many tokens are faster with keys and values made first.
+
+        Per head: a query and a token it sees take `query_size + value_size` multiplications then,
+        and else as many as a cell and its latent have elements; to make a token's key and value
+        takes as many as to take the matrices in for one query. A half of what is saved there goes
+        for writing down what is made and reading it.
+        """
+        if self.value_size > self.query_size:
+            return False
+        pairs = new * tokens - new * new // 2
+        saved = self.cell_size + self.rank - self.query_size - self.value_size
+        made = self.rank * (self.plain_size + self.value_size)
+        return pairs * saved > 2 * (tokens - new) * made
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:

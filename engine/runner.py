@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.batch import Batch, Chunk, make_batch, no_batch
+from engine.batch import Batch, Chunk, PrefillSpan, make_batch, no_batch
 from engine.config import ModelConfig
 from engine.deterministic import check_deterministic, in_order
 from engine.dispatch import AUTO as AUTO_DISPATCH
 from engine.dispatch import ExpertMap, dispatch_for
 from engine.errors import BatchError, UnsupportedError
-from engine.kernels import attention_kernel, has_forms
+from engine.kernels import attention_kernel, has_forms, prompt_kernel
+from engine.kernels.latent_prompts import LatentWeights
 from engine.kvcache import Allocate, KVCache
 from engine.layers.attention import Attend, Pass
 from engine.layers.layer import Placement
@@ -161,6 +162,7 @@ class ModelRunner:
         if not isinstance(num_blocks, int):
             num_blocks = num_blocks(layout)
         self._attend = attention_kernel(device, config.latent, deterministic=deterministic)
+        self._attend_prompt = prompt_kernel(device)
         # Outside inference mode: transfers write into the cache from other threads.
         self.cache = KVCache(
             config=config,
@@ -417,10 +419,15 @@ class ModelRunner:
         on_layer: OnLayer | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> Pass:
-        batch = inputs.batch
+        batch, prompts = self._split(inputs.batch)
 
         def attend(layer: int, qkv_TNH: Tensor) -> Tensor:
             return self._attend(qkv_TNH, self.cache.runs[layer], batch, self._num_heads)
+
+        def attend_prompt(
+            layer: int, q_QNK: Tensor, span: PrefillSpan, weights: LatentWeights
+        ) -> Tensor:
+            return self._attend_prompt(q_QNK, self.cache.runs[layer], span, weights)
 
         return Pass(
             token_ids_T=batch.token_ids_T,
@@ -429,11 +436,26 @@ class ModelRunner:
             cache=self.cache,
             attend=attend,
             attend_last=attend_last,
-            decode=None if batch.prefill else batch.decode,
+            decode=None if inputs.batch.prefill else batch.decode,
             on_layer=on_layer,
             most_rows=inputs.most_rows,
             meanwhile=meanwhile,
+            prompts=prompts,
+            attend_prompt=attend_prompt,
         )
+
+    def _split(self, batch: Batch) -> tuple[Batch, tuple[PrefillSpan, ...]]:
+        """Return what is attended over latents as they are, and prompts that make keys of them."""
+        latent = self.config.latent
+        if latent is None or not batch.prefill:
+            return batch, ()
+        makes = [
+            latent.makes_keys(span.end - span.begin, span.start + span.end - span.begin)
+            for span in batch.prefill
+        ]
+        spans = list(zip(batch.prefill, makes, strict=True))
+        rest = tuple(span for span, made in spans if not made)
+        return replace(batch, prefill=rest), tuple(span for span, made in spans if made)
 
     @torch.inference_mode()
     def _run_ring(self, ring: Ring, chunks: Sequence[Chunk], on_layer: OnLayer | None) -> Logits:

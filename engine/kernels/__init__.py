@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import Batch, PrefillSpan
 from engine.config_deepseek import LatentConfig
 from engine.errors import UnsupportedError
 from engine.kernels import (
@@ -29,6 +29,7 @@ from engine.kernels import (
 )
 from engine.kernels.experts import Experts, ExpertsKernel
 from engine.kernels.gpu import passes
+from engine.kernels.latent_prompts import LatentWeights
 from engine.kernels.rows import RowKernels
 from engine.kernels.step import Product, StepKernel
 from engine.kernels.table import PagedKernels
@@ -67,6 +68,20 @@ class AttentionKernel(Protocol):
         ...
 
 
+class AttendPrompt(Protocol):
+    """Causal attention of a prompt's new tokens over latents, with keys and values made first."""
+
+    def __call__(
+        self, q_QNK: Tensor, cache_runs: Tensor, span: PrefillSpan, weights: LatentWeights, /
+    ) -> Tensor:
+        """Return [Q, N, V], each head's values mixed; see `engine.kernels.latent_prompts`.
+
+        What is turned of the queries is scaled already. The cells of all tokens of the span are in
+        `cache_runs`.
+        """
+        ...
+
+
 # Logits [S, V], temperatures, top-k, top-p, min-p and random numbers [S] -> tokens [S].
 Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 ProductKernel = Callable[[Tensor], Product]  # a constant weight [O, I] -> x [T, I] -> [T, O]
@@ -78,6 +93,7 @@ class _Kernels:
 
     attention: Callable[..., AttentionKernel]
     latent: Callable[..., AttentionKernel]
+    prompt: AttendPrompt
     product: Callable[..., Product]
     router: Callable[..., Product]
     experts: Callable[..., Experts]
@@ -93,6 +109,7 @@ class _Kernels:
 _CPU = _Kernels(
     attention=attention_cpu.attention,
     latent=latent_cpu.LatentAttention,
+    prompt=latent_cpu.attend_prompt,
     product=linear_cpu.product,
     router=router_cpu.router,
     experts=experts_cpu.experts,
@@ -106,6 +123,7 @@ _CPU = _Kernels(
 _CUDA = _Kernels(
     attention=passes.Attention,
     latent=passes.LatentAttention,
+    prompt=passes.attend_prompt,
     product=passes.product,
     router=passes.router,
     experts=passes.Experts,
@@ -131,6 +149,11 @@ def attention_kernel(
     if latent is not None:
         return kernels.latent(latent.rank, deterministic=deterministic)
     return kernels.attention(deterministic=deterministic)
+
+
+def prompt_kernel(device: torch.device) -> AttendPrompt:
+    """Return what attends a prompt over latents; raises UnsupportedError where there is nothing."""
+    return _of(device).prompt
 
 
 def product_kernel(device: torch.device, *, deterministic: bool = False) -> ProductKernel:

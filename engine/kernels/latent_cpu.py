@@ -10,11 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import Batch, PrefillSpan
 from engine.errors import UnsupportedError
+from engine.kernels import attention_native, latent_prompts
+from engine.kernels.attention_native import Piece
+from engine.kernels.latent_prompts import LatentWeights
 
 # Scores that a slice of queries may have in all: 32 MiB in bf16.
 _SLICE_SCORES = 1 << 24
+_PART_BYTES = 64 << 20  # of keys and values that are made at a time
 
 
 class LatentAttention:
@@ -56,6 +60,42 @@ class LatentAttention:
                 diagonal += square[:, None]
             mixed = scores.softmax(-1) @ seen_LX[:, : self._latent]
             out_QNC[begin:end] = mixed.view(end - begin, heads, -1)
+
+
+def attend_prompt(
+    q_QNK: Tensor, cache_runs: Tensor, span: PrefillSpan, weights: LatentWeights
+) -> Tensor:
+    """See `engine.kernels.AttendPrompt`."""
+    size = weights.keys_NEC.shape[2] + q_QNK.shape[2] - weights.keys_NEC.shape[1]
+    cells_LX = _cells(cache_runs, span.table, size)[: span.start + len(q_QNK)]
+    return latent_prompts.attend(q_QNK, cells_LX, weights, _attend_heads, _PART_BYTES)
+
+
+def _attend_heads(q_QNK: Tensor, both_LXK: Tensor) -> Tensor:
+    """See `AttendHeads`: with the compiled kernel where it can, else slice by slice."""
+    native = attention_native.attention()
+    if native is None or not attention_native.fits(q_QNK, both_LXK):
+        return _attend_slices(q_QNK, both_LXK)
+    end_Q = np.arange(len(both_LXK) - len(q_QNK), len(both_LXK)) + 1
+    out_QNK = q_QNK.new_empty(q_QNK.shape)
+    seen = np.zeros_like(end_Q), end_Q
+    native([Piece(q_TNH=q_QNK, kv_LXH=both_LXK, out_TNH=out_QNK, seen=seen)])
+    return out_QNK
+
+
+def _attend_slices(q_QNK: Tensor, both_LXK: Tensor) -> Tensor:
+    queries, heads, _ = q_QNK.shape
+    before = len(both_LXK) - queries
+    k_NKL, v_NLK = both_LXK[:, :heads].permute(1, 2, 0), both_LXK[:, heads:].transpose(0, 1)
+    out_QNK = torch.empty_like(q_QNK)
+    each = max(1, _SLICE_SCORES // (heads * len(both_LXK)))
+    for begin in range(0, queries, each):
+        end = min(begin + each, queries)
+        scores = q_QNK[begin:end].transpose(0, 1) @ k_NKL[:, :, : before + end]
+        square = scores.new_full((end - begin, end - begin), -torch.inf).triu_(1)
+        scores[:, :, before + begin :] += square
+        out_QNK[begin:end] = (scores.softmax(-1) @ v_NLK[:, : before + end]).transpose(0, 1)
+    return out_QNK
 
 
 def _cells(cache_runs: Tensor, table: NDArray[np.int64], size: int) -> Tensor:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.batch import PrefillSpan
 from engine.config import ModelConfig
 from engine.decode_rows import DecodeRows
+from engine.kernels.latent_prompts import LatentWeights
 from engine.kernels.rows import NormWeight
 from engine.kernels.step import AttentionWeights
 from engine.kvcache import KVCache
@@ -33,6 +35,9 @@ class Pass:
     attention needs those of all tokens. `decode` are the pass's rows where all of them are of
     decoding sequences; else None. No dp rank has more than `most_rows` tokens. `meanwhile` may be
     called once where the interpreter only waits for the pass.
+
+    `prompts` are spans of tokens that `attend` leaves out, for `attend_prompt(l, q, span, weights)`
+    to attend with the keys and values that are made of latents.
     """
 
     token_ids_T: Tensor
@@ -45,6 +50,8 @@ class Pass:
     on_layer: Callable[[int], None] | None
     most_rows: int
     meanwhile: Callable[[], None] | None = None
+    prompts: tuple[PrefillSpan, ...] = ()
+    attend_prompt: Callable[[int, Tensor, PrefillSpan, LatentWeights], Tensor] | None = None
 
 
 class Attention:

@@ -1,20 +1,24 @@
 """Latent attention (MLA) over the paged cache. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
 
-What is cached of a token is one small vector, from which each head's key and value could be made.
-They never are: a query takes in the matrix that makes its head's keys, so that the vector itself is
-the key of all heads, and its latent part their value; the matrix that makes values comes after.
+What is cached of a token is one small vector, from which each head's key and value can be made.
+Mostly they are not: a query takes in the matrix that makes its head's keys, so that the vector
+itself is the key of all heads, and its latent part their value; the matrix that makes values comes
+after. They are made where many queries look at them: a prompt's (engine.kernels.latent_prompts).
 
 Legend: T tokens, D hidden size, N heads of this rank, C latent size, R size of what is turned, E
-size of what is not, X = C + R elements of a cell, V size of a head's value, S wanted rows.
+size of what is not, X = C + R elements of a cell, V size of a head's value, S rows, Q tokens of a
+prompt, K = E + R elements of a query.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from engine.batch import PrefillSpan
 from engine.config import ModelConfig
 from engine.config_deepseek import LatentConfig
+from engine.kernels.latent_prompts import LatentWeights
 from engine.kernels.rows import NormWeight
 from engine.kernels.step import AttentionWeights
 from engine.layers.attention import Pass
@@ -54,8 +58,7 @@ class LatentAttention:
         self._turn_keys = _constant(1, sizes, 1.0, device)
         per_head = sizes.plain_size + sizes.value_size
         self._loading_OC: Tensor | None = placement.empty(self._num_heads * per_head, sizes.rank)
-        self._keys_NEC: Tensor
-        self._values_NCV: Tensor
+        self._weights: LatentWeights
         self._out = RowLinear(
             f"{name}.o_proj", config.num_heads * sizes.value_size, hidden, placement
         )
@@ -90,8 +93,11 @@ class LatentAttention:
         self._queries.prepare()
         assert self._loading_OC is not None
         both_NOC = self._loading_OC.view(self._num_heads, -1, sizes.rank)
-        self._keys_NEC = both_NOC[:, : sizes.plain_size].contiguous()
-        self._values_NCV = both_NOC[:, sizes.plain_size :].transpose(1, 2).contiguous()
+        self._weights = LatentWeights(
+            both_NOC[:, : sizes.plain_size].contiguous(),
+            both_NOC[:, sizes.plain_size :].transpose(1, 2).contiguous(),
+            sizes.scale,
+        )
         self._loading_OC = None
         self._out.prepare()
 
@@ -106,13 +112,24 @@ class LatentAttention:
             cells_T1X = x_TD.new_empty(len(x_TD), 1, sizes.cell_size)
             self._make_cells(x_TD, cells_T1X, shared)
             q_SNX = x_TD.new_empty(len(wanted_S), heads, sizes.cell_size)
-            self._make_queries(x_TD[wanted_S], q_SNX, shared.angles.of(wanted_S))
-            return self._project(shared.attend_last(self._layer, q_SNX))
+            self._take_in(self._make_queries(x_TD[wanted_S], shared.angles.of(wanted_S)), q_SNX)
+            return self._out(self._values(shared.attend_last(self._layer, q_SNX)).flatten(1))
         both_TYX = x_TD.new_empty(len(x_TD), heads + 1, sizes.cell_size)
         self._make_cells(x_TD, both_TYX[:, heads:], shared)
-        self._make_queries(x_TD, both_TYX[:, :heads], shared.angles)
-        mixed_TI = shared.attend(self._layer, both_TYX)
-        return self._project(mixed_TI if wanted_S is None else mixed_TI[wanted_S])
+        queries = self._make_queries(x_TD, shared.angles)
+        if shared.prompts and _tokens(shared.prompts) == len(x_TD):
+            values_TNV = x_TD.new_empty(len(x_TD), heads, sizes.value_size)
+        else:
+            self._take_in(queries, both_TYX[:, :heads])
+            values_TNV = self._values(shared.attend(self._layer, both_TYX))
+        for span in shared.prompts:
+            assert shared.attend_prompt is not None
+            rows = slice(span.begin, span.end)
+            q_QNK = torch.cat([part[rows] for part in queries], -1)
+            attended_QNV = shared.attend_prompt(self._layer, q_QNK, span, self._weights)
+            values_TNV[rows] = attended_QNV
+        values_TI = values_TNV.flatten(1)
+        return self._out(values_TI if wanted_S is None else values_TI[wanted_S])
 
     def _make_cells(self, x_TD: Tensor, into_T1X: Tensor, shared: Pass) -> None:
         """Write what is kept of each token, here and to the cache."""
@@ -128,24 +145,31 @@ class LatentAttention:
         if shared.on_layer is not None:
             shared.on_layer(self._layer)
 
-    def _make_queries(self, x_SD: Tensor, into_SNX: Tensor, angles: Angles) -> None:
+    def _make_queries(self, x_SD: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        """Return what is not turned, [S, N, E], and what is, [S, N, R], that scaled."""
         sizes, heads = self._sizes, self._num_heads
         made_SJ = self._queries(x_SD)
         plain = heads * sizes.plain_size
         turned_SNR = made_SJ[:, plain:].view(len(x_SD), heads, sizes.turned_size)
         self._rows.norm_rotate(turned_SNR, self._turn_queries, angles.cos_T1H, angles.sin_T1H)
-        into_SNX[:, :, sizes.rank :] = turned_SNR
-        plain_NSE = made_SJ[:, :plain].view(len(x_SD), heads, sizes.plain_size).transpose(0, 1)
-        out_NSC = into_SNX.new_empty(heads, len(x_SD), sizes.rank)
-        # The scale before the product is rounded, not after.
-        torch.baddbmm(out_NSC, plain_NSE, self._keys_NEC, beta=0, alpha=sizes.scale, out=out_NSC)
-        into_SNX[:, :, : sizes.rank] = out_NSC.transpose(0, 1)
+        return made_SJ[:, :plain].view(len(x_SD), heads, sizes.plain_size), turned_SNR
 
-    def _project(self, mixed_SI: Tensor) -> Tensor:
-        """Make each head's value of its mixed latent, and the layer's output of all values."""
+    def _take_in(self, queries: tuple[Tensor, Tensor], into_SNX: Tensor) -> None:
+        """Have queries take in the matrix that makes keys."""
+        plain_SNE, turned_SNR = queries
+        rank, keys_NEC, scale = self._sizes.rank, self._weights.keys_NEC, self._weights.scale
+        into_SNX[:, :, rank:] = turned_SNR
+        out_NSC = into_SNX.new_empty(len(keys_NEC), len(plain_SNE), rank)
+        plain_NSE = plain_SNE.transpose(0, 1)
+        # The scale before the product is rounded, not after.
+        torch.baddbmm(out_NSC, plain_NSE, keys_NEC, beta=0, alpha=scale, out=out_NSC)
+        into_SNX[:, :, :rank] = out_NSC.transpose(0, 1)
+
+    def _values(self, mixed_SI: Tensor) -> Tensor:
+        """Return each head's value of its mixed latent, [S, N, V]."""
         mixed_SNC = mixed_SI.view(len(mixed_SI), self._num_heads, self._sizes.rank)
-        values_NSV = torch.bmm(mixed_SNC.transpose(0, 1), self._values_NCV)
-        return self._out(values_NSV.transpose(0, 1).flatten(1))
+        values_NSV = torch.bmm(mixed_SNC.transpose(0, 1), self._weights.values_NCV)
+        return values_NSV.transpose(0, 1).contiguous()
 
 
 class _Queries:
@@ -202,6 +226,10 @@ class _Queries:
         if self._down is not None:
             x_TD = self._rows.norm(self._down(x_TD).float(), None, self._norm)
         return self._up(x_TD)
+
+
+def _tokens(spans: Sequence[PrefillSpan]) -> int:
+    return sum(span.end - span.begin for span in spans)
 
 
 def _halves(size: int, device: torch.device) -> Tensor:

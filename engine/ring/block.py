@@ -93,7 +93,7 @@ def _attend_paged(
         k_LGH,
         v_LGH,
         Seen(low, high, int(high_T[-1])),
-        out_TNH=partial.out_TNH,
+        out_TNV=partial.out_TNH,
         lse_TN=partial.lse_TN,
     )
     return partial

@@ -1,7 +1,8 @@
 """Attention of some of a sequence's queries over some of its keys: prefill's, or a ring's step.
 
 Owns no memory. Legend: T query rows, L key rows, N query heads, G KV heads, R = N / G query heads
-that share a KV head, B blocks of a table, P places of a block, H head size.
+that share a KV head, B blocks of a table, P places of a block, H head size of queries and keys, V
+that of values.
 
 A query looks at a range of key rows, so that causal attention at any offset, windows and the shares
 of a ring are the same to the kernel. A tile's rows are queries times the R heads that share their
@@ -66,6 +67,8 @@ def _taken_in(
     PLACES: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr,
     MASKED: tl.constexpr,
     PAGED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -73,6 +76,7 @@ def _taken_in(
 ):
     """Take in the tile of keys from `first` on, none at or behind `end`."""
     columns = tl.arange(0, COLUMNS)
+    value_columns = tl.arange(0, VALUE_COLUMNS)
     keys = first + tl.arange(0, KEYS)
     held = keys < end
     if PAGED:
@@ -82,9 +86,10 @@ def _taken_in(
     else:
         k_rows = keys.to(tl.int64) * k_p
         v_rows = keys.to(tl.int64) * v_p
-    inside = held[:, None] & (columns < SIZE)[None, :]
-    k_tile = tl.load(k + k_rows[:, None] + columns[None, :], mask=inside, other=0.0)
-    v_tile = tl.load(v + v_rows[:, None] + columns[None, :], mask=inside, other=0.0)
+    in_k = held[:, None] & (columns < SIZE)[None, :]
+    in_v = held[:, None] & (value_columns < VALUE_SIZE)[None, :]
+    k_tile = tl.load(k + k_rows[:, None] + columns[None, :], mask=in_k, other=0.0)
+    v_tile = tl.load(v + v_rows[:, None] + value_columns[None, :], mask=in_v, other=0.0)
     scores = softmax.scored(queries, k_tile, scale, cap, CAPPED, UPCAST)
     if MASKED:
         seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
@@ -123,6 +128,8 @@ def _block_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr,
     PAGED: tl.constexpr,
     CAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -136,6 +143,7 @@ def _block_kernel(
     valid = token < tokens
     wide_token = token.to(tl.int64)
     columns = tl.arange(0, COLUMNS)
+    value_columns = tl.arange(0, VALUE_COLUMNS)
     inside = valid[:, None] & (columns < SIZE)[None, :]
     q_at = q + (wide_token * q_t + head * q_n)[:, None] + columns[None, :]
     queries = tl.load(q_at, mask=inside, other=0.0)
@@ -151,27 +159,30 @@ def _block_kernel(
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, COLUMNS], tl.float32)
+    mixed = tl.zeros([ROWS, VALUE_COLUMNS], tl.float32)
     k += group * k_g
     v += group * v_g
     for first in range(begin, tl.minimum(shown, end), KEYS):
         top, total, mixed = _taken_in(
             queries, k, v, table, k_b, k_p, v_b, v_p, first, end, low, high, scale, cap,
-            top, total, mixed, SIZE, PLACES, COLUMNS, KEYS, True, PAGED, CAPPED, UPCAST,
+            top, total, mixed, SIZE, PLACES, COLUMNS, KEYS, VALUE_SIZE, VALUE_COLUMNS, True, PAGED,
+            CAPPED, UPCAST,
         )  # fmt: skip
     for first in range(shown, tl.minimum(hidden, end), KEYS):
         top, total, mixed = _taken_in(
             queries, k, v, table, k_b, k_p, v_b, v_p, first, end, low, high, scale, cap,
-            top, total, mixed, SIZE, PLACES, COLUMNS, KEYS, False, PAGED, CAPPED, UPCAST,
+            top, total, mixed, SIZE, PLACES, COLUMNS, KEYS, VALUE_SIZE, VALUE_COLUMNS, False, PAGED,
+            CAPPED, UPCAST,
         )  # fmt: skip
     for first in range(hidden, end, KEYS):
         top, total, mixed = _taken_in(
             queries, k, v, table, k_b, k_p, v_b, v_p, first, end, low, high, scale, cap,
-            top, total, mixed, SIZE, PLACES, COLUMNS, KEYS, True, PAGED, CAPPED, UPCAST,
+            top, total, mixed, SIZE, PLACES, COLUMNS, KEYS, VALUE_SIZE, VALUE_COLUMNS, True, PAGED,
+            CAPPED, UPCAST,
         )  # fmt: skip
     result, result_lse = softmax.finished(top, total, mixed)
-    out_at = out + (wide_token * out_t + head * out_n)[:, None] + columns[None, :]
-    tl.store(out_at, result, mask=inside)
+    out_at = out + (wide_token * out_t + head * out_n)[:, None] + value_columns[None, :]
+    tl.store(out_at, result, mask=valid[:, None] & (value_columns < VALUE_SIZE)[None, :])
     tl.store(lse + wide_token * lse_t + head * lse_n, result_lse, mask=valid)
 
 
@@ -184,28 +195,29 @@ def block(
     table_B: Tensor | None = None,
     scale: float = 1.0,
     soft_cap: float | None = None,
-    out_TNH: Tensor | None = None,
+    out_TNV: Tensor | None = None,
     lse_TN: Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return attention, [T, N, H], and its natural-log LSE, [T, N], both fp32.
+    """Return attention, [T, N, V], and its natural-log LSE, [T, N], both fp32.
 
-    `k` and `v` are [L, G, H], or with a table the cache's [B, G, P, H]. Rows that see no key get
-    zeros and -inf. Results go to `out_TNH` and `lse_TN` where they are given.
+    `k` is [L, G, H] and `v` [L, G, V], or with a table the cache's [B, G, P, H] and so on. Rows
+    that see no key get zeros and -inf. Results go to `out_TNV` and `lse_TN` where they are given.
     """
     check_rows(q_TNH, k, v)
     tokens, heads, size = q_TNH.shape
     fp32 = partial(torch.empty, dtype=torch.float32, device=q_TNH.device)
-    out_TNH = fp32(q_TNH.shape) if out_TNH is None else out_TNH
+    value_size = v.shape[-1]
+    out_TNV = fp32((tokens, heads, value_size)) if out_TNV is None else out_TNV
     lse_TN = fp32((tokens, heads)) if lse_TN is None else lse_TN
     table = seen.low_T if table_B is None else table_B
-    check_rows(out_TNH, table, seen.low_T, seen.high_T)
-    if not out_TNH.numel():
-        return out_TNH, lse_TN
+    check_rows(out_TNV, table, seen.low_T, seen.high_T)
+    if not out_TNV.numel():
+        return out_TNV, lse_TN
     kv_heads = k.shape[1]
     check_heads(q_TNH, kv_heads, k.shape[-1])
     shared = heads // kv_heads
-    tile = tile or tuned(q_TNH.device, choices(q_TNH, kv_heads, seen.end))
+    tile = tile or tuned(q_TNH.device, choices(q_TNH, kv_heads, seen.end, value_size))
     check_grid(kv_heads, "KV heads")
     paged = table_B is not None
     _block_kernel[(triton.cdiv(tokens * shared, tile.rows), kv_heads)](
@@ -215,12 +227,12 @@ def block(
         table,
         seen.low_T,
         seen.high_T,
-        out_TNH,
+        out_TNV,
         lse_TN,
         *q_TNH.stride()[:2],
         *_strides(k, paged),
         *_strides(v, paged),
-        *out_TNH.stride()[:2],
+        *out_TNV.stride()[:2],
         *lse_TN.stride(),
         tokens,
         scale,
@@ -231,13 +243,15 @@ def block(
         ROWS=tile.rows,
         COLUMNS=padded_rows(size),
         KEYS=tile.keys,
+        VALUE_SIZE=value_size,
+        VALUE_COLUMNS=padded_rows(value_size),
         PAGED=paged,
         CAPPED=soft_cap is not None,
         UPCAST=INTERPRETED,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return out_TNH, lse_TN
+    return out_TNV, lse_TN
 
 
 def _strides(kv: Tensor, paged: bool) -> tuple[int, int, int]:
@@ -247,18 +261,20 @@ def _strides(kv: Tensor, paged: bool) -> tuple[int, int, int]:
     return 0, kv.stride(1), kv.stride(0)
 
 
-def choices(q_TNH: Tensor, kv_heads: int, keys: int) -> Choices:
-    """Return the tiles for queries like these and so many keys.
+def choices(q_TNH: Tensor, kv_heads: int, keys: int, value_size: int | None = None) -> Choices:
+    """Return the tiles for queries like these and so many keys; values are as large unless told.
 
     Operands must fit a multiprocessor's shared memory, and a tile's sums the registers.
     """
     heads, size = q_TNH.shape[1:]
-    row_bytes = padded(size) * q_TNH.element_size()
+    value_size = value_size or size
+    row_bytes, value_bytes = (padded(each) * q_TNH.element_size() for each in (size, value_size))
     fitting = [
         tile
         for tile in TILES
         if max(tile.rows, tile.keys) <= most_of(q_TNH.dtype)
-        and (tile.rows + 2 * tile.keys * tile.stages) * row_bytes <= SHARED_BYTES
-        and tile.rows * padded(size) <= _MOST_SUMS * 32 * tile.warps
+        and tile.rows * row_bytes + tile.keys * tile.stages * (row_bytes + value_bytes)
+        <= SHARED_BYTES
+        and tile.rows * padded(value_size) <= _MOST_SUMS * 32 * tile.warps
     ]
     return Choices(name=bucket("block", q_TNH.dtype, size, heads // kv_heads, keys), tiles=fitting)

@@ -31,7 +31,7 @@ def decode(
             table_B=tables_SB[row],
             scale=options.scale,
             soft_cap=options.soft_cap,
-            out_TNH=out_SNH[row : row + 1],
+            out_TNV=out_SNH[row : row + 1],
             lse_TN=lse_SN[row : row + 1],
         )
     return out_SNH.to(q_SNH.dtype), lse_SN if with_lse else None

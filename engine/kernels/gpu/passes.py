@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.batch import Batch
+from engine.batch import Batch, PrefillSpan
 from engine.errors import UnsupportedError
+from engine.kernels import latent_prompts
 from engine.kernels.experts import Put
 from engine.kernels.gpu.options import DecodeOptions, Seen
+from engine.kernels.latent_prompts import LatentWeights
 from engine.kernels.rows import Routes, RowKernels
 from engine.kernels.step import EndWeights, LayerWeights, Product, Step
 from engine.kernels.table import PagedKernels, paged_kernels
@@ -21,6 +23,7 @@ from engine.kvcache import KVCache
 
 # Queries are scaled before (engine.layers.attention).
 _SCALED = DecodeOptions()
+_PART_BYTES = 512 << 20  # of keys and values that are made of latents at a time
 
 
 def kernels(*, deterministic: bool = False) -> PagedKernels:
@@ -86,6 +89,26 @@ class LatentAttention:
             q_TNX = qkv_TNX[part, :num_heads]
             out_TNC[part] = self._attend(q_TNX, cells_BPX, self._latent, *seen)[0]
         return out_TNC.flatten(1)
+
+
+def attend_prompt(
+    q_QNK: Tensor, cache_runs: Tensor, span: PrefillSpan, weights: LatentWeights
+) -> Tensor:
+    """See `engine.kernels.AttendPrompt`."""
+    size = weights.keys_NEC.shape[2] + q_QNK.shape[2] - weights.keys_NEC.shape[1]
+    table_B, first_Q, end_Q = span.on_device
+    end = span.start + len(q_QNK)
+    cells_LX = cache_runs.index_select(0, table_B).view(-1, size)[:end]
+    seen = Seen(first_Q, end_Q, end)
+    block = paged_kernels(q_QNK.device).block
+
+    value_size = weights.values_NCV.shape[2]
+
+    def attend_heads(q_QNK: Tensor, both_LXK: Tensor) -> Tensor:
+        k_LNK, v_LNK = both_LXK.chunk(2, dim=1)
+        return block(q_QNK, k_LNK, v_LNK[:, :, :value_size], seen)[0]
+
+    return latent_prompts.attend(q_QNK, cells_LX, weights, attend_heads, _PART_BYTES)
 
 
 def _cached(cache_runs: Tensor, cache: KVCache, size: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Latent attention and the choice of experts beside it: what whole models do not show."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from hypothesis import strategies as st
 
 from engine.batch import Chunk, make_batch
 from engine.config import load_config
-from engine.config_deepseek import Gate
+from engine.config_deepseek import Gate, LatentConfig
 from engine.errors import UnsupportedError, WeightError
-from engine.kernels import latent_cpu
+from engine.kernels import latent_cpu, latent_prompts
 from engine.kernels.gpu import latent_torch
+from engine.kernels.latent_prompts import LatentWeights
 from engine.kvcache import KVCache
 from engine.layers.expert_router import choose
 from engine.parallel import Layout
@@ -72,6 +74,55 @@ def test_prompts_and_steps_are_attended_as_plainly_as_can_be(
         cells_BPX = cache.runs[0].view(BLOCKS, BLOCK, size)
         wanted, _ = latent_torch.attend(q_TNX[rows], cells_BPX, rank, tables, ends, chunk.end)
         torch.testing.assert_close(found[rows], wanted.flatten(1))
+
+
+@given(
+    tokens=st.integers(1, 40),
+    before=st.integers(0, 60),
+    most_bytes=st.sampled_from([1, 20_000, 1 << 26]),
+    slice_scores=st.sampled_from([1, 200, 1 << 24]),
+    dtype=st.sampled_from([torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_prompts_with_keys_and_values_made_first_attend_alike(
+    tokens: int, before: int, most_bytes: int, slice_scores: int, dtype: torch.dtype, seed: int
+) -> None:
+    """As by the definition: each head's keys and values of all tokens, and a softmax over them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    heads, rank, plain, turned, value = 3, 24, 8, 8, 12
+    cells, q = random(before + tokens, rank + turned), random(tokens, heads, plain + turned)
+    weights = LatentWeights(random(heads, plain, rank), random(heads, rank, value), 0.3)
+    k = 0.3 * torch.einsum("lc,nec->lne", cells[:, :rank].double(), weights.keys_NEC.double())
+    v = torch.einsum("lc,ncv->lnv", cells[:, :rank].double(), weights.values_NCV.double())
+    k = torch.cat((k, cells[:, None, rank:].double().expand(-1, heads, -1)), -1)
+    scores = torch.einsum("qnk,lnk->nql", q.double(), k)
+    at = torch.arange(before, before + tokens)
+    scores = scores.masked_fill(torch.arange(before + tokens) > at[:, None], -torch.inf)
+    wanted = torch.einsum("nql,lnv->qnv", scores.softmax(-1), v)
+
+    kept, latent_cpu._SLICE_SCORES = latent_cpu._SLICE_SCORES, slice_scores
+    found = latent_prompts.attend(q, cells, weights, latent_cpu._attend_heads, most_bytes)
+    latent_cpu._SLICE_SCORES = kept
+    assert found.dtype == dtype
+    limit = 1e-12 if dtype == torch.float64 else 0.03
+    assert (found.double() - wanted).norm() <= limit * wanted.norm()
+
+
+def test_keys_are_made_where_enough_queries_look_at_them() -> None:
+    deepseek = LatentConfig(
+        query_rank=None, rank=512, turned_size=64, plain_size=128, value_size=128, scale=0.1
+    )
+    assert deepseek.makes_keys(2, 2)  # a prompt from its beginning: each token's are made once
+    assert deepseek.makes_keys(2048, 2048)
+    assert deepseek.makes_keys(2048, 32_768)
+    assert not deepseek.makes_keys(16, 32_768)  # a piece of one, when most is cached
+    assert not deepseek.makes_keys(2, 3)
+    assert not replace(deepseek, value_size=256).makes_keys(2048, 2048)  # no kernel takes it
 
 
 def plain_choice(

@@ -104,6 +104,16 @@ def test_heads_of_any_size(
     check(gpu, queries(3, 20, 2, size, k), k, v, causal(20, 40, 17, device))
 
 
+@pytest.mark.parametrize(("size", "value_size"), [(192, 128), (64, 16), (48, 40)])
+def test_values_of_another_size(
+    gpu: PagedKernels, device: torch.device, size: int, value_size: int
+) -> None:
+    kv = random(1, 40, 4, size, dtype=torch.bfloat16, device=device)
+    kv[:, 2:, value_size:] = torch.nan  # behind values is anything
+    k, v = kv[:, :2], kv[:, 2:, :value_size]
+    check(gpu, queries(3, 20, 4, size, k), k, v, causal(20, 40, 17, device))
+
+
 def test_windows_wider_than_a_tile(gpu: PagedKernels, device: torch.device) -> None:
     k, v = (random(seed, 80, 1, 64, dtype=torch.float32, device=device) for seed in (1, 2))
     check(gpu, queries(3, 16, 1, 64, k), k, v, causal(16, 80, 60, device, window=50))
@@ -149,7 +159,7 @@ def test_results_go_where_they_are_wanted(gpu: PagedKernels, device: torch.devic
     q_TNH, seen = queries(3, 9, 2, 64, k), causal(9, 9, 0, device)
     out = torch.full((12, 2, 64), torch.nan, device=device)
     lse = torch.full((12, 2), torch.nan, device=device)
-    gpu.block(q_TNH, k, v, seen, out_TNH=out[1:10], lse_TN=lse[1:10], tile=SMALL)
+    gpu.block(q_TNH, k, v, seen, out_TNV=out[1:10], lse_TN=lse[1:10], tile=SMALL)
     wanted, wanted_lse = gpu.block(q_TNH, k, v, seen, tile=SMALL)
     assert torch.equal(out[1:10], wanted)
     assert torch.equal(lse[1:10], wanted_lse)
