@@ -18,12 +18,12 @@ from engine.dispatch import AUTO as AUTO_DISPATCH
 from engine.dispatch import ExpertMap, dispatch_for
 from engine.errors import BatchError, UnsupportedError
 from engine.kernels import attention_kernel, has_forms, prompt_kernel
-from engine.kernels.latent_prompts import LatentWeights
+from engine.kernels.latent_prompts import LatentWeights, split
 from engine.kvcache import Allocate, KVCache
 from engine.layers.attention import Attend, Pass
 from engine.layers.layer import Placement
 from engine.layers.rotary import Angles
-from engine.models import MODELS
+from engine.models import load_model
 from engine.parallel import Alone, Collectives, ExpertGroup, Layout
 from engine.pipeline import Apart, Logits, OneStage, Pipeline, Stages
 from engine.ring.calibrate import Trial
@@ -39,7 +39,7 @@ from engine.step_watch import COLLECTIVES, REST, StepWatch
 from engine.tally import CountedCollectives, CountedExperts, Tally
 from engine.vocabulary import Vocabulary
 from engine.warm_up import warm_up_passes
-from engine.weights import Fill, Progress, load_weights
+from engine.weights import Fill, Progress
 
 __all__ = ["Chunk", "Inputs", "ModelRunner"]
 
@@ -119,7 +119,7 @@ class ModelRunner:
         if deterministic:
             ranks, experts = in_order(layout, ranks, experts)
         with torch.inference_mode():
-            placement = Placement(
+            self._placement = placement = Placement(
                 dtype=dtype,
                 device=device,
                 layout=layout,
@@ -138,15 +138,7 @@ class ModelRunner:
             if expert_maps and placement.dispatch is None:
                 raise ValueError("maps of experts need a group of the ranks that share them")
             self._stream = placement.stream
-            self._model = MODELS[config.architecture](config, placement)
-            slots = list(self._model.slots())
-            if fill is None:
-                assert folder is not None, "weights come from a folder, or from `fill`"
-                load_weights(folder, slots, ignored=self._model.ignores, progress=progress)
-            else:
-                fill(slots)
-            self._model.prepare()
-        self._placement = placement
+            self._model = load_model(config, placement, folder, fill, progress)
         self.experts = SplitExperts(self._model.sparse, placement, config.hidden_size)
         self._is_last_stage = layout.pp_rank == layout.pp - 1
         # What the way to other stages belongs to, of a step's parts.
@@ -419,7 +411,7 @@ class ModelRunner:
         on_layer: OnLayer | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> Pass:
-        batch, prompts = self._split(inputs.batch)
+        batch, prompts = split(inputs.batch, self.config.latent)
 
         def attend(layer: int, qkv_TNH: Tensor) -> Tensor:
             return self._attend(qkv_TNH, self.cache.runs[layer], batch, self._num_heads)
@@ -443,19 +435,6 @@ class ModelRunner:
             prompts=prompts,
             attend_prompt=attend_prompt,
         )
-
-    def _split(self, batch: Batch) -> tuple[Batch, tuple[PrefillSpan, ...]]:
-        """Return what is attended over latents as they are, and prompts that make keys of them."""
-        latent = self.config.latent
-        if latent is None or not batch.prefill:
-            return batch, ()
-        makes = [
-            latent.makes_keys(span.end - span.begin, span.start + span.end - span.begin)
-            for span in batch.prefill
-        ]
-        spans = list(zip(batch.prefill, makes, strict=True))
-        rest = tuple(span for span, made in spans if not made)
-        return replace(batch, prefill=rest), tuple(span for span, made in spans if made)
 
     @torch.inference_mode()
     def _run_ring(self, ring: Ring, chunks: Sequence[Chunk], on_layer: OnLayer | None) -> Logits:

@@ -12,6 +12,7 @@ _TYPICAL_TOKENS = (256, 16, 1)
 # No pass has more new tokens; where one does, its kernels are those of these.
 _MOST_TOKENS = 8192
 _LEAST_KEYS = 16
+_PIECES = (2, 128)
 
 
 def warm_up_passes(
@@ -29,10 +30,11 @@ def warm_up_passes(
         yield [_chunk(tokens, 0, block_tokens)]
     for keys in _doubled(_LEAST_KEYS, most_tokens):
         step = _chunk(1, keys - 1, block_tokens)
-        piece = _chunk(min(2, keys), max(0, keys - 2), block_tokens)
         yield [step]
-        yield [piece]
-        yield [step, piece]
+        for tokens in _PIECES:  # few have their keys split, as steps have, and more have not
+            piece = _chunk(min(tokens, keys), max(0, keys - tokens), block_tokens)
+            yield [piece]
+            yield [step, piece]
 
 
 def _doubled(least: int, most: int) -> list[int]:

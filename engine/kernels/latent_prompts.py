@@ -11,10 +11,13 @@ K = E + R, V <= K size of a value.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from engine.batch import Batch, PrefillSpan
+from engine.config_deepseek import LatentConfig
 
 # Of queries [Q, n, K], and keys and then values [L, 2n, K]: attention, [Q, n, K]. Behind the first
 # V elements of values, and of what comes out, is anything.
@@ -28,6 +31,18 @@ class LatentWeights:
     keys_NEC: Tensor
     values_NCV: Tensor
     scale: float
+
+
+def split(batch: Batch, latent: LatentConfig | None) -> tuple[Batch, tuple[PrefillSpan, ...]]:
+    """Return a pass without the prompts whose keys and values are worth making, and those."""
+    if latent is None:
+        return batch, ()
+    rest: list[PrefillSpan] = []
+    made: list[PrefillSpan] = []
+    for span in batch.prefill:
+        new = span.end - span.begin
+        (made if latent.makes_keys(new, span.start + new) else rest).append(span)
+    return (replace(batch, prefill=tuple(rest)), tuple(made)) if made else (batch, ())
 
 
 def attend(

@@ -44,7 +44,7 @@ TILES = (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tables_t", "lse_t", "lse_n"])
 def _latent_kernel(
     q,
     cells,

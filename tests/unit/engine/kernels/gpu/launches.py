@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 import engine.runner
 from engine import kernels
 from engine.config import load_config
-from engine.kernels.gpu import decode
+from engine.kernels.gpu import decode, latent
 from engine.runner import Chunk, ModelRunner
 from engine.sampling import SamplingParams, SequenceState, sample
 from tests.unit.engine.kernels.gpu.compiles import AbsentGPU
@@ -96,7 +96,8 @@ def main(folder: Path) -> None:
     """Print what passes meet after a warm-up with typical sizes, and after one with all forms."""
     kernels._KERNELS["cpu"] = kernels._KERNELS["cuda"]
     # Of an H200, so that long sequences are split.
-    decode.__dict__["multiprocessors"] = lambda device: 132
+    for kernel in (decode, latent):
+        kernel.__dict__["multiprocessors"] = lambda device: 132
     print(json.dumps([new_forms(folder, all_forms=all_forms) for all_forms in (False, True)]))
 
 

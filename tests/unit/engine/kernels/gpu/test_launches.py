@@ -9,12 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.engine.checkpoints import ARCHITECTURES, DEEPSEEK_V3, LLAMA, make_checkpoint
+
+
+@pytest.fixture(params=(*ARCHITECTURES, LLAMA, DEEPSEEK_V3))
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    # Whole sixteens, as published models have: strides of others need forms of their own.
+    sizes = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    return make_checkpoint(
+        tmp_path, request.param, **(sizes if request.param == DEEPSEEK_V3 else {})
+    )
+
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_passes_after_the_warm_up_launch_nothing_new(checkpoint: Path) -> None:
+def test_passes_after_the_warm_up_launch_nothing_new(folder: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.engine.kernels.gpu.launches", str(checkpoint)],
+        [sys.executable, "-m", "tests.unit.engine.kernels.gpu.launches", str(folder)],
         env=kept,
         capture_output=True,
         text=True,
