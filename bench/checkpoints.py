@@ -96,6 +96,41 @@ def _moe_124m(folder: Path) -> None:
     write_moe(folder, **sizes, vocab_size=32_000, positions=_POSITIONS)
 
 
+def _latent_174m(folder: Path) -> None:
+    """Write one in the shape of DeepSeek-V2-Lite's layers, but narrower and fewer."""
+    import torch
+    import transformers
+
+    config = transformers.DeepseekV2Config(
+        vocab_size=32_000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        moe_intermediate_size=256,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.0,
+        topk_method="greedy",
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        head_dim=64,
+        max_position_embeddings=_POSITIONS,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    torch.manual_seed(0)
+    model = transformers.DeepseekV2ForCausalLM(config).bfloat16()
+    model.save_pretrained(folder)
+
+
 def _dense_8b(folder: Path) -> None:
     """Write one in the shape of Llama-3-8B, 16 GB; on a GPU, if there is one, much quicker."""
     import torch
@@ -121,10 +156,11 @@ def _dense_8b(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-DENSE, MOE, LARGE = "dense", "moe", "dense, 8B"
+DENSE, MOE, LATENT, LARGE = "dense", "moe", "latent", "dense, 8B"
 _FOLDERS: Mapping[str, tuple[str, Callable[[Path], None]]] = {
     DENSE: ("qwen3-159m", _dense_159m),
     MOE: ("qwen3-moe-124m", _moe_124m),
+    LATENT: ("deepseek-174m", _latent_174m),
     LARGE: ("llama-3-8b-shaped", _dense_8b),
 }
 
@@ -137,12 +173,12 @@ def add_tokenizer(folder: Path, into: Path) -> None:
 
 
 def kept_at(cache: Path, name: str) -> Path:
-    """Return where in `cache` the checkpoint DENSE, MOE or LARGE is or would be."""
+    """Return where in `cache` the checkpoint DENSE, MOE, LATENT or LARGE is or would be."""
     return cache / _FOLDERS[name][0]
 
 
 def kept(cache: Path, name: str) -> Path:
-    """Return a checkpoint's folder (DENSE, MOE, LARGE); written where `cache` has none yet."""
+    """Return a checkpoint's folder (DENSE, MOE and so on); written where `cache` has none yet."""
     folder = kept_at(cache, name)
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ batching.
 
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -77,6 +78,8 @@ def _measure(settings: Settings) -> list[Row]:
             rows += batches.of_overhead(model, settings, say)
             rows += served.of_batches(model, settings, say)
             rows += served.of_load(model, settings, say)
+        # Beside transformers alone.
+        rows += batches.of_model(models.LATENT, replace(settings, vllm_python=None), say)
         rows += balance.rows(settings, say)
     except SideFailed as exc:
         say(str(exc))

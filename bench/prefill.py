@@ -35,6 +35,7 @@ products at the rate of a large one.
 
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -66,6 +67,9 @@ def _measure(settings: Settings) -> list[Row]:
         for model in (models.DENSE, models.MOE):
             rows += prompts.of_model(model, settings, say)
             rows += prompts.of_served(model, settings, say)
+        # Beside transformers alone, which takes minutes for longer ones.
+        latents = replace(settings, vllm_python=None, longest=2048)
+        rows += prompts.of_model(models.LATENT, latents, say)
         rows += prompts.of_attention(models.DENSE, settings, say)
         rows += ring_pair.speeds(settings, say)
         rows += ring_pair.variants(settings, say)

@@ -29,20 +29,31 @@ def step_bytes(
 
 def kv_elements(config: ModelConfig) -> int:
     """Return the elements of a token's keys and values in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_size
+    return config.kv_planes * config.num_layers * config.num_kv_heads * config.head_size
 
 
 def _weights(config: ModelConfig, experts: float) -> float:
-    hidden = config.hidden_size
-    heads = config.num_heads * config.head_size
-    kv_heads = 2 * config.num_kv_heads * config.head_size
-    attention = hidden * (heads + kv_heads) + heads * hidden
     mlps = sum(_mlp(config, layer, experts) for layer in range(config.num_layers))
-    return config.num_layers * attention + mlps + hidden * config.vocab_size
+    layers = config.num_layers * _attention(config) + mlps
+    return layers + config.hidden_size * config.vocab_size
+
+
+def _attention(config: ModelConfig) -> int:
+    hidden, latent = config.hidden_size, config.latent
+    if latent is None:
+        heads = config.num_heads * config.head_size
+        return 2 * hidden * (heads + config.num_kv_heads * config.head_size)
+    queries = config.num_heads * latent.query_size
+    of_queries = hidden * queries
+    if latent.query_rank is not None:
+        of_queries = latent.query_rank * (hidden + queries)
+    per_head = latent.rank * (latent.plain_size + latent.value_size) + latent.value_size * hidden
+    return of_queries + hidden * latent.cell_size + config.num_heads * per_head
 
 
 def _mlp(config: ModelConfig, layer: int, experts: float) -> float:
     hidden = config.hidden_size
     if config.moe is None or not config.moe.is_sparse(layer):
         return 3 * hidden * config.intermediate_size
-    return hidden * config.moe.num_experts + experts * 3 * hidden * config.moe.intermediate_size
+    inner = experts * config.moe.intermediate_size + config.moe.shared_size
+    return hidden * config.moe.num_experts + 3 * hidden * inner

@@ -51,11 +51,21 @@ def attention(config: ModelConfig, spans: Sequence[Span]) -> Counter[Product]:
         slices = math.ceil((span.end - span.start) / queries)
         # Time grows with the keys in a line, so that the middle stands for all slices.
         keys = span.start + (span.end - span.start + queries) // 2
-        rows = queries * config.num_heads // config.num_kv_heads
-        sizes = config.num_kv_heads, rows, config.head_size, keys
-        found[Product(*sizes, weighted=False)] += slices
-        found[Product(sizes[0], rows, keys, config.head_size, weighted=False)] += slices
+        heads, size, value_size = _heads(config, span)
+        rows = queries * config.num_heads // heads
+        found[Product(heads, rows, size, keys, weighted=False)] += slices
+        found[Product(heads, rows, keys, value_size, weighted=False)] += slices
     return found
+
+
+def _heads(config: ModelConfig, span: Span) -> tuple[int, int, int]:
+    """Return how many heads of keys a span's queries look at, and their and their values' size."""
+    latent = config.latent
+    if latent is None:
+        return config.num_kv_heads, config.head_size, config.head_size
+    if latent.makes_keys(span.end - span.start, span.end):
+        return config.num_heads, latent.query_size, latent.value_size
+    return 1, latent.cell_size, latent.rank
 
 
 def flops(found: Mapping[Product, int]) -> int:
@@ -74,18 +84,13 @@ def _of_pass(
     tokens = sum(span.end - span.start for span in spans)
     ended = sum(span.end == work.tokens for span in spans)
     hidden, layers = config.hidden_size, config.num_layers
-    heads = config.num_heads * config.head_size
-    kv_heads = 2 * config.num_kv_heads * config.head_size
-    yield _weight(tokens, hidden, heads + kv_heads), layers - 1
-    yield _weight(tokens, heads, hidden), layers - 1
-    for product, times in attention(config, spans).items():
-        yield product, times * (layers - 1)
-    yield _weight(tokens, hidden, kv_heads), 1
-    if ended:
-        yield _weight(ended, hidden, heads), 1
-        yield _weight(ended, heads, hidden), 1
     last = [Span(s.prompt, s.end - 1, s.end) for s in spans if s.end == work.tokens]
-    yield from attention(config, last).items()
+    made = _made if config.latent is None else _made_of_latents
+    for attended, times in ((spans, layers - 1), (last, 1)):
+        for product in made(config, tokens, attended):
+            yield product, times
+        for product, count in attention(config, attended).items():
+            yield product, count * times
     for layer in range(layers):
         rows = ended if layer == layers - 1 else tokens
         if rows:
@@ -94,12 +99,54 @@ def _of_pass(
         yield _weight(ended, hidden, config.vocab_size), 1
 
 
+def _made(config: ModelConfig, tokens: int, spans: Sequence[Span]) -> Iterator[Product]:
+    """Yield what makes all tokens' keys and values, spans' queries, and the output for these."""
+    rows, hidden = _tokens(spans), config.hidden_size
+    heads = config.num_heads * config.head_size
+    kv_heads = 2 * config.num_kv_heads * config.head_size
+    if rows == tokens:
+        yield _weight(tokens, hidden, heads + kv_heads)
+    else:
+        yield _weight(tokens, hidden, kv_heads)
+        if rows:
+            yield _weight(rows, hidden, heads)
+    if rows:
+        yield _weight(rows, heads, hidden)
+
+
+def _made_of_latents(config: ModelConfig, tokens: int, spans: Sequence[Span]) -> Iterator[Product]:
+    """As `_made`, with the latents; and what is made of them, or of queries, for attention."""
+    latent, rows, hidden = config.latent, _tokens(spans), config.hidden_size
+    assert latent is not None
+    yield _weight(tokens, hidden, latent.cell_size)
+    if not rows:
+        return
+    width = hidden
+    if latent.query_rank is not None:
+        yield _weight(rows, hidden, latent.query_rank)
+        width = latent.query_rank
+    yield _weight(rows, width, config.num_heads * latent.query_size)
+    per_head = latent.plain_size + latent.value_size
+    for span in spans:
+        new = span.end - span.start
+        made = span.end if latent.makes_keys(new, span.end) else new
+        yield _weight(made, latent.rank, config.num_heads * per_head)
+    yield _weight(rows, config.num_heads * latent.value_size, hidden)
+
+
+def _tokens(spans: Sequence[Span]) -> int:
+    return sum(span.end - span.start for span in spans)
+
+
 def _mlp(config: ModelConfig, layer: int, rows: int) -> Iterator[tuple[Product, int]]:
     hidden = config.hidden_size
     if config.moe is None or not config.moe.is_sparse(layer):
         inner, experts = config.intermediate_size, 1
     else:
         yield _weight(rows, hidden, config.moe.num_experts), 1
+        if config.moe.shared_size:
+            yield _weight(rows, hidden, 2 * config.moe.shared_size), 1
+            yield _weight(rows, config.moe.shared_size, hidden), 1
         inner, pairs = config.moe.intermediate_size, rows * config.moe.top_k
         experts = min(pairs, config.moe.num_experts)
         rows = pairs // experts

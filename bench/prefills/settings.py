@@ -17,6 +17,7 @@ class Settings:
         checkpoints: Where checkpoints are kept.
         pattern: What names of rows must match.
         quick: The smallest of each sort of row alone.
+        longest: Tokens of the longest prompts to compute.
     """
 
     checkpoints: Path
@@ -24,6 +25,7 @@ class Settings:
     rounds: int
     vllm_python: Path | None
     quick: bool
+    longest: int = 32_768
     cores: tuple[int, ...] = field(default_factory=lambda: tuple(sorted(os.sched_getaffinity(0))))
 
     @property
@@ -34,7 +36,8 @@ class Settings:
     @property
     def works(self) -> tuple[Work, ...]:
         """Prompts to compute."""
-        return WORKS[:1] if self.quick else WORKS
+        works = WORKS[:1] if self.quick else WORKS
+        return tuple(work for work in works if work.tokens <= self.longest)
 
     @property
     def attention_tokens(self) -> int:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,10 +16,10 @@ from tests.unit.engine.checkpoints import ARCHITECTURES, DEEPSEEK_V3, LLAMA, mak
 @pytest.fixture(params=(*ARCHITECTURES, LLAMA, DEEPSEEK_V3))
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     # Whole sixteens, as published models have: strides of others need forms of their own.
-    sizes = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
-    return make_checkpoint(
-        tmp_path, request.param, **(sizes if request.param == DEEPSEEK_V3 else {})
-    )
+    sizes: dict[str, Any] = {}
+    if request.param == DEEPSEEK_V3:
+        sizes = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    return make_checkpoint(tmp_path, request.param, **sizes)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
