@@ -67,7 +67,7 @@ def _measure(settings: Settings) -> list[Row]:
         for model in (models.DENSE, models.MOE):
             rows += prompts.of_model(model, settings, say)
             rows += prompts.of_served(model, settings, say)
-        # Beside transformers alone, which takes minutes for longer ones.
+        # Beside transformers alone, which takes a minute and more for longer ones.
         latents = replace(settings, vllm_python=None, longest=2048)
         rows += prompts.of_model(models.LATENT, latents, say)
         rows += prompts.of_attention(models.DENSE, settings, say)

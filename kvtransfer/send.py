@@ -41,9 +41,9 @@ from kvtransfer.errors import (
     TransferError,
     from_code,
 )
-from kvtransfer.lane_choice import usable
 from kvtransfer.layout import CacheLayout, Span, check_compatible
 from kvtransfer.loop import AgentLoop
+from kvtransfer.offer import make_offer
 from kvtransfer.outbound import Outbound, Route, Session
 from kvtransfer.outgoing import Lane, Outgoing
 from kvtransfer.plan import plan_cache
@@ -102,21 +102,7 @@ class SendAgent:
         """
         self._memories: tuple[Memory, ...] = memories_of(memories, layout, rank, boxes)
         self._region = region
-        self._offsets: tuple[tuple[int, int], ...] = ()
-        self._lent: tuple[bytes, ...] = ()
-        self._lanes = usable(
-            settings.lane,
-            rdma=transport.rdma,
-            on_device=boxes is not None,
-            shares=region is not None,
-        )
-        if region is not None:
-            offsets = [0 if boxes else region.offset_of(memory) for memory in memories]
-            self._offsets = tuple(
-                zip(offsets, (each.blocks for each in self._memories), strict=True)
-            )
-        if boxes is not None and LaneKind.DEVICE in self._lanes:
-            self._lent = tuple(boxes.lend(memory) for memory in memories)
+        self._offer = make_offer(memories, region, boxes, settings.lane, rdma=transport.rdma)
         self._transport = transport
         self._identity = identity
         self._layout = layout
@@ -220,8 +206,7 @@ class SendAgent:
 
     def _hello(self, link: Link) -> wire.Hello:
         """Say who this rank is and which lanes it can use; whom it talks to is not known here."""
-        lanes = self._lanes
-        mapped = not {LaneKind.MAPPED, LaneKind.DEVICE}.isdisjoint(lanes)
+        offer = self._offer
         return wire.Hello(
             instance=self._identity.instance,
             epoch=self._identity.epoch,
@@ -229,12 +214,12 @@ class SendAgent:
             target_epoch=0,
             target_rank=0,
             token=b"",
-            lanes=frozenset(lanes),
+            lanes=offer.lanes,
             boot_id=boot_id(),
-            data_address=link.tagged.address if LaneKind.TAGGED in lanes else b"",
-            share=self._region.handle if self._region is not None and mapped else None,
-            offsets=self._offsets if mapped else (),
-            lent=self._lent,
+            data_address=link.tagged.address if LaneKind.TAGGED in offer.lanes else b"",
+            share=offer.share,
+            offsets=offer.offsets,
+            lent=offer.lent,
         )
 
     # ------------------------------------------------------------------------------ transfers
