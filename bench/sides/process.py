@@ -102,7 +102,7 @@ class Side:
             self._stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
             self._stdin.flush()
         except BrokenPipeError as exc:
-            raise SideFailed(self._last_words("is gone")) from exc
+            raise SideFailed(self._epitaph()) from exc
 
     def hear(self) -> dict[str, Any]:
         """Wait for the answer; raises SideFailed for an error, silence or the process's end."""
@@ -110,7 +110,7 @@ class Side:
             raise SideFailed(self._last_words(f"gave no answer for {self._answer_s:.0f} s"))
         line = self._stdout.readline()
         if not line:
-            raise SideFailed(self._last_words("is gone"))
+            raise SideFailed(self._epitaph())
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise SideFailed(f"{self.name}: {answer['error']}")
@@ -171,6 +171,12 @@ class Side:
                 if os.getpgid(int(folder.name)) == self._process.pid:
                     found.append(folder)
         return found
+
+    def _epitaph(self) -> str:
+        # Its pipes close before it has said why it ends.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_EXIT_S)
+        return self._last_words("is gone")
 
     def _last_words(self, what: str) -> str:
         self._stderr.seek(0)
