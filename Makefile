@@ -53,23 +53,24 @@ soak: $(STAMP) ## Long fault tests: kill processes at random points, many times
 # A machine with a GPU may have an environment of its own: make gpu-test GPU_PYTHON=python3.
 GPU_PYTHON ?= $(BIN)/python
 GPU_RESULTS ?= bench/results/gpu
+KERNEL_TESTS := $(addprefix tests/unit/,engine/kernels/gpu engine/test_cache_memory.py bench/test_kernels.py)
 ONE_OF_EACH_KERNEL := $(GPU_PYTHON) -m pytest tests/unit/bench/test_kernels.py -k every_case
 # Without torch's own pools, memory beside a tensor is nobody's.
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
 
+# Where tests of kernels run on a GPU most of their time is the compiler's, on a core each.
 gpu-test: ## With a GPU: the tests of what computes there, and each kernel under compute-sanitizer
-	$(GPU_PYTHON) -m pytest tests/unit/engine/kernels/gpu tests/unit/bench/test_kernels.py
+	$(GPU_PYTHON) -m pytest $(PARALLEL) $(KERNEL_TESTS) tests/unit/bench/gpus
+	$(GPU_PYTHON) -m pytest tests/integration/test_apart.py
 	$(SANITIZE) memcheck $(ONE_OF_EACH_KERNEL)
 	$(SANITIZE) racecheck $(ONE_OF_EACH_KERNEL)
-	$(GPU_PYTHON) -m pytest tests/unit/engine/test_cache_memory.py tests/unit/bench/gpus
-	$(GPU_PYTHON) -m pytest tests/integration/test_apart.py
 
-gpu-bench: ## With a GPU: all that is measured on one, into GPU_RESULTS
+gpu-bench: $(addprefix gpu-bench-,kernels decode prefill transfer) ## With a GPU: all that is measured on one, into GPU_RESULTS (-k: whatever fails)
+
+gpu-bench-kernels: TUNE := --tune
+gpu-bench-%:
 	mkdir -p $(GPU_RESULTS)
-	$(GPU_PYTHON) -m bench.kernels --tune --json $(GPU_RESULTS)/kernels.json
-	$(GPU_PYTHON) -m bench.decode --device cuda --json $(GPU_RESULTS)/decode.json
-	$(GPU_PYTHON) -m bench.prefill --device cuda --json $(GPU_RESULTS)/prefill.json
-	$(GPU_PYTHON) -m bench.transfer --device cuda --json $(GPU_RESULTS)/transfer.json
+	$(GPU_PYTHON) -m bench.$* --device cuda $(TUNE) --json $(GPU_RESULTS)/$*.json
 
 bench: $(STAMP) ## What disaggregation adds to a request
 	$(BIN)/python -m bench.overhead

@@ -55,7 +55,7 @@ from bench.gpus import models as gpu_models
 from bench.gpus import steps as gpu_steps
 from bench.gpus.device import Device
 from bench.options import Checkpoints, Json, Quick, Rows, VllmPython
-from bench.report import Row, report
+from bench.report import GrowingReport, Row, report
 from bench.sides.process import SideFailed
 
 QUESTION = "How fast does decode give tokens, beside vLLM, transformers and the memory's limit?"
@@ -87,13 +87,12 @@ def _measure(settings: Settings) -> list[Row]:
     return rows
 
 
-def _on_gpu(name: str, pattern: str, rounds: int, *, quick: bool) -> list[Row]:
+def _on_gpu(name: str, pattern: str, rounds: int, figures: GrowingReport, *, quick: bool) -> None:
     device = devices.found(name)
     batches = gpu_models.BATCHES[:1] if quick else gpu_models.BATCHES
-    return [
-        *gpu_steps.measure(device, pattern, _CALLS * rounds, quick=quick),
-        *gpu_models.measure(device, pattern, batches=batches),
-    ]
+    gpu_steps.measure(device, pattern, _CALLS * rounds, figures, quick=quick)
+    gpu_models.measure(device, pattern, figures, batches=batches)
+    figures.end()
 
 
 def _show_targets(rows: list[Row]) -> None:
@@ -115,7 +114,7 @@ def main(
 ) -> None:
     """Measure decode beside vLLM, transformers and reading memory alone."""
     if device != "cpu":
-        report(QUESTION, _on_gpu(device, rows, rounds, quick=quick), json)
+        _on_gpu(device, rows, rounds, GrowingReport(QUESTION, json), quick=quick)
         return
     with ExitStack() as stack:
         if checkpoints is None:

@@ -18,7 +18,7 @@ import typer
 from bench.kernel_cases import Case, Shapes, Tunable, cases
 from bench.kernel_timing import CudaTimer, Timer, copied_bytes_per_s, flops_per_s
 from bench.options import Json, Rows
-from bench.report import Row, median_and_spread, report
+from bench.report import GrowingReport, Row, median_and_spread
 from engine.errors import UnsupportedError
 from engine.kernels.gpu.tune import Tile, keep
 from engine.kernels.table import paged_kernels
@@ -46,12 +46,13 @@ def row_of(case: Case, timer: Timer, limit: float, repeats: int) -> Row:
     )
 
 
-def best_tile(tunable: Tunable, timer: Timer, repeats: int) -> Tile:
-    """Return the tile that takes the least time."""
-    times = {
-        tile: statistics.median(timer(partial(tunable.run, tile), repeats))
-        for tile in tunable.choices.tiles
-    }
+def best_tile(tunable: Tunable, timer: Timer, repeats: int, figures: GrowingReport) -> Tile:
+    """Return the tile that takes the least time, of those that the GPU takes."""
+    times: dict[Tile, float] = {}
+    for tile in tunable.choices.tiles:
+        with figures.attempt(f"{tunable.choices.name}, {tile}"):
+            times[tile] = statistics.median(timer(partial(tunable.run, tile), repeats))
+            typer.echo(f"{tunable.choices.name}, {tile}: {1e6 * times[tile]:.1f} us", err=True)
     return min(times, key=lambda tile: times[tile])
 
 
@@ -59,12 +60,14 @@ def _chosen(found: Iterator[Case], pattern: str) -> Iterator[Case]:
     return (case for case in found if re.search(pattern, case.name))
 
 
-def _tune(found: Iterator[Case], timer: Timer, repeats: int, gpu: str) -> None:
-    best = {
-        case.tunable.choices.name: best_tile(case.tunable, timer, repeats)
-        for case in found
-        if case.tunable is not None
-    }
+def _tune(
+    found: Iterator[Case], timer: Timer, repeats: int, gpu: str, figures: GrowingReport
+) -> None:
+    best: dict[str, Tile] = {}
+    for case in found:
+        if case.tunable is not None:
+            with figures.attempt(f"the best tile for {case.name}"):
+                best[case.tunable.choices.name] = best_tile(case.tunable, timer, repeats, figures)
     typer.echo(f"the best tiles are in {keep(gpu, best)}")
 
 
@@ -97,14 +100,16 @@ def main(
     def made() -> Iterator[Case]:
         return _chosen(cases(kernels, on, Shapes()), rows)
 
+    figures = GrowingReport("How near do the kernels come to what the GPU allows?", json)
     if tune:
-        _tune(made(), timer, repeats, gpu)
+        _tune(made(), timer, repeats, gpu, figures)
     bytes_limit = copied_bytes_per_s(timer, on, repeats)
     flops_limit = flops_per_s(timer, on, repeats)
-    figures = [
-        row_of(case, timer, bytes_limit if case.bytes else flops_limit, repeats) for case in made()
-    ]
-    report(f"How near do the kernels come to what the GPU allows? ({gpu})", figures, json)
+    for case in made():
+        with figures.attempt(case.name):
+            limit = bytes_limit if case.bytes else flops_limit
+            figures.put(row_of(case, timer, limit, repeats))
+    figures.end()
 
 
 if __name__ == "__main__":

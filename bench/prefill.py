@@ -48,7 +48,7 @@ from bench.gpus.device import Device
 from bench.options import Checkpoints, Json, Quick, Rows, VllmPython
 from bench.prefills import layout_pair, prompts, ring_pair
 from bench.prefills.settings import Settings
-from bench.report import Row, report
+from bench.report import GrowingReport, Row, report
 from bench.sides.process import SideFailed
 
 QUESTION = "How fast is prefill, beside two peers and its matrix products alone?"
@@ -102,10 +102,10 @@ def main(
     """Measure prefill beside transformers, vLLM and the matrix products alone."""
     if device != "cpu":
         prompts_of = gpu_models.PROMPTS[:1] if quick else gpu_models.PROMPTS
-        asked = gpu_models.measure(
-            devices.found(device), rows, prompts=prompts_of, repeats=max(4, rounds)
-        )
-        report(QUESTION, list(asked), json)
+        figures = GrowingReport(QUESTION, json)
+        on = devices.found(device)
+        gpu_models.measure(on, rows, figures, prompts=prompts_of, repeats=max(4, rounds))
+        figures.end()
         return
     with ExitStack() as stack:
         if checkpoints is None:

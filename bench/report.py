@@ -3,13 +3,19 @@
 import json
 import os
 import platform
+import shlex
+import shutil
 import statistics
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
+import typer
 from rich.table import Table
 
 from launch.console import table_console
@@ -39,6 +45,45 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """The median of at least two values, and the distance between their quartiles."""
     low, middle, high = statistics.quantiles(values, n=4)
     return middle, high - low
+
+
+class GrowingReport:
+    """A report whose rows are kept as they come, where a later one may fail or take too long.
+
+    Attributes:
+        rows: By name.
+        failed: What was attempted in vain.
+    """
+
+    def __init__(self, question: str, json_file: Path | None) -> None:
+        self.rows: dict[str, Row] = {}
+        self.failed: list[str] = []
+        self._question = question
+        self._json_file = json_file
+
+    def put(self, row: Row) -> None:
+        """Show a row and write it, in the place of an earlier one of its name."""
+        self.rows[row.row] = row
+        beside = f", {row.peer_name} {row.peer:.4g}" if row.peer else ""
+        typer.echo(f"{row.row}: {row.ours:.4g} {row.unit}{beside}", err=True)
+        if self._json_file is not None:
+            write(self._question, list(self.rows.values()), self._json_file)
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Go on behind it where it fails, and say why."""
+        try:
+            yield
+        except Exception as exc:
+            self.failed.append(name)
+            typer.echo(f"{name}: FAILED, {type(exc).__name__}: {exc}", err=True)
+
+    def end(self) -> None:
+        """Print the table; ends the program with 1 where an attempt failed."""
+        show(self._question, list(self.rows.values()))
+        if self.failed:
+            typer.echo(f"failed: {'; '.join(self.failed)}", err=True)
+            raise typer.Exit(1)
 
 
 def report(question: str, rows: Sequence[Row], json_file: Path | None) -> None:
@@ -73,6 +118,7 @@ def write(question: str, rows: Sequence[Row], json_file: Path) -> None:
         "question": question,
         "machine": machine(),
         "commit": commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": [asdict(row) for row in rows],
     }
@@ -89,7 +135,19 @@ def _ratio(ours: float, other: float | None) -> str:
 
 def machine() -> str:
     """Return what this program runs on, in words."""
-    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+    return "; ".join((f"{_processor()}, {len(os.sched_getaffinity(0))} cores", *_gpus()))
+
+
+@cache
+def _gpus() -> tuple[str, ...]:
+    """Return the GPUs of this machine, each with its driver's version."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode != 0:
+        return ()
+    return tuple(line.replace(", ", ", driver ") for line in done.stdout.splitlines())
 
 
 def _processor() -> str:

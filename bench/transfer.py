@@ -36,7 +36,7 @@ from bench.movers.perftest import tag_bandwidth
 from bench.movers.slices import message_a_slice_s
 from bench.movers.targets import Verdict, verdicts
 from bench.movers.works import CARRIERS, KIB, WORKS, Carrier, Work
-from bench.report import report
+from bench.report import GrowingReport, report
 from bench.sides.process import SideFailed
 from launch.console import table_console
 
@@ -154,12 +154,9 @@ def main(
 ) -> None:
     """Measure KV transfers beside UCX's limit, memcpy and NIXL."""
     if device != "cpu":
-        try:
-            found = list(gpu_transfer.measure(devices.found(device), rows, turns * rounds))
-        except SideFailed as exc:
-            typer.echo(str(exc), err=True)
-            raise typer.Exit(1) from exc
-        report(QUESTION, found, json)
+        gpu_figures = GrowingReport(QUESTION, json)
+        gpu_transfer.measure(devices.found(device), rows, turns * rounds, gpu_figures)
+        gpu_figures.end()
         return
     bench = Bench(turns=turns, rounds=rounds, peer_python=peer_python, ours=Ours())
     measured = _measured(bench, rows)

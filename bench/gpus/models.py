@@ -9,8 +9,9 @@ do without at the rate of a large one in the same run.
 import gc
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from bench.gpus.steps import WORKS, Weights, Work
 from bench.kernel_timing import flops_per_s
 from bench.prefills import limit
 from bench.prefills.works import Work as Prompts
-from bench.report import Row, median_and_spread
+from bench.report import GrowingReport, Row, median_and_spread
 from engine.config import ModelConfig
 from engine.runner import Chunk, ModelRunner
 from engine.sampling import SamplingParams, SequenceState, sample
@@ -183,45 +184,66 @@ class Asked:
         ends = [(keys + self.steps + _BLOCK) * count for count, keys in self.batches]
         return max(ends + list(self.prompts))
 
+    def runs(self, work: Work, engine: Ours | Transformers) -> dict[str, Callable[[], list[float]]]:
+        """Return what gives each row's rates, in tokens a second."""
+        return {
+            **{
+                decode_name(work, *batch): partial(self._decoded, engine, *batch)
+                for batch in self.batches
+            },
+            **{
+                prefill_name(work, tokens): partial(_rates, engine.prefill, tokens, self.repeats)
+                for tokens in self.prompts
+            },
+        }
 
-def rows_of(
-    work: Work, device: torch.device, asked: Asked, flops_per_s: float | None
-) -> Iterator[Row]:
-    """Measure a model by both engines."""
-    config = work.config
-    found: dict[str, list[list[float]]] = {}
-    limits: dict[str, float] = {}
-    for make in (
-        lambda: Ours(config, device, asked.most_tokens),
-        lambda: Transformers(config, device),
-    ):
-        engine: Ours | Transformers = make()
-        for sequences, keys in asked.batches:
-            rates = engine.decode(sequences, keys, asked.steps)[asked.steps // 4 :]
-            found.setdefault(decode_name(work, sequences, keys), []).append(rates)
-        for tokens in asked.prompts:
-            name = prefill_name(work, tokens)
-            found.setdefault(name, []).append(_rates(engine.prefill, tokens, asked.repeats))
-            if flops_per_s is not None:
-                needed = limit.products(config, Prompts(tokens=tokens, count=1), _CHUNK)
-                limits[name] = tokens * flops_per_s / limit.flops(needed)
-        del engine
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    for name, (ours, theirs) in found.items():
-        rate, spread = median_and_spread(ours)
-        peer, _ = median_and_spread(theirs)
-        yield Row(
-            row=name,
-            ours=rate,
-            unit="tokens/s",
-            higher_is_better=True,
-            limit=limits.get(name),
-            peer=peer,
-            peer_name=_PEER,
-            spread=spread,
-        )
+    def limits(self, work: Work, flops_per_s: float) -> dict[str, float]:
+        """Return at how many tokens a second the products alone would be done, of each prompt."""
+        needed = {
+            tokens: limit.products(work.config, Prompts(tokens=tokens, count=1), _CHUNK)
+            for tokens in self.prompts
+        }
+        return {
+            prefill_name(work, tokens): tokens * flops_per_s / limit.flops(products)
+            for tokens, products in needed.items()
+        }
+
+    def _decoded(self, engine: Ours | Transformers, sequences: int, keys: int) -> list[float]:
+        return engine.decode(sequences, keys, self.steps)[self.steps // 4 :]
+
+
+def measure_ours(
+    work: Work,
+    device: torch.device,
+    asked: Asked,
+    flops_per_s: float | None,
+    figures: GrowingReport,
+) -> None:
+    """Measure a model by this engine."""
+    limits = asked.limits(work, flops_per_s) if flops_per_s is not None else {}
+    engine = Ours(work.config, device, asked.most_tokens)
+    for name, run in asked.runs(work, engine).items():
+        with figures.attempt(name):
+            rate, spread = median_and_spread(run())
+            row = Row(
+                row=name,
+                ours=rate,
+                unit="tokens/s",
+                higher_is_better=True,
+                limit=limits.get(name),
+                spread=spread,
+            )
+            figures.put(row)
+
+
+def measure_peer(work: Work, device: torch.device, asked: Asked, figures: GrowingReport) -> None:
+    """Put the peer beside those rows that there are."""
+    engine = Transformers(work.config, device)
+    for name, run in asked.runs(work, engine).items():
+        if name in figures.rows:
+            with figures.attempt(f"{name}, {_PEER}"):
+                rate, _ = median_and_spread(run())
+                figures.put(replace(figures.rows[name], peer=rate, peer_name=_PEER))
 
 
 BATCHES = ((1, 1024), (32, 1024))
@@ -231,20 +253,30 @@ PROMPTS = (1024, 8192, 32_768)
 def measure(
     device: torch.device,
     pattern: str,
+    figures: GrowingReport,
     *,
     batches: Sequence[tuple[int, int]] = (),
     prompts: Sequence[int] = (),
     steps: int = 96,
     repeats: int = 6,
-) -> Iterator[Row]:
-    """Measure the batches, of `steps` tokens each, and prompts whose names match.
-
-    Raises UnsupportedError where kernels are missing.
-    """
+) -> None:
+    """Measure the batches, of `steps` tokens each, and prompts whose names match."""
     flops = flops_per_s(timer_of(device), device, repeats) if device.type == "cuda" else None
     for work in WORKS:
         some = [of for of in batches if re.search(pattern, decode_name(work, *of))]
         others = [of for of in prompts if re.search(pattern, prefill_name(work, of))]
         if some or others:
             asked = Asked(batches=some, prompts=others, steps=steps, repeats=repeats)
-            yield from rows_of(work, device, asked, flops)
+            # One engine after the other has the GPU's memory.
+            with figures.attempt(work.name):
+                measure_ours(work, device, asked, flops, figures)
+            _give_back(device)
+            with figures.attempt(f"{work.name}, {_PEER}"):
+                measure_peer(work, device, asked, figures)
+            _give_back(device)
+
+
+def _give_back(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

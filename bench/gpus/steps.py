@@ -7,14 +7,14 @@ tokens go through and their keys and values once each, at the rate of a plain co
 
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bench.gpus.device import timer_of
 from bench.kernel_timing import Timer, copied_bytes_per_s
-from bench.report import Row, median_and_spread
+from bench.report import GrowingReport, Row, median_and_spread
 from engine.config import ModelConfig, MoeConfig
 from engine.kvcache import KVCache
 from engine.parallel import Layout
@@ -118,9 +118,14 @@ class Weights:
         return self._always + self._of_experts * (1 - untouched)
 
 
-def rows_of(
-    work: Work, device: torch.device, timer: Timer, bytes_per_s: float | None, repeats: int
-) -> Iterator[Row]:
+def measure_work(
+    work: Work,
+    device: torch.device,
+    timer: Timer,
+    bytes_per_s: float | None,
+    repeats: int,
+    figures: GrowingReport,
+) -> None:
     """Measure a model's steps: played from graphs on a GPU, and launched one by one."""
     config, weights = work.config, Weights()
     blocks = max(sequences * _blocks(keys) for sequences, keys in work.steps)
@@ -135,25 +140,28 @@ def rows_of(
     )
     runner.cache.tensor.normal_()
     launched = {step: timer(_stepping(runner, *step), repeats) for step in work.steps}
-    played = launched
     if device.type == "cuda":
         runner.record_steps(*(max(sizes) for sizes in zip(*work.steps, strict=True)))
-        played = {step: timer(_stepping(runner, *step), repeats) for step in work.steps}
     kv_bytes = KVCache.block_bytes(config, torch.bfloat16, _BLOCK, Layout()) / _BLOCK
-    for sequences, keys in work.steps:
-        step = sequences, keys
-        rate, spread = median_and_spread([sequences / seconds for seconds in played[step]])
-        read = weights.read_bytes(config, sequences) + sequences * keys * kv_bytes
-        yield Row(
-            row=_name(work, step),
-            ours=rate,
-            unit="tokens/s",
-            higher_is_better=True,
-            limit=sequences * bytes_per_s / read if bytes_per_s else None,
-            peer=sequences / statistics.median(launched[step]),
-            peer_name="launched one by one",
-            spread=spread,
-        )
+    for step in work.steps:
+        sequences, keys = step
+        with figures.attempt(_name(work, step)):
+            played = launched[step]
+            if device.type == "cuda":
+                played = timer(_stepping(runner, *step), repeats)
+            rate, spread = median_and_spread([sequences / seconds for seconds in played])
+            read = weights.read_bytes(config, sequences) + sequences * keys * kv_bytes
+            row = Row(
+                row=_name(work, step),
+                ours=rate,
+                unit="tokens/s",
+                higher_is_better=True,
+                limit=sequences * bytes_per_s / read if bytes_per_s else None,
+                peer=sequences / statistics.median(launched[step]),
+                peer_name="launched one by one",
+                spread=spread,
+            )
+            figures.put(row)
 
 
 def _blocks(keys: int) -> int:
@@ -173,12 +181,9 @@ def _stepping(runner: ModelRunner, sequences: int, keys: int) -> Callable[[], ob
 
 
 def measure(
-    device: torch.device, pattern: str, repeats: int, *, quick: bool = False
-) -> Iterator[Row]:
-    """Measure the steps whose names match, the first of each model alone where `quick`.
-
-    Raises UnsupportedError where kernels are missing.
-    """
+    device: torch.device, pattern: str, repeats: int, figures: GrowingReport, *, quick: bool = False
+) -> None:
+    """Measure the steps whose names match, the first of each model alone where `quick`."""
     timer = timer_of(device)
     bytes_per_s = copied_bytes_per_s(timer, device, repeats) if device.type == "cuda" else None
     for work in WORKS:
@@ -186,7 +191,8 @@ def measure(
         wanted = [step for step in steps if re.search(pattern, _name(work, step))]
         if wanted:
             chosen = Work(name=work.name, config=work.config, steps=wanted)
-            yield from rows_of(chosen, device, timer, bytes_per_s, repeats)
+            with figures.attempt(f"{work.name}, steps"):
+                measure_work(chosen, device, timer, bytes_per_s, repeats, figures)
 
 
 def _name(work: Work, step: tuple[int, int]) -> str:

@@ -11,7 +11,6 @@ through the host are the two copies over the bus alone, to locked host memory an
 import re
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -21,7 +20,7 @@ from bench.kernel_timing import Timer
 from bench.movers.ours import request_options
 from bench.movers.pair import Pair
 from bench.movers.works import CARRIERS, Carrier, Ranks, Request, Work
-from bench.report import Row, median_and_spread
+from bench.report import GrowingReport, Row, median_and_spread
 from service.threads import thread_env
 
 TOKENS = (128, 4096, 32_768)
@@ -35,11 +34,12 @@ def measure(
     device: torch.device,
     pattern: str,
     rounds: int,
+    figures: GrowingReport,
     *,
     request: Request = _LLAMA,
     tokens: tuple[int, ...] = TOKENS,
-) -> Iterator[Row]:
-    """Measure the sequences whose names match; raises SideFailed."""
+) -> None:
+    """Measure the sequences whose names match."""
     timer = timer_of(device)
     tcp, shm = CARRIERS
     for carrier, host_copy in ((shm, False), (shm, True), (tcp, True)):
@@ -48,7 +48,9 @@ def measure(
             name = f"KV of {count} tokens, GPU to GPU, {way}"
             if re.search(pattern, name):
                 asked = replace(request, tokens=count)
-                yield _row(name, asked, carrier, device, timer, rounds, host_copy=host_copy)
+                with figures.attempt(name):
+                    row = _row(name, asked, carrier, device, timer, rounds, host_copy=host_copy)
+                    figures.put(row)
 
 
 def _row(

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from bench.kernel_cases import Case, Shapes, Tunable, cases
 from bench.kernel_timing import Timer
 from bench.kernels import best_tile, main, row_of
+from bench.report import GrowingReport
 from engine.errors import UnsupportedError
 from engine.kernels.gpu.tune import Choices, Tile
 from engine.kernels.table import paged_kernels
@@ -112,4 +113,19 @@ def test_a_case_that_multiplies_is_shown_in_flops() -> None:
 def test_the_tile_that_takes_the_least_time_is_best() -> None:
     tiles = [Tile(keys=keys, warps=4, stages=2) for keys in (16, 32, 64)]
     tunable = Tunable(choices=Choices(name="any", tiles=tiles), run=lambda tile: tile)
-    assert best_tile(tunable, timer_of(3.0, 1.0, 2.0), 4) == tiles[1]
+    figures = GrowingReport("any", None)
+    assert best_tile(tunable, timer_of(3.0, 1.0, 2.0), 4, figures) == tiles[1]
+    assert not figures.failed
+
+
+def test_a_tile_that_the_gpu_refuses_is_not_chosen() -> None:
+    tiles = [Tile(keys=keys, warps=4, stages=2) for keys in (16, 32)]
+
+    def refuse_the_first(tile: Tile) -> None:
+        if tile is tiles[0]:
+            raise RuntimeError("out of resource: shared memory")
+
+    figures = GrowingReport("any", None)
+    tunable = Tunable(choices=Choices(name="any", tiles=tiles), run=refuse_the_first)
+    assert best_tile(tunable, timer_of(2.0), 4, figures) == tiles[1]
+    assert len(figures.failed) == 1

@@ -6,6 +6,7 @@ import torch
 from bench.gpus import models
 from bench.gpus.models import Transformers, measure
 from bench.gpus.steps import WORKS, Work
+from bench.report import GrowingReport
 from engine.runner import ModelRunner
 from tests.unit.bench.gpus.tiny import tiny
 
@@ -21,13 +22,31 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_every_batch_and_prompt_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Transformers, "decode", lambda *_: [7.0] * 16)
-    rows = list(measure(CPU, "", batches=((1, 40), (3, 20)), prompts=(33,), steps=16, repeats=4))
-    assert [row.row for row in rows] == [
+    figures = GrowingReport("any", None)
+    measure(CPU, "", figures, batches=((1, 40), (3, 20)), prompts=(33,), steps=16, repeats=4)
+    assert not figures.failed
+    assert list(figures.rows) == [
         f"{name}, {what}"
         for name in ("8B, dense", "30B, 3B active")
         for what in ("decode, 1 x 40 keys", "decode, 3 x 20 keys", "prefill, 33 tokens")
     ]
+    rows = figures.rows.values()
     assert all(row.ours > 0 and row.peer and row.peer > 0 for row in rows)
+
+
+@pytest.mark.usefixtures("small")
+def test_ours_is_kept_where_the_peer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Transformers, "decode", fail)
+    figures = GrowingReport("any", None)
+    measure(CPU, "8B", figures, batches=((1, 40),), prompts=(33,), steps=16, repeats=4)
+    decode, prefill = figures.rows.values()
+    assert decode.ours > 0
+    assert decode.peer is None
+    assert prefill.peer
+    assert figures.failed == [f"{decode.row}, transformers"]
 
 
 @pytest.mark.slow  # 15 s until its continuous batching has begun

@@ -7,6 +7,7 @@ import torch
 
 from bench.gpus import steps
 from bench.gpus.steps import WORKS, Weights, measure
+from bench.report import GrowingReport
 from tests.unit.bench.gpus.tiny import tiny
 
 CPU = torch.device("cpu")
@@ -24,14 +25,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_step_of_every_shape_is_measured() -> None:
-    rows = list(measure(CPU, "", 4))
-    assert [row.row for row in rows] == NAMES
+    figures = GrowingReport("any", None)
+    measure(CPU, "", 4, figures)
+    assert not figures.failed
+    assert list(figures.rows) == NAMES
+    rows = figures.rows.values()
     assert all(row.ours > 0 and row.peer and row.peer > 0 for row in rows)
 
 
 @pytest.mark.parametrize(("pattern", "quick"), [("1 x", False), ("", True)])
 def test_a_pattern_or_the_quick_ones_choose(pattern: str, quick: bool) -> None:
-    assert [row.row for row in measure(CPU, pattern, 4, quick=quick)] == NAMES[::2]
+    figures = GrowingReport("any", None)
+    measure(CPU, pattern, 4, figures, quick=quick)
+    assert list(figures.rows) == NAMES[::2]
 
 
 def test_bytes_that_a_step_reads_are_those_of_the_published_models() -> None:
