@@ -93,7 +93,7 @@ def cases(kernels: PagedKernels, device: torch.device, shapes: Shapes) -> Iterat
         yield _experts(kernels, device, shapes, tokens)
     yield _draw(kernels, device, shapes)
     yield _merge(kernels, device, shapes)
-    yield _pack(kernels, device, shapes)
+    yield from _moves(kernels, device, shapes)
 
 
 def _norm(kernels: PagedKernels, device: torch.device, s: Shapes) -> Case:
@@ -358,25 +358,63 @@ def _merge(kernels: PagedKernels, device: torch.device, s: Shapes) -> Case:
     )
 
 
-def _pack(kernels: PagedKernels, device: torch.device, s: Shapes) -> Case:
-    units = s.tokens // s.places
-    shape = (2, 2, units, s.kv_heads, s.places, s.size)
+def _moves(kernels: PagedKernels, device: torch.device, s: Shapes) -> Iterator[Case]:
+    """Yield cached keys and values on their way to a payload, from it, and to another layout."""
+    units, places, heads = s.tokens // s.places, s.places, s.kv_heads
+    shape = (2, 2, units, heads, places, s.size)
     cache = torch.randn(shape, device=device, dtype=_DTYPE)
     payload = torch.empty_like(cache)
     blocks = torch.randperm(units, device=device)
-    box = Units(blocks, torch.zeros_like(blocks), slice(0, s.kv_heads))
+    box = Units(blocks, torch.zeros_like(blocks), slice(0, heads))
+    moved = 2 * cache.numel() * cache.element_size()
 
-    def peer() -> Tensor:
-        return torch.index_select(cache, 2, blocks)
-
-    def ours() -> Tensor:
-        kernels.move(payload, cache, None, box, s.places, units * s.places)
+    def pack() -> Tensor:
+        kernels.move(payload, cache, None, box, places, s.tokens)
         return payload
 
-    return Case(
+    yield Case(
         name=f"pack, {units} blocks of 2 layers",
-        ours=ours,
-        bytes=2 * cache.numel() * cache.element_size(),
-        peer=peer,
+        ours=pack,
+        bytes=moved,
+        peer=partial(torch.index_select, cache, 2, blocks),
+        peer_name="torch",
+    )
+    into, other = torch.empty_like(cache), torch.empty_like(cache)
+
+    def unpack() -> Tensor:
+        kernels.move(into, payload, box, None, places, s.tokens)
+        return into
+
+    yield Case(
+        name=f"unpack, {units} blocks of 2 layers",
+        ours=unpack,
+        bytes=moved,
+        peer=lambda: other.index_copy_(2, blocks, payload),
+        peer_name="torch",
+    )
+    # To a rank with half of the heads, in blocks half as long.
+    half, ours_of = slice(heads // 2, heads), slice(0, heads - heads // 2)
+    parts = torch.randperm(2 * units, device=device)
+    sides = [
+        torch.empty(2, 2, 2 * units, ours_of.stop, places // 2, s.size, dtype=_DTYPE, device=device)
+        for _ in range(2)
+    ]
+    at = Units(blocks.repeat_interleave(2), torch.arange(2, device=device).repeat(units), half)
+    to = Units(parts, torch.zeros_like(parts), ours_of)
+
+    def reshard() -> Tensor:
+        kernels.move(sides[0], cache, to, at, places // 2, s.tokens)
+        return sides[0]
+
+    def reshard_by_torch() -> Tensor:
+        picked = cache[:, :, :, half].index_select(2, blocks)
+        halves = picked.view(*picked.shape[:4], 2, places // 2, s.size).transpose(3, 4)
+        return sides[1].index_copy_(2, parts, halves.flatten(2, 3))
+
+    yield Case(
+        name=f"reshard, {units} blocks of 2 layers to half as long ones, half of the heads",
+        ours=reshard,
+        bytes=moved * ours_of.stop // heads,
+        peer=reshard_by_torch,
         peer_name="torch",
     )

@@ -85,7 +85,8 @@ def test_every_case_runs_and_computes_what_its_peer_does() -> None:
             atol = near * theirs.float().abs().max().item()
             torch.testing.assert_close(ours.float(), theirs.float(), rtol=near, atol=atol)
             compared.add(case.name.split(",")[0])
-    assert compared == {"SiLU and multiply", "decode", "draw", "experts", "prefill", "pack"}
+    moves = {"pack", "unpack", "reshard"}
+    assert compared == {"SiLU and multiply", "decode", "draw", "experts", "prefill", *moves}
 
 
 def timer_of(*seconds: float) -> Timer:
