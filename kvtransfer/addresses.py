@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from kvtransfer.layout import KVLayout, Span
+from kvtransfer.layout import Box, KVLayout, Span
 from kvtransfer.runs import Units, units_of
 
 
@@ -42,10 +42,7 @@ class BlockTable:
 
 
 class Memory(ABC):
-    """One rank's memory of one cache group, addressed by global layers, heads and tokens.
-
-    A box is some layers, heads and tokens of one sequence, `unit` tokens at a time.
-    """
+    """One rank's memory of one cache group, addressed by global layers, heads and tokens."""
 
     def __init__(self, layout: KVLayout, rank: int, blocks: int) -> None:
         """Of so many blocks; raises ValueError where there are none."""
@@ -90,21 +87,19 @@ class Memory(ABC):
         shape = self._layout.shape
         return shape.planes * len(heads) * shape.head_size * shape.element_bytes
 
-    def payload_bytes(self, layers: Span, heads: Span, tokens: Span, unit: int) -> int:
+    def payload_bytes(self, box: Box) -> int:
         """Bytes of the payload of a box; a last, part-filled unit counts whole."""
-        return len(layers) * -(-len(tokens) // unit) * unit * self.token_bytes(heads)
+        return len(box.layers) * box.units * box.unit * self.token_bytes(box.heads)
 
     @abstractmethod
-    def run_bytes(self, heads: Span, unit: int) -> int:
-        """Bytes of the shortest contiguous run that a box with these heads is made of.
+    def run_bytes(self, box: Box) -> int:
+        """Bytes of the shortest contiguous run that a box is made of.
 
         0 where the host reaches none of them, so that all has to be packed.
         """
 
     @abstractmethod
-    def views(
-        self, table: BlockTable, layers: Span, heads: Span, tokens: Span, unit: int
-    ) -> list[memoryview]:
+    def views(self, table: BlockTable, box: Box) -> list[memoryview]:
         """Return the box's contiguous runs where they lie, in the order of the payload.
 
         Runs that are neighbours in memory and in the payload are one. They can be written to
@@ -113,36 +108,18 @@ class Memory(ABC):
         """
 
     @abstractmethod
-    def crc(
-        self, table: BlockTable, layers: Span, heads: Span, tokens: Span, unit: int, crc: int
-    ) -> int:
+    def crc(self, table: BlockTable, box: Box, crc: int) -> int:
         """Return `crc` continued over the box's payload, read where it lies.
 
         Raises ValueError for a part-filled unit, which has to be packed.
         """
 
     @abstractmethod
-    def pack(
-        self,
-        payload: npt.NDArray[np.uint8],
-        table: BlockTable,
-        layers: Span,
-        heads: Span,
-        tokens: Span,
-        unit: int,
-    ) -> None:
+    def pack(self, payload: npt.NDArray[np.uint8], table: BlockTable, box: Box) -> None:
         """Copy a box out of memory into `payload` (bytes); what lies beyond the tokens is zero."""
 
     @abstractmethod
-    def scatter(
-        self,
-        payload: npt.NDArray[np.uint8],
-        table: BlockTable,
-        layers: Span,
-        heads: Span,
-        tokens: Span,
-        unit: int,
-    ) -> None:
+    def scatter(self, payload: npt.NDArray[np.uint8], table: BlockTable, box: Box) -> None:
         """Copy `payload` into the blocks of a box, and `clear_rest`."""
 
     @abstractmethod
@@ -151,10 +128,7 @@ class Memory(ABC):
         source: Self,
         source_table: BlockTable,
         table: BlockTable,
-        layers: Span,
-        heads: Span,
-        tokens: Span,
-        unit: int,
+        box: Box,
         crc: int | None = None,
     ) -> int | None:
         """Copy a box of another memory into this one, without a payload, and `clear_rest`.
@@ -165,7 +139,7 @@ class Memory(ABC):
         """
 
     @abstractmethod
-    def clear_rest(self, table: BlockTable, layers: Span, heads: Span, tokens: Span) -> None:
+    def clear_rest(self, table: BlockTable, box: Box) -> None:
         """Zero what lies behind a box in its last block, where the box ends the rank's tokens.
 
         Another sequence's bytes must not stay visible there, whatever the sender wrote.
@@ -179,19 +153,26 @@ class Memory(ABC):
             return None
         return int(table.ids[end // self._layout.block_size]), used
 
-    def _payload_shape(
-        self, layers: Span, heads: Span, tokens: Span, unit: int
-    ) -> tuple[int, int, int, int, int, int]:
-        shape, units = self._layout.shape, -(-len(tokens) // unit)
-        return len(layers), shape.planes, units, len(heads), unit, shape.head_size
+    def _own(self, box: Box) -> tuple[slice, slice]:
+        """Return where a box's layers and heads are among those of this memory."""
+        pairs = (box.layers, self._shard.layers), (box.heads, self._shard.heads)
+        of_layers, of_heads = (
+            slice(span.begin - own.begin, span.end - own.begin) for span, own in pairs
+        )
+        return of_layers, of_heads
 
-    def _units(self, table: BlockTable, tokens: Span, unit: int) -> Units:
-        """Return where the tokens' units lie, the last of which may be filled in part."""
+    def _payload_shape(self, box: Box) -> tuple[int, int, int, int, int, int]:
+        shape = self._layout.shape
+        layers, heads = len(box.layers), len(box.heads)
+        return layers, shape.planes, box.units, heads, box.unit, shape.head_size
+
+    def _units(self, table: BlockTable, box: Box) -> Units:
+        """Return where the box's units lie, the last of which may be filled in part."""
+        tokens, unit = box.tokens, box.unit
         begin = table.local(tokens.begin)
         if begin % unit or not len(tokens):
             raise ValueError(f"tokens {tokens} are none or do not begin on a unit of {unit}")
-        ratio = self._layout.block_size // unit
-        return units_of(table.ids, begin // unit, -(-len(tokens) // unit), ratio)
+        return units_of(table.ids, begin // unit, box.units, self._layout.block_size // unit)
 
 
 def tables_of(

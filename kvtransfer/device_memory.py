@@ -13,11 +13,11 @@ import torch
 from isal.isal_zlib import crc32
 
 from kvtransfer.addresses import BlockTable, Memory
-from kvtransfer.layout import CacheLayout, KVLayout, Span
+from kvtransfer.layout import Box, CacheLayout, KVLayout
 from kvtransfer.memory import KVMemory, bits_of, check_shape
 
 # Of each unit its block and its place in the block; and the heads of the memory.
-Box = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], slice]
+Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], slice]
 
 
 class Boxes(Protocol):
@@ -31,8 +31,8 @@ class Boxes(Protocol):
         self,
         into: torch.Tensor,
         source: torch.Tensor,
-        to: Box,
-        at: Box,
+        to: Places,
+        at: Places,
         unit: int,
         tokens: int,
     ) -> None:
@@ -40,13 +40,13 @@ class Boxes(Protocol):
         ...
 
     def pack(
-        self, payload: torch.Tensor, memory: torch.Tensor, at: Box, unit: int, tokens: int
+        self, payload: torch.Tensor, memory: torch.Tensor, at: Places, unit: int, tokens: int
     ) -> None:
         """Copy a box to a payload in the host's memory."""
         ...
 
     def unpack(
-        self, memory: torch.Tensor, payload: torch.Tensor, to: Box, unit: int, tokens: int
+        self, memory: torch.Tensor, payload: torch.Tensor, to: Places, unit: int, tokens: int
     ) -> None:
         """Copy a payload in the host's memory to its box."""
         ...
@@ -81,100 +81,64 @@ class DeviceMemory(Memory):
         self._kv = bits_of(memory, layout)
         self._boxes = boxes
 
-    def run_bytes(self, heads: Span, unit: int) -> int:
+    def run_bytes(self, box: Box) -> int:
         """See Memory."""
         return 0
 
-    def views(
-        self, table: BlockTable, layers: Span, heads: Span, tokens: Span, unit: int
-    ) -> list[memoryview]:
+    def views(self, table: BlockTable, box: Box) -> list[memoryview]:
         """See Memory: there are none."""
         raise ValueError("the host reaches no runs of a GPU's memory")
 
-    def crc(
-        self, table: BlockTable, layers: Span, heads: Span, tokens: Span, unit: int, crc: int
-    ) -> int:
+    def crc(self, table: BlockTable, box: Box, crc: int) -> int:
         """See Memory."""
-        payload = np.empty(self.payload_bytes(layers, heads, tokens, unit), np.uint8)
-        self.pack(payload, table, layers, heads, tokens, unit)
+        payload = np.empty(self.payload_bytes(box), np.uint8)
+        self.pack(payload, table, box)
         return crc32(payload, crc)
 
-    def pack(
-        self,
-        payload: npt.NDArray[np.uint8],
-        table: BlockTable,
-        layers: Span,
-        heads: Span,
-        tokens: Span,
-        unit: int,
-    ) -> None:
+    def pack(self, payload: npt.NDArray[np.uint8], table: BlockTable, box: Box) -> None:
         """See Memory."""
-        into = self._shaped(payload, layers, heads, tokens, unit)
-        at = self._box(table, heads, tokens, unit)
-        self._boxes.pack(into, self._of(layers), at, unit, len(tokens))
+        at, into = self._places(table, box), self._shaped(payload, box)
+        self._boxes.pack(into, self._of(box), at, box.unit, len(box.tokens))
 
-    def scatter(
-        self,
-        payload: npt.NDArray[np.uint8],
-        table: BlockTable,
-        layers: Span,
-        heads: Span,
-        tokens: Span,
-        unit: int,
-    ) -> None:
+    def scatter(self, payload: npt.NDArray[np.uint8], table: BlockTable, box: Box) -> None:
         """See Memory."""
-        data = self._shaped(payload, layers, heads, tokens, unit)
-        to = self._box(table, heads, tokens, unit)
-        self._boxes.unpack(self._of(layers), data, to, unit, len(tokens))
-        self.clear_rest(table, layers, heads, tokens)
+        to, data = self._places(table, box), self._shaped(payload, box)
+        self._boxes.unpack(self._of(box), data, to, box.unit, len(box.tokens))
+        self.clear_rest(table, box)
 
     def copy_from(
         self,
         source: "DeviceMemory",
         source_table: BlockTable,
         table: BlockTable,
-        layers: Span,
-        heads: Span,
-        tokens: Span,
-        unit: int,
+        box: Box,
         crc: int | None = None,
     ) -> int | None:
         """See Memory."""
-        to = self._box(table, heads, tokens, unit)
-        at = source._box(source_table, heads, tokens, unit)
-        self._boxes.copy(self._of(layers), source._of(layers), to, at, unit, len(tokens))
-        self.clear_rest(table, layers, heads, tokens)
-        return None if crc is None else self.crc(table, layers, heads, tokens, unit, crc)
+        to, at = self._places(table, box), source._places(source_table, box)
+        self._boxes.copy(self._of(box), source._of(box), to, at, box.unit, len(box.tokens))
+        self.clear_rest(table, box)
+        return None if crc is None else self.crc(table, box, crc)
 
-    def clear_rest(self, table: BlockTable, layers: Span, heads: Span, tokens: Span) -> None:
+    def clear_rest(self, table: BlockTable, box: Box) -> None:
         """See Memory."""
-        rest = self._rest(table, tokens)
+        rest = self._rest(table, box.tokens)
         if rest is not None:
             block, used = rest
-            self._boxes.clear(self._of(layers)[:, :, block, self._own(heads), used:])
+            _, heads = self._own(box)
+            self._boxes.clear(self._of(box)[:, :, block, heads, used:])
 
-    def _of(self, layers: Span) -> torch.Tensor:
-        first = self._shard.layers.begin
-        return self._kv[layers.begin - first : layers.end - first]
+    def _of(self, box: Box) -> torch.Tensor:
+        layers, _ = self._own(box)
+        return self._kv[layers]
 
-    def _own(self, heads: Span) -> slice:
-        first = self._shard.heads.begin
-        return slice(heads.begin - first, heads.end - first)
+    def _places(self, table: BlockTable, box: Box) -> Places:
+        units = self._units(table, box)
+        _, heads = self._own(box)
+        return units.blocks, units.subs, heads
 
-    def _box(self, table: BlockTable, heads: Span, tokens: Span, unit: int) -> Box:
-        units = self._units(table, tokens, unit)
-        return units.blocks, units.subs, self._own(heads)
-
-    def _shaped(
-        self,
-        payload: npt.NDArray[np.uint8],
-        layers: Span,
-        heads: Span,
-        tokens: Span,
-        unit: int,
-    ) -> torch.Tensor:
-        shape = self._payload_shape(layers, heads, tokens, unit)
-        return torch.from_numpy(payload).view(self._kv.dtype).view(shape)
+    def _shaped(self, payload: npt.NDArray[np.uint8], box: Box) -> torch.Tensor:
+        return torch.from_numpy(payload).view(self._kv.dtype).view(self._payload_shape(box))
 
 
 def memories_of(

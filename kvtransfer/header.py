@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from isal.isal_zlib import crc32
 
 from kvtransfer.errors import ProtocolViolation
-from kvtransfer.layout import Span
+from kvtransfer.layout import Box, Span
 
 PROTOCOL_VERSION = 3
 NONCE_BYTES = 16
@@ -48,6 +48,10 @@ class DataHeader:
     tokens: Span
     payload_bytes: int
     probe: bool = False
+
+    def box(self, unit: int) -> Box:
+        """Return what the piece has of the sequence."""
+        return Box(self.layers, self.heads, self.tokens, unit)
 
 
 def seal(header: DataHeader, parts: Iterable[memoryview], *, checksum: bool) -> tuple[bytes, int]:

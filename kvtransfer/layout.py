@@ -53,6 +53,26 @@ class Span:
         return Span(begin, max(begin, min(self.end, other.end)))
 
 
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Some layers, KV heads and tokens of one sequence, `unit` tokens at a time."""
+
+    layers: Span
+    heads: Span
+    tokens: Span
+    unit: int
+
+    @property
+    def units(self) -> int:
+        """Units of one layer; a last, part-filled one counts whole."""
+        return -(-len(self.tokens) // self.unit)
+
+    @property
+    def part(self) -> int:
+        """How many tokens a last, part-filled unit has; 0 where all are whole."""
+        return len(self.tokens) % self.unit
+
+
 @dataclass(frozen=True, kw_only=True)
 class KVShape:
     """What every rank of both pools must agree on, for one group of the model's cache.

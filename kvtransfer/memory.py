@@ -5,7 +5,7 @@ grants: callers have checked that a copy is allowed.
 
 Shapes: L layers, P planes (K and V), B blocks, N KV heads, S block size, D head size; U units of
 `unit` tokens. Memory is [L, P, B, N, S, D]; a payload is [L, P, U, N, unit, D], so that with equal
-block sizes whole blocks move as they lie. A box is some layers, heads and tokens of one sequence.
+block sizes whole blocks move as they lie.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import torch
 from isal.isal_zlib import crc32
 
 from kvtransfer.addresses import BlockTable, Memory
-from kvtransfer.layout import KVLayout, Span
+from kvtransfer.layout import Box, KVLayout
 from kvtransfer.runs import Cuts, Units, copy_runs, crc_runs, extents
 
 # Elements are only moved, never computed with; numpy has no bfloat16, so their bits travel as
@@ -89,145 +89,107 @@ class KVMemory(Memory):
         of_layer, of_plane = (np.arange(kv.shape[i]) * kv.strides[i] for i in (0, 1))
         self._planes_LP = np.add.outer(of_layer, of_plane)
 
-    def run_bytes(self, heads: Span, unit: int) -> int:
+    def run_bytes(self, box: Box) -> int:
         """See Memory."""
         block_size = self._layout.block_size
-        return self._head_bytes * (len(heads) if unit == block_size else 1) * unit // block_size
+        heads = len(box.heads) if box.unit == block_size else 1
+        return self._head_bytes * heads * box.unit // block_size
 
-    def views(
-        self, table: BlockTable, layers: Span, heads: Span, tokens: Span, unit: int
-    ) -> list[memoryview]:
+    def views(self, table: BlockTable, box: Box) -> list[memoryview]:
         """See Memory."""
         flat = self._bytes
-        begins, ends = self._cuts(table, layers, heads, tokens, unit)
+        begins, ends = self._cuts(table, box)
         return [flat[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
 
-    def crc(
-        self, table: BlockTable, layers: Span, heads: Span, tokens: Span, unit: int, crc: int
-    ) -> int:
+    def crc(self, table: BlockTable, box: Box, crc: int) -> int:
         """See Memory."""
-        return crc_runs(self._bytes, self._cuts(table, layers, heads, tokens, unit), crc)
+        return crc_runs(self._bytes, self._cuts(table, box), crc)
 
-    def _cuts(self, table: BlockTable, layers: Span, heads: Span, tokens: Span, unit: int) -> Cuts:
+    def _cuts(self, table: BlockTable, box: Box) -> Cuts:
         """Return where the box's runs begin and end, in bytes of the memory, in payload order."""
-        if len(tokens) % unit:
-            raise ValueError(f"tokens {tokens} do not fill their last unit of {unit}")
-        begins = self._begins(self._units(table, tokens, unit), layers, heads, unit)
-        run = self.run_bytes(heads, unit)
+        if box.part:
+            raise ValueError(f"tokens {box.tokens} do not fill their last unit of {box.unit}")
+        begins = self._begins(self._units(table, box), box)
+        run = self.run_bytes(box)
         (lasts,) = (begins[1:] - begins[:-1] != run).nonzero()
         ends = begins[np.append(lasts, len(begins) - 1)] + run
         return begins[np.append(0, lasts + 1)], ends
 
-    def _begins(self, units: Units, layers: Span, heads: Span, unit: int) -> npt.NDArray[np.int64]:
+    def _begins(self, units: Units, box: Box) -> npt.NDArray[np.int64]:
         """Return the first byte of each of the box's runs of `run_bytes`, in payload order."""
-        l0, h0 = self._shard.layers.begin, self._shard.heads.begin
-        begins_LP = self._planes_LP[layers.begin - l0 : layers.end - l0].reshape(-1, 1)
+        layers, heads = self._own(box)
+        begins_LP = self._planes_LP[layers].reshape(-1, 1)
         begins_UN = units.blocks * self._kv.strides[2]
         if units.ratio == 1:
-            begins_UN += (heads.begin - h0) * self._head_bytes
+            begins_UN += heads.start * self._head_bytes
         else:
             begins_UN += units.subs * (self._head_bytes // units.ratio)
-            begins_N = np.arange(heads.begin - h0, heads.end - h0) * self._head_bytes
+            begins_N = np.arange(heads.start, heads.stop) * self._head_bytes
             begins_UN = (begins_UN.reshape(-1, 1) + begins_N).reshape(-1)
         begins: npt.NDArray[np.int64] = (begins_LP + begins_UN).reshape(-1)
         return begins
 
-    def pack(
-        self,
-        payload: npt.NDArray[np.uint8],
-        table: BlockTable,
-        layers: Span,
-        heads: Span,
-        tokens: Span,
-        unit: int,
-    ) -> None:
+    def pack(self, payload: npt.NDArray[np.uint8], table: BlockTable, box: Box) -> None:
         """See Memory."""
-        out = self._shaped(payload, layers, heads, tokens, unit)
-        units = self._units(table, tokens, unit)
-        box = self._box(layers, heads, unit)
+        out = payload.view(self._kv.dtype).reshape(self._payload_shape(box))
+        units, kv = self._units(table, box), self._split(box, box.unit)
         parts = extents(units)
         if len(parts) > _MANY_EXTENTS and len(payload) < _SMALL_BYTES * len(parts):
-            out[...] = box[:, :, units.blocks, units.subs]
+            out[...] = kv[:, :, units.blocks, units.subs]
         else:
             for begin, end in parts:
-                out[:, :, begin:end] = units.slab(box, begin, end)
-        rest = len(tokens) % unit
-        if rest:
-            out[:, :, -1, :, rest:] = 0
+                out[:, :, begin:end] = units.slab(kv, begin, end)
+        if box.part:
+            out[:, :, -1, :, box.part :] = 0
 
-    def scatter(
-        self,
-        payload: npt.NDArray[np.uint8],
-        table: BlockTable,
-        layers: Span,
-        heads: Span,
-        tokens: Span,
-        unit: int,
-    ) -> None:
+    def scatter(self, payload: npt.NDArray[np.uint8], table: BlockTable, box: Box) -> None:
         """See Memory."""
-        data = self._shaped(payload, layers, heads, tokens, unit)
-        units = self._units(table, tokens, unit)
-        box = self._box(layers, heads, unit)
+        data = payload.view(self._kv.dtype).reshape(self._payload_shape(box))
+        units, kv = self._units(table, box), self._split(box, box.unit)
         parts = extents(units)
         if len(parts) > _MANY_EXTENTS:
-            box[:, :, units.blocks, units.subs] = data
+            kv[:, :, units.blocks, units.subs] = data
         else:
             for begin, end in parts:
-                units.slab(box, begin, end)[...] = data[:, :, begin:end]
-        self.clear_rest(table, layers, heads, tokens)
+                units.slab(kv, begin, end)[...] = data[:, :, begin:end]
+        self.clear_rest(table, box)
 
     def copy_from(
         self,
         source: "KVMemory",
         source_table: BlockTable,
         table: BlockTable,
-        layers: Span,
-        heads: Span,
-        tokens: Span,
-        unit: int,
+        box: Box,
         crc: int | None = None,
     ) -> int | None:
         """See Memory."""
         if self._bytes.readonly:
             raise ValueError("this memory is read-only: it cannot be copied into")
-        if len(tokens) % unit:
-            payload = np.empty(self.payload_bytes(layers, heads, tokens, unit), np.uint8)
-            source.pack(payload, source_table, layers, heads, tokens, unit)
-            self.scatter(payload, table, layers, heads, tokens, unit)
+        if box.part:
+            payload = np.empty(self.payload_bytes(box), np.uint8)
+            source.pack(payload, source_table, box)
+            self.scatter(payload, table, box)
             return None if crc is None else crc32(payload, crc)
-        into = self._cuts(table, layers, heads, tokens, unit)
-        out = source._cuts(source_table, layers, heads, tokens, unit)
+        into, out = self._cuts(table, box), source._cuts(source_table, box)
         crc = copy_runs(self._bytes, into, source._bytes, out, crc)
-        self.clear_rest(table, layers, heads, tokens)
+        self.clear_rest(table, box)
         return crc
 
-    def clear_rest(self, table: BlockTable, layers: Span, heads: Span, tokens: Span) -> None:
+    def clear_rest(self, table: BlockTable, box: Box) -> None:
         """See Memory."""
-        rest = self._rest(table, tokens)
+        rest = self._rest(table, box.tokens)
         if rest is not None:
             block, used = rest
-            box = self._box(layers, heads, self._layout.block_size)
-            box[:, :, block, 0, :, used:] = 0
+            self._split(box, self._layout.block_size)[:, :, block, 0, :, used:] = 0
 
-    def _box(self, layers: Span, heads: Span, unit: int) -> Array:
-        """Return the view [L, P, B, units of a block, N, unit, D] of some layers and heads."""
-        l0, h0 = self._shard.layers.begin, self._shard.heads.begin
-        kv = self._kv[layers.begin - l0 : layers.end - l0]
+    def _split(self, box: Box, unit: int) -> Array:
+        """Return the view [L, P, B, units of a block, N, unit, D] of a box's layers and heads."""
+        layers, heads = self._own(box)
+        kv = self._kv[layers]
         count, planes, blocks, all_heads, block_size, size = kv.shape
         # Splitting one axis never copies, whatever the strides.
         split = kv.reshape(count, planes, blocks, all_heads, block_size // unit, unit, size)
-        return split.transpose(0, 1, 2, 4, 3, 5, 6)[:, :, :, :, heads.begin - h0 : heads.end - h0]
-
-    def _shaped(
-        self,
-        payload: npt.NDArray[np.uint8],
-        layers: Span,
-        heads: Span,
-        tokens: Span,
-        unit: int,
-    ) -> Array:
-        shape = self._payload_shape(layers, heads, tokens, unit)
-        return payload.view(self._kv.dtype).reshape(shape)
+        return split.transpose(0, 1, 2, 4, 3, 5, 6)[:, :, :, :, heads]
 
 
 def sizes_of(layout: KVLayout, rank: int, blocks: int) -> tuple[int, int, int, int, int, int]:

@@ -10,25 +10,18 @@ from kvtransfer.addresses import BlockTable
 from kvtransfer.api import SendTransfer
 from kvtransfer.coverage import Ready
 from kvtransfer.header import manifest_crc
-from kvtransfer.layout import CacheLayout, Span
+from kvtransfer.layout import Box, CacheLayout, Span
 from kvtransfer.plan import Plan, Region
 from kvtransfer.shared import Lease
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
-    """Layers, heads and tokens of one cache group: what one piece carries."""
+class Due:
+    """What one piece carries of a cache group, within one of the plan's regions."""
 
     group: int
-    unit: int
     region: Region
-    layers: Span
-    tokens: Span
-
-    @property
-    def layer_units(self) -> int:
-        """Units of one layer; a last, part-filled one counts whole."""
-        return -(-len(self.tokens) // self.unit)
+    box: Box
 
 
 @dataclass(slots=True)
@@ -38,7 +31,7 @@ class Lane:
     target_rank: int
     ready: list[tuple[int, int, Region, dict[int, Ready]]]
     missing_units: int
-    queue: deque[Box] = field(default_factory=deque)
+    queue: deque[Due] = field(default_factory=deque)
     checksums: list[int] = field(default_factory=list)
     bytes: int = 0
     manifest_at: float | None = None
@@ -68,36 +61,36 @@ class Lane:
                     # A last, part-filled unit goes by itself: it has to be packed, the rest not.
                     for span in (Span(part.begin, whole), Span(whole, part.end)):
                         if len(span):
-                            box = Box(group, unit, region, Span(layer, layer + 1), span)
-                            self.queue.append(box)
+                            box = Box(Span(layer, layer + 1), region.heads, span, unit)
+                            self.queue.append(Due(group, region, box))
 
-    def next_box(self, max_units: int) -> Box:
+    def next_due(self, max_units: int) -> Due:
         """Take the next piece off the queue, at most `max_units` layer-units.
 
         A box too large is cut; a small one takes the following layers of the same tokens along
         if they are ready. Nothing waits for more to become ready.
         """
-        box = self.queue.popleft()
-        units = box.layer_units
-        if units > max_units:
+        due = self.queue.popleft()
+        box = due.box
+        if box.units > max_units:
             at = box.tokens.begin + max_units * box.unit
-            self.queue.appendleft(replace(box, tokens=Span(at, box.tokens.end)))
+            rest = replace(box, tokens=Span(at, box.tokens.end))
+            self.queue.appendleft(replace(due, box=rest))
             box = replace(box, tokens=Span(box.tokens.begin, at))
-            units = max_units
         layers = box.layers
-        skipped: list[Box] = []
-        while self.queue and (len(layers) + 1) * units <= max_units:
+        skipped: list[Due] = []
+        while self.queue and (len(layers) + 1) * box.units <= max_units:
             following = self.queue[0]
-            if following.region is not box.region or following.layers.begin > layers.end:
+            if following.region is not due.region or following.box.layers.begin > layers.end:
                 break
             self.queue.popleft()
-            if following.tokens == box.tokens and following.layers.begin == layers.end:
-                layers = Span(layers.begin, following.layers.end)
+            if following.box.tokens == box.tokens and following.box.layers.begin == layers.end:
+                layers = Span(layers.begin, following.box.layers.end)
             else:
                 skipped.append(following)
         self.queue.extendleft(reversed(skipped))
-        self.missing_units -= len(layers) * units
-        return replace(box, layers=layers)
+        self.missing_units -= len(layers) * box.units
+        return replace(due, box=replace(box, layers=layers))
 
     @property
     def checksum(self) -> int:

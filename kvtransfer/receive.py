@@ -348,7 +348,7 @@ class ReceiveAgent:
             crc=crc,
             memory=self._memories[header.group],
             table=incoming.tables[header.group],
-            unit=incoming.units[header.group],
+            box=header.box(incoming.units[header.group]),
             source_layout=incoming.grant.source_layout,
             total_tokens=incoming.grant.total_tokens,
             owner_key=(incoming, owed),
@@ -403,7 +403,7 @@ class ReceiveAgent:
         if header.group >= len(self._memories):
             raise ProtocolViolation(f"cache group {header.group} does not exist")
         memory, unit = self._memories[header.group], incoming.units[header.group]
-        want = memory.payload_bytes(header.layers, header.heads, header.tokens, unit)
+        want = memory.payload_bytes(header.box(unit))
         if header.payload_bytes != want:
             raise ProtocolViolation(f"{header.payload_bytes} payload bytes where {want} belong")
 

@@ -22,7 +22,7 @@ from kvtransfer.errors import (
     TransferError,
 )
 from kvtransfer.header import HEADER_BYTES, MEANT, DataHeader, intact, unseal
-from kvtransfer.layout import CacheLayout
+from kvtransfer.layout import Box, CacheLayout
 from kvtransfer.send_lanes import DIRECT_BYTES
 from kvtransfer.settings import MAX_PIECE_BYTES, TransferSettings
 from kvtransfer.slots import Bytes, ReceiveSlot, ReceiveSlots, SlotState, data_tag, page_aligned
@@ -40,30 +40,26 @@ class Landing:
     crc: int
     memory: Memory
     table: BlockTable
-    unit: int
+    box: Box
     source_layout: CacheLayout
     total_tokens: int
     owner_key: Any
 
     def direct(self, shortest_bytes: int = DIRECT_BYTES) -> bool:
         """Whether the box's runs are long enough to land in the cache themselves."""
-        whole = len(self.header.tokens) % self.unit == 0
-        return whole and self.memory.run_bytes(self.header.heads, self.unit) >= shortest_bytes
+        return not self.box.part and self.memory.run_bytes(self.box) >= shortest_bytes
 
     def views(self) -> list[memoryview]:
         """Return the runs of the box."""
-        h = self.header
-        return self.memory.views(self.table, h.layers, h.heads, h.tokens, self.unit)
+        return self.memory.views(self.table, self.box)
 
     def clear_rest(self) -> None:
         """Zero what lies behind the box in its last block, if the rank's tokens end there."""
-        h = self.header
-        self.memory.clear_rest(self.table, h.layers, h.heads, h.tokens)
+        self.memory.clear_rest(self.table, self.box)
 
     def scatter(self, payload: Bytes) -> None:
         """Copy a checked payload into the box."""
-        h = self.header
-        self.memory.scatter(payload, self.table, h.layers, h.heads, h.tokens, self.unit)
+        self.memory.scatter(payload, self.table, self.box)
 
 
 class Owner(Protocol):

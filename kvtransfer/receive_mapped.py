@@ -132,13 +132,12 @@ class MappedReceive:
         if table is None:
             table = memory.table(named.ids[h.group], landing.total_tokens)
             named.tables[h.group] = table
-        box = (h.layers, h.heads, h.tokens, landing.unit)
-        theirs = memory.run_bytes(h.heads, landing.unit)
+        theirs = memory.run_bytes(landing.box)
         long = landing.direct(MAPPED_DIRECT_BYTES) and theirs >= MAPPED_DIRECT_BYTES
         if head is None or long:
             begun = None if head is None else crc_of_head(head)
             with self._place.counters.spent("scatter_s"):
-                crc = landing.memory.copy_from(memory, table, landing.table, *box, begun)
+                crc = landing.memory.copy_from(memory, table, landing.table, landing.box, begun)
             self._check_lease(named)
             if crc is not None and crc != landing.crc:
                 raise damaged(h)
@@ -147,7 +146,7 @@ class MappedReceive:
             self._scratch = page_aligned(h.payload_bytes)
         payload = self._scratch[: h.payload_bytes]
         with self._place.counters.spent("pack_s"):
-            memory.pack(payload, table, *box)
+            memory.pack(payload, table, landing.box)
         self._check_lease(named)
         if not self._place.verified(head, (memoryview(payload.data),), landing.crc):
             raise damaged(h)

@@ -17,7 +17,7 @@ from kvtransfer import wire
 from kvtransfer.addresses import BlockTable, Memory
 from kvtransfer.errors import ProtocolViolation
 from kvtransfer.header import HEADER_BYTES, MEANT, DataHeader, seal, seal_over
-from kvtransfer.layout import Span
+from kvtransfer.layout import Box, Span
 from kvtransfer.settings import MAX_PIECE_BYTES, MAX_SLOTS, TransferSettings
 from kvtransfer.shared import Lease
 from kvtransfer.slots import (
@@ -48,33 +48,30 @@ class Outpiece:
     header: DataHeader
     memory: Memory
     table: BlockTable
-    unit: int
+    box: Box
 
     def direct(self, shortest_bytes: int = DIRECT_BYTES) -> bool:
         """Whether its runs are long enough to be sent from where they lie."""
-        whole = len(self.header.tokens) % self.unit == 0
-        return whole and self.memory.run_bytes(self.header.heads, self.unit) >= shortest_bytes
+        return not self.box.part and self.memory.run_bytes(self.box) >= shortest_bytes
 
     def views(self) -> list[memoryview]:
         """Return the runs of the box."""
-        h = self.header
-        return self.memory.views(self.table, h.layers, h.heads, h.tokens, self.unit)
+        return self.memory.views(self.table, self.box)
 
     def crc(self, crc: int) -> int:
         """Return `crc` continued over the box where it lies."""
-        h = self.header
-        return self.memory.crc(self.table, h.layers, h.heads, h.tokens, self.unit, crc)
+        return self.memory.crc(self.table, self.box, crc)
 
     def pack(self, into: Bytes) -> memoryview:
         """Copy the box into a buffer, or a new one where it is too small; return what was filled.
 
         (A single layer of the smallest unit can be larger than a slot.)
         """
-        h = self.header
-        payload = into[: h.payload_bytes]
-        if len(payload) < h.payload_bytes:
-            payload = page_aligned(h.payload_bytes)
-        self.memory.pack(payload, self.table, h.layers, h.heads, h.tokens, self.unit)
+        size = self.header.payload_bytes
+        payload = into[:size]
+        if len(payload) < size:
+            payload = page_aligned(size)
+        self.memory.pack(payload, self.table, self.box)
         return memoryview(payload.data)
 
 

@@ -10,7 +10,6 @@ from kvtransfer import wire
 from kvtransfer.addresses import Memory
 from kvtransfer.errors import LayoutMismatch
 from kvtransfer.header import DataHeader
-from kvtransfer.layout import Span
 from kvtransfer.outbound import Session
 from kvtransfer.outgoing import Lane, Outgoing
 from kvtransfer.send_lanes import MappedSend, Outpiece
@@ -51,14 +50,14 @@ class PieceSender:
 
     def _cut(self, session: Session, outgoing: Outgoing, lane: Lane) -> Outpiece:
         transfer, first = outgoing.transfer, lane.queue[0]
-        memory, heads, unit = self._memories[first.group], first.region.heads, first.unit
-        layer_unit = memory.payload_bytes(Span(0, 1), heads, Span(0, unit), unit)
+        memory, unit = self._memories[first.group], first.box.unit
+        layer_unit = unit * memory.token_bytes(first.box.heads)
         # A part-filled unit is packed whatever its runs: it has to fit a buffer.
-        run_bytes = 0 if len(first.tokens) % unit else memory.run_bytes(heads, unit)
+        run_bytes = 0 if first.box.part else memory.run_bytes(first.box)
         limit = session.lane.limit(run_bytes, layer_unit)
         if limit < layer_unit:
             raise LayoutMismatch(f"pieces of {limit} bytes do not hold {unit} tokens of one layer")
-        box = lane.next_box(limit // layer_unit)
+        due = lane.next_due(limit // layer_unit)
         header = DataHeader(
             epoch=transfer.epoch,
             transfer_id=transfer.transfer_id,
@@ -67,13 +66,13 @@ class PieceSender:
             slot=0,
             generation=0,
             sequence=len(lane.checksums),
-            group=box.group,
-            layers=box.layers,
-            heads=heads,
-            tokens=box.tokens,
-            payload_bytes=len(box.layers) * box.layer_units * layer_unit,
+            group=due.group,
+            layers=due.box.layers,
+            heads=due.box.heads,
+            tokens=due.box.tokens,
+            payload_bytes=memory.payload_bytes(due.box),
         )
-        return Outpiece(header, memory, outgoing.tables[box.group], unit)
+        return Outpiece(header, memory, outgoing.tables[due.group], due.box)
 
     def _name_blocks(self, session: Session, outgoing: Outgoing, lane: Lane) -> None:
         """Where the receiver reads for itself, tell it the blocks, under a lease."""

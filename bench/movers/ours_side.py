@@ -32,6 +32,7 @@ from kvtransfer import (
     TransferSettings,
     uniform_cache,
 )
+from kvtransfer.layout import Box
 from kvtransfer.memory import KVMemory
 from kvtransfer.network import NetworkTransport
 from kvtransfer.send_lanes import DIRECT_BYTES
@@ -41,7 +42,13 @@ from kvtransfer.slots import page_aligned
 from kvtransfer.transport import Accepted, Connected, ControlArrived, Done, Happening
 
 _NAP_S = 2e-3
-_ONE = Span(0, 1)
+
+
+def _box(tokens: Span) -> Box:
+    return Box(Span(0, 1), Span(0, 1), tokens, 1)
+
+
+_SLICE = _box(Span(0, 1))
 
 
 class Cache:
@@ -316,19 +323,19 @@ class RawSide:
 
     @property
     def _packs(self) -> bool:
-        return self._memory.run_bytes(_ONE, 1) < DIRECT_BYTES
+        return self._memory.run_bytes(_SLICE) < DIRECT_BYTES
 
     def _pieces(self) -> list[Span]:
-        each = max(1, (_SLOT if self._packs else _PIECE) // self._memory.run_bytes(_ONE, 1))
+        each = max(1, (_SLOT if self._packs else _PIECE) // self._memory.run_bytes(_SLICE))
         ends = range(0, self._cache.tokens, each)
         return [Span(begin, min(begin + each, self._cache.tokens)) for begin in ends]
 
     def _parts(self, tokens: Span) -> Sequence[memoryview]:
         if not self._packs:
-            return self._memory.views(self._table, _ONE, _ONE, tokens, 1)
-        payload = self._scratch[: len(tokens) * self._memory.run_bytes(_ONE, 1)]
+            return self._memory.views(self._table, _box(tokens))
+        payload = self._scratch[: len(tokens) * self._memory.run_bytes(_SLICE)]
         if self._source:
-            self._memory.pack(payload, self._table, _ONE, _ONE, tokens, 1)
+            self._memory.pack(payload, self._table, _box(tokens))
         return (memoryview(payload.data),)
 
     def _receive(self) -> None:
@@ -337,8 +344,8 @@ class RawSide:
     def _landed(self) -> None:
         tokens = self._awaited.pop(0)
         if self._packs:
-            payload = self._scratch[: len(tokens) * self._memory.run_bytes(_ONE, 1)]
-            self._memory.scatter(payload, self._table, _ONE, _ONE, tokens, 1)
+            payload = self._scratch[: len(tokens) * self._memory.run_bytes(_SLICE)]
+            self._memory.scatter(payload, self._table, _box(tokens))
         self._expected -= 1
         if self._expected:
             self._receive()
@@ -349,7 +356,7 @@ class RawSide:
         assert self._remote is not None
         tokens = Span(0, self._cache.tokens)
         theirs = self._remote.table(ids, self._cache.tokens)
-        self._memory.copy_from(self._remote, theirs, self._table, _ONE, _ONE, tokens, 1)
+        self._memory.copy_from(self._remote, theirs, self._table, _box(tokens))
         self._expected, self._ended = 0, time.monotonic()
 
     def _poll(self, timeout_s: float) -> list[Happening]:

@@ -12,7 +12,7 @@ from engine.boxes import Boxes
 from kvtransfer.addresses import BlockTable
 from kvtransfer.coverage import Coverage
 from kvtransfer.device_memory import DeviceMemory
-from kvtransfer.layout import CacheLayout, KVLayout, Span
+from kvtransfer.layout import Box, CacheLayout, KVLayout, Span
 from kvtransfer.memory import KVMemory, element_type
 from kvtransfer.plan import Plan, Region
 from tests.unit.kvtransfer.layouts import RankMemory
@@ -106,21 +106,21 @@ def carry(message: Message, unit: int, source: Side, target: Side, way: str) -> 
         return carry_on_gpu(message, unit, source, target, way)
     memory, table = source.open(region.source_rank, read_only=way == "copy")
     into, to_table = target.open(region.target_rank)
-    box = (message.layers, region.heads, message.tokens, unit)
-    size = memory.payload_bytes(*box)
+    box = Box(message.layers, region.heads, message.tokens, unit)
+    size = memory.payload_bytes(box)
     if way == "copy":
         payload = np.zeros(size, np.uint8)
-        memory.pack(payload, table, *box)
-        assert into.copy_from(memory, table, to_table, *box, crc=0) == crc32(payload)
+        memory.pack(payload, table, box)
+        assert into.copy_from(memory, table, to_table, box, crc=0) == crc32(payload)
     elif way == "stream" and len(message.tokens) % unit == 0:
-        out, views = memory.views(table, *box), into.views(to_table, *box)
+        out, views = memory.views(table, box), into.views(to_table, box)
         assert {sum(map(len, out)), sum(map(len, views))} == {size}
         stream(out, views, random.Random(size))
-        into.clear_rest(to_table, *box[:3])
+        into.clear_rest(to_table, box)
     else:
         payload = np.full(size, 0xAB, dtype=np.uint8)
-        memory.pack(payload, table, *box)
-        into.scatter(payload, to_table, *box)
+        memory.pack(payload, table, box)
+        into.scatter(payload, to_table, box)
     return size
 
 
@@ -129,13 +129,13 @@ def carry_on_gpu(message: Message, unit: int, source: Side, target: Side, way: s
     region = message.region
     memory, table = source.open_on_gpu(region.source_rank)
     into, to_table = target.open_on_gpu(region.target_rank)
-    box = (message.layers, region.heads, message.tokens, unit)
-    payload = np.full(memory.payload_bytes(*box), 0xAB, np.uint8)
-    memory.pack(payload, table, *box)
+    box = Box(message.layers, region.heads, message.tokens, unit)
+    payload = np.full(memory.payload_bytes(box), 0xAB, np.uint8)
+    memory.pack(payload, table, box)
     if way == "gpu payload":
-        into.scatter(payload, to_table, *box)
+        into.scatter(payload, to_table, box)
     else:
-        assert into.copy_from(memory, table, to_table, *box, crc=7) == crc32(payload, 7)
+        assert into.copy_from(memory, table, to_table, box, crc=7) == crc32(payload, 7)
     return len(payload)
 
 

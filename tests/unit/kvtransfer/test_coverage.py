@@ -94,7 +94,7 @@ def test_an_instance_keeps_what_all_of_its_ranks_hold() -> None:
 def test_ready_layers_of_the_same_tokens_share_a_message() -> None:
     lane = Lane.of(0, [(0, 4, REGION)])
     lane.add_ready(0, Span(0, 9), Span(0, 60))
-    box = lane.next_box(100)
+    box = lane.next_due(100).box
     assert (box.layers, box.tokens) == (Span(1, 4), Span(16, 60))
     assert lane.missing_units == 3
 
@@ -102,7 +102,7 @@ def test_ready_layers_of_the_same_tokens_share_a_message() -> None:
 def test_a_large_layer_is_cut_and_a_lone_one_is_not_held_back() -> None:
     lane = Lane.of(0, [(0, 4, REGION)])
     lane.add_ready(0, Span(1, 2), Span(16, 60))
-    taken = [lane.next_box(5).tokens for _ in range(3)]
+    taken = [lane.next_due(5).box.tokens for _ in range(3)]
     assert taken == [Span(16, 36), Span(36, 56), Span(56, 60)]
     assert not lane.queue
     assert lane.missing_units == 25

@@ -10,6 +10,7 @@ from kvtransfer.addresses import Memory
 from kvtransfer.device_memory import DeviceMemory
 from kvtransfer.errors import ConnectionRefused, StaleRead
 from kvtransfer.lane_choice import in_common, usable
+from kvtransfer.layout import Box
 from kvtransfer.loopback import Network
 from kvtransfer.mapped_caches import LentCaches
 from kvtransfer.shared import MappedRegion, NotMappable, SharedRegion
@@ -38,7 +39,7 @@ def test_memory_of_another_shape_or_type_is_refused() -> None:
         DeviceMemory(torch.zeros(SIZES, dtype=torch.bfloat16), LAYOUT, 0, boxes)
     memory = DeviceMemory(torch.zeros(SIZES), LAYOUT, 0, boxes)
     with pytest.raises(ValueError, match="reaches no runs"):
-        memory.views(memory.table([0], 4), Span(0, 2), Span(0, 2), Span(0, 4), 4)
+        memory.views(memory.table([0], 4), Box(Span(0, 2), Span(0, 2), Span(0, 4), 4))
 
 
 def test_what_is_lent_is_read_where_it_lies() -> None:
@@ -51,7 +52,7 @@ def test_what_is_lent_is_read_where_it_lies() -> None:
     mine = torch.zeros(SIZES)
     into: Memory = DeviceMemory(mine, LAYOUT, 0, reader)
     table = into.table([4], 4)
-    into.copy_from(found, table, table, Span(0, 2), Span(0, 2), Span(0, 4), 4)
+    into.copy_from(found, table, table, Box(Span(0, 2), Span(0, 2), Span(0, 4), 4))
     assert bool((mine[:, :, 4] == 3.0).all())
     assert mine.sum() == mine[:, :, 4].sum()
     lease = leases.lease()

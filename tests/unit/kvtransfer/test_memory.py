@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvtransfer.addresses import tables_of
 from kvtransfer.device_memory import memories_of
-from kvtransfer.layout import KVShape, Span, uniform, uniform_cache
+from kvtransfer.layout import Box, KVShape, Span, uniform, uniform_cache
 from kvtransfer.memory import KVMemory, element_type
 from tests.unit.kvtransfer.layouts import DTYPES, RankMemory, layouts, shapes, whole
 
@@ -65,26 +65,26 @@ def test_a_state_has_one_block_for_any_number_of_tokens() -> None:
     layout = uniform(replace(SHAPE, state=True, planes=1), 16)
     memory = KVMemory(torch.zeros(2, 1, 5, 2, 1, 8), layout, 0)
     assert memory.table([3], 1000).held == (Span(0, 1),)
-    assert memory.payload_bytes(Span(0, 2), Span(0, 2), Span(0, 1), 1) == 2 * 2 * 8 * 4
-    assert memory.run_bytes(Span(0, 2), 1) == 2 * 8 * 4
+    assert memory.payload_bytes(Box(Span(0, 2), Span(0, 2), Span(0, 1), 1)) == 2 * 2 * 8 * 4
+    assert memory.run_bytes(Box(Span(0, 2), Span(0, 2), Span(0, 1), 1)) == 2 * 8 * 4
 
 
 def test_whole_blocks_of_all_heads_are_one_run_where_they_are_neighbours() -> None:
     memory = KVMemory(torch.zeros(2, 2, 8, 2, 4, 8), LAYOUT, 0)
     table = memory.table([2, 3, 4, 6], 16)
-    lengths = [len(v) for v in memory.views(table, Span(0, 1), Span(0, 2), Span(0, 16), 4)]
+    lengths = [len(v) for v in memory.views(table, Box(Span(0, 1), Span(0, 2), Span(0, 16), 4))]
     assert lengths == [3 * BLOCK_BYTES, BLOCK_BYTES] * 2
-    lengths = [len(v) for v in memory.views(table, Span(0, 1), Span(0, 1), Span(0, 16), 4)]
+    lengths = [len(v) for v in memory.views(table, Box(Span(0, 1), Span(0, 1), Span(0, 16), 4))]
     assert lengths == [HEAD_BYTES] * 8
-    assert memory.run_bytes(Span(0, 2), 4) == BLOCK_BYTES
-    assert memory.run_bytes(Span(0, 1), 4) == HEAD_BYTES
-    assert memory.run_bytes(Span(0, 2), 2) == HEAD_BYTES // 2
+    assert memory.run_bytes(Box(Span(0, 1), Span(0, 2), Span(0, 4), 4)) == BLOCK_BYTES
+    assert memory.run_bytes(Box(Span(0, 1), Span(0, 1), Span(0, 4), 4)) == HEAD_BYTES
+    assert memory.run_bytes(Box(Span(0, 1), Span(0, 2), Span(0, 4), 2)) == HEAD_BYTES // 2
 
 
 def test_units_of_one_head_are_joined_within_their_blocks() -> None:
     memory = KVMemory(torch.zeros(2, 2, 8, 2, 4, 8), LAYOUT, 0)
     table = memory.table([2, 3], 8)
-    assert [len(v) for v in memory.views(table, Span(0, 1), Span(1, 2), Span(0, 8), 2)] == [
+    assert [len(v) for v in memory.views(table, Box(Span(0, 1), Span(1, 2), Span(0, 8), 2))] == [
         HEAD_BYTES
     ] * 4
 
@@ -92,7 +92,7 @@ def test_units_of_one_head_are_joined_within_their_blocks() -> None:
 def test_the_whole_memory_is_one_run() -> None:
     memory = KVMemory(torch.zeros(2, 2, 3, 2, 4, 8), LAYOUT, 0)
     table = memory.table([0, 1, 2], 12)
-    (one,) = memory.views(table, Span(0, 2), Span(0, 2), Span(0, 12), 4)
+    (one,) = memory.views(table, Box(Span(0, 2), Span(0, 2), Span(0, 12), 4))
     assert len(one) == 2 * 2 * 3 * BLOCK_BYTES
 
 
@@ -114,26 +114,26 @@ def test_views_are_the_payload_where_it_lies(data: st.DataObject) -> None:
             continue
         heads = Span(data.draw(st.integers(0, len(shard.heads) - 1)), len(shard.heads))
         heads = Span(shard.heads.begin + heads.begin, shard.heads.begin + heads.end)
-        box = (shard.layers, heads, tokens, unit)
-        payload = np.zeros(memory.payload_bytes(*box), np.uint8)
-        memory.pack(payload, table, *box)
-        views = memory.views(table, *box)
+        box = Box(shard.layers, heads, tokens, unit)
+        payload = np.zeros(memory.payload_bytes(box), np.uint8)
+        memory.pack(payload, table, box)
+        views = memory.views(table, box)
         assert b"".join(views) == payload.tobytes()
-        assert min(map(len, views)) >= memory.run_bytes(heads, unit)
+        assert min(map(len, views)) >= memory.run_bytes(box)
 
 
 def test_a_part_filled_unit_has_no_views() -> None:
     memory = KVMemory(torch.zeros(2, 2, 8, 2, 4, 8), LAYOUT, 0)
     with pytest.raises(ValueError, match="do not fill"):
-        memory.views(memory.table([2, 3], 7), Span(0, 1), Span(0, 1), Span(0, 7), 4)
+        memory.views(memory.table([2, 3], 7), Box(Span(0, 1), Span(0, 1), Span(0, 7), 4))
 
 
 def test_views_can_be_written_and_those_of_a_mapped_memory_cannot() -> None:
     kv = torch.zeros(2, 2, 3, 2, 4, 8)
     memory = KVMemory(kv, LAYOUT, 0)
     table = memory.table([1], 4)
-    box = (Span(1, 2), Span(0, 2), Span(0, 4), 4)
-    for view in memory.views(table, *box):
+    box = Box(Span(1, 2), Span(0, 2), Span(0, 4), 4)
+    for view in memory.views(table, box):
         view[:] = b"\x01" * len(view)
     written = kv.view(torch.uint8) != 0
     assert bool(written[1, :, 1].all())
@@ -141,15 +141,15 @@ def test_views_can_be_written_and_those_of_a_mapped_memory_cannot() -> None:
 
     bits = kv.view(torch.int32).numpy()
     mapped = KVMemory.from_numpy(bits, LAYOUT, 0)
-    payload = np.zeros(mapped.payload_bytes(*box), np.uint8)
-    mapped.pack(payload, table, *box)
+    payload = np.zeros(mapped.payload_bytes(box), np.uint8)
+    mapped.pack(payload, table, box)
     assert bool((payload == 1).all())
-    for view in mapped.views(table, *box):
+    for view in mapped.views(table, box):
         assert view.readonly
     with pytest.raises(ValueError, match="read-only"):
-        mapped.scatter(payload, table, *box)
+        mapped.scatter(payload, table, box)
     with pytest.raises(ValueError, match="read-only"):
-        mapped.copy_from(memory, table, table, *box)
+        mapped.copy_from(memory, table, table, box)
     assert bits.flags.writeable
 
 
@@ -159,8 +159,8 @@ def test_nothing_behind_the_tokens_is_brought_over() -> None:
     source = KVMemory(torch.full((1, 2, 4, 1, 4, 2), 9.0, dtype=torch.float16), layout, 0)
     kv = torch.full((1, 2, 3, 1, 8, 2), 5.0, dtype=torch.float16)
     target = KVMemory(kv, other, 0)
-    box = (Span(0, 1), Span(0, 1), Span(0, 6), 4)
-    target.copy_from(source, source.table([3, 1], 6), target.table([2], 6), *box)
+    box = Box(Span(0, 1), Span(0, 1), Span(0, 6), 4)
+    target.copy_from(source, source.table([3, 1], 6), target.table([2], 6), box)
     assert bool((kv[:, :, 2, :, :6] == 9).all())
     assert bool((kv[:, :, 2, :, 6:] == 0).all())
     assert bool((kv[:, :, :2] == 5).all())
@@ -168,9 +168,9 @@ def test_nothing_behind_the_tokens_is_brought_over() -> None:
 
 def test_what_lies_behind_the_tokens_is_packed_as_zeros() -> None:
     memory = KVMemory(torch.ones(2, 2, 5, 2, 4, 8), LAYOUT, 0)
-    box = (Span(0, 2), Span(0, 2), Span(0, 6), 4)
-    payload = np.full(memory.payload_bytes(*box), 0xAB, np.uint8)
-    memory.pack(payload, memory.table([3, 1], 6), *box)
+    box = Box(Span(0, 2), Span(0, 2), Span(0, 6), 4)
+    payload = np.full(memory.payload_bytes(box), 0xAB, np.uint8)
+    memory.pack(payload, memory.table([3, 1], 6), box)
     found = payload.view(np.float32).reshape(2, 2, 2, 2, 4, 8)
     assert bool((found[:, :, 0] == 1).all())
     assert bool((found[:, :, 1, :, :2] == 1).all())
@@ -181,7 +181,7 @@ def test_memory_is_wrapped_where_it_lies() -> None:
     kv = torch.zeros(2, 2, 3, 2, 4, 8, dtype=torch.bfloat16)
     layout = uniform(replace(SHAPE, dtype="bfloat16"), 4)
     memory = KVMemory(kv, layout, 0)
-    (one,) = memory.views(memory.table([0], 4), Span(1, 2), Span(0, 1), Span(0, 4), 4)[:1]
+    (one,) = memory.views(memory.table([0], 4), Box(Span(1, 2), Span(0, 1), Span(0, 4), 4))[:1]
     address = np.frombuffer(one, np.uint8).__array_interface__["data"][0]
     assert address == kv[1].data_ptr()
     assert element_type("bfloat16") is np.int16

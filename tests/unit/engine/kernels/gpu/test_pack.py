@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.kernels.gpu import pack_torch
 from engine.kernels.gpu.options import Units
 from engine.kernels.table import PagedKernels
-from kvtransfer.layout import KVShape, Span, uniform
+from kvtransfer.layout import Box, KVShape, Span, uniform
 from kvtransfer.memory import KVMemory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
@@ -154,9 +154,9 @@ def test_the_reference_packs_what_the_transfer_does_on_a_cpu(unit: int) -> None:
     cache = bits(1, 2, 2, 5, 3, 4, 8, dtype=torch.float32, device=torch.device("cpu"))
     memory = KVMemory(cache, layout, 0)
     tokens, ratio = 6, 4 // unit
-    box = Span(0, 2), Span(1, 3), Span(0, tokens), unit
-    wanted = np.full(memory.payload_bytes(*box), 0xAB, np.uint8)
-    memory.pack(wanted, memory.table([3, 1], tokens), *box)
+    box = Box(Span(0, 2), Span(1, 3), Span(0, tokens), unit)
+    wanted = np.full(memory.payload_bytes(box), 0xAB, np.uint8)
+    memory.pack(wanted, memory.table([3, 1], tokens), box)
     units = torch.arange(-(-tokens // unit))
     blocks, subs = torch.tensor([3, 1])[units // ratio], units % ratio
     payload = torch.empty(2, 2, len(units), 2, unit, 8)
