@@ -1,7 +1,8 @@
 """Attention of some of a sequence's queries over some of its keys. Owns no memory.
 
 Legend: T query rows, L key rows, t and l some of them, N query heads, G KV heads, X = 2G (the K
-heads, then the V heads), R = N / G query heads that share a KV head, H head size.
+heads, then the V heads) or 1 where a token's key is its value as well, R = N / G query heads that
+share a KV head, H head size.
 
 Both lie in order of their positions, so the keys that a slice of queries may look at are a range of
 rows, and a mask is needed at its two ends only. Products are in the inputs' type, accumulated in
@@ -55,6 +56,8 @@ def attend(
     begin, end = seen(at_L, at_T, window)
     if begin == end:
         return Partial.nothing(q_TNH)
+    if kv_LXH.shape[1] == 1:
+        kv_LXH = kv_LXH.expand(-1, 2, -1)
     kernels = paged(q_TNH.device)
     if kernels is not None:
         return _attend_paged(kernels, q_TNH, kv_LXH, *_ranges(at_T, at_L, window))

@@ -22,13 +22,22 @@ class Variant(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """One layer's attention on a rank; `window` as in a `RingPlan`."""
+    """One layer's attention on a rank; `window` as in a `RingPlan`.
+
+    `planes` are 2 for keys and values, 1 where a token's key is its value as well.
+    """
 
     heads: int
     kv_heads: int
     head_size: int
     element_bytes: int
     window: int | None = None
+    planes: int = 2
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a token's keys and values."""
+        return self.planes * self.kv_heads * self.head_size * self.element_bytes
 
     def keys(self, load: "Load") -> int:
         """Return how many tokens, cached and new, the new ones may look at."""
@@ -59,9 +68,7 @@ def pass_kv_bytes(load: Load, shape: AttentionShape, ranks: int) -> int:
 
     Each key and value that a new token may look at makes ranks - 1 hops.
     """
-    return (
-        (ranks - 1) * shape.keys(load) * 2 * shape.kv_heads * shape.head_size * shape.element_bytes
-    )
+    return (ranks - 1) * shape.keys(load) * shape.key_bytes
 
 
 def pass_q_bytes(load: Load, shape: AttentionShape, ranks: int) -> int:
@@ -104,7 +111,7 @@ def _waits(
     each = ranks * speeds.bytes_per_s  # a rank's share of the tokens, over its link
     tokens = sum(map(shape.keys, loads))
     new = sum(load.new for load in loads)
-    kv_s = tokens * 2 * shape.kv_heads * shape.head_size * shape.element_bytes / each
+    kv_s = tokens * shape.key_bytes / each
     q_s = new * shape.heads * shape.head_size * shape.element_bytes / each
     home_s = new * shape.heads * (shape.head_size + 1) * _PARTIAL_BYTES / each
     return hops * max(0.0, kv_s - compute_s), hops * (max(0.0, q_s - compute_s) + home_s)

@@ -2,7 +2,7 @@
 
 Owns the way from an instance's chunks and blocks to one rank's tokens and cells of its cache, and
 which variant of the ring a pass uses. Legend: T new tokens of this rank, L keys of this rank, S
-chunks, N query heads, X = 2G (K heads, then V heads), H head size, V vocabulary.
+chunks, N query heads, X = 2G (K heads, then V heads) or 1, H head size, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -114,10 +114,8 @@ class Ring:
                 kv_LXH = cells.view(len(cells) // heads, heads, head_size)
             else:
                 kv_LXH = kv_TXH
-            if cache.planes == 1:
-                # The cell is the key, and its first part the value: what else comes out is no use.
-                kv_LXH = kv_LXH.repeat(1, 2, 1)
             out_TNH = ring.attend(q_TNH.contiguous(), kv_LXH, made.plan)
+            # Of a latent the first part is the value: what else comes out is no use.
             return out_TNH[:, :, : cache.value_size].flatten(1)
 
         return attend
@@ -160,6 +158,7 @@ class Ring:
             kv_heads=self._cache.num_heads,
             head_size=self._cache.tensor.shape[-1],
             element_bytes=self._cache.tensor.element_size(),
+            planes=self._cache.planes,
         )
         loads = [Load(s.end - s.start, s.start) for s in made.plan.sequences]
         return choose(loads, shape, self._wire.size).value

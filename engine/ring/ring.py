@@ -1,7 +1,7 @@
 """Attention of a pass whose tokens are spread over ranks. Owns the order of exchange and compute.
 
 Legend: T new tokens of this rank, L keys of this rank, N query heads, G KV heads, X = 2G (the K
-heads, then the V heads), H head size.
+heads, then the V heads) or 1 where a token's key is its value as well, H head size.
 
 Pass-KV: keys and values go round the ring, and each rank attends with its own queries. Pass-Q:
 queries go round, and each rank sends what they make of its keys to where they came from. Either
@@ -153,7 +153,8 @@ def _check(q_TNH: Tensor, kv_LXH: Tensor, plan: RingPlan, wire: Wire) -> None:
             f"the plan gives rank {wire.rank} (queries, keys) {wanted}, "
             f"found {(len(q_TNH), len(kv_LXH))}"
         )
-    heads, kv_heads = q_TNH.shape[1], kv_LXH.shape[1] / 2
+    heads, both = q_TNH.shape[1], kv_LXH.shape[1]
+    kv_heads = 1 if both == 1 else both / 2
     if kv_heads < 1 or heads % kv_heads or kv_heads % 1 or q_TNH.shape[2] != kv_LXH.shape[2]:
         raise RingError(
             f"{heads} query heads of {q_TNH.shape[2]} elements cannot share {kv_heads:g} KV heads "

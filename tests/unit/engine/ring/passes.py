@@ -54,6 +54,10 @@ class MadePass:
             for i, (cached, new) in enumerate(lengths)
         ]
         self._made = [(q.to(dtype), kv.to(dtype)) for q, kv in self._made]
+        # What a rank has of a token's keys and values; one cell may be both.
+        self._heads = shape.planes * shape.kv_heads
+        if shape.planes == 1:
+            self._made = [(q, kv[:, : self._heads].repeat(1, 2, 1)) for q, kv in self._made]
 
     def queries(self, rank: int) -> Tensor:
         """Return a rank's rows of queries."""
@@ -70,7 +74,10 @@ class MadePass:
         """Return a rank's rows of keys and values."""
         parts = self.plan.keys[rank]
         return torch.cat(
-            [kv[positions(part.pieces)] for (_, kv), part in zip(self._made, parts, strict=True)]
+            [
+                kv[positions(part.pieces), : self._heads]
+                for (_, kv), part in zip(self._made, parts, strict=True)
+            ]
         )
 
     def expected(self, rank: int) -> Tensor:

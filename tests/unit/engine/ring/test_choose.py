@@ -23,6 +23,11 @@ def test_bytes_are_those_of_every_hop() -> None:
     assert pass_q_bytes(load, LLAMA, ranks=4) == 3 * 100 * 32 * (128 * 2 + 129 * 4)
 
 
+def test_a_cell_that_is_key_and_value_travels_once() -> None:
+    latent = AttentionShape(heads=16, kv_heads=1, head_size=576, element_bytes=2, planes=1)
+    assert pass_kv_bytes(Load(new=100, cached=900), latent, ranks=4) == 3 * 1000 * 576 * 2
+
+
 def test_window_leaves_out_what_no_new_token_sees() -> None:
     windowed = AttentionShape(heads=32, kv_heads=8, head_size=128, element_bytes=2, window=65)
     assert pass_kv_bytes(Load(100, 900), windowed, 2) == pass_kv_bytes(Load(100, 64), LLAMA, 2)

@@ -1,6 +1,7 @@
 """The variants over ranks that are threads; over processes they are tested in integration."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ LENGTHS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1
     window=st.none() | st.integers(1, 80),
     seed=st.integers(0, 1 << 20),
     scatter=st.booleans(),
+    planes=st.sampled_from([1, 2]),
     variant=st.sampled_from(sorted(VARIANTS)),
 )
 def test_every_rank_has_what_one_rank_would_have(
@@ -49,9 +51,10 @@ def test_every_rank_has_what_one_rank_would_have(
     window: int | None,
     seed: int,
     scatter: bool,
+    planes: int,
     variant: str,
 ) -> None:
-    shape = AttentionShape(heads=4, kv_heads=2, head_size=8, element_bytes=4, window=window)
+    shape = replace(SHAPE, kv_heads=planes, planes=planes, window=window)
     made = MadePass(shape, lengths, ranks, seed=seed, scatter=scatter)
 
     def run(comm: LoopbackComm) -> tuple[torch.Tensor, int]:
@@ -64,12 +67,12 @@ def test_every_rank_has_what_one_rank_would_have(
         torch.testing.assert_close(out.double(), made.expected(rank), rtol=0, atol=1e-5)
     formula = pass_q_bytes if variant == "pass-q" else pass_kv_bytes
     most = sum(formula(Load(new, cached), shape, ranks) for cached, new in lengths)
-    assert sum(sent for _, sent in results) == needed(made.plan, variant) <= most
+    assert sum(sent for _, sent in results) == needed(made.plan, variant, shape) <= most
 
 
-def needed(plan: RingPlan, variant: str) -> int:
+def needed(plan: RingPlan, variant: str, shape: AttentionShape) -> int:
     """The bytes that must be sent: each block as far as somebody looks at it."""
-    kv_row = 2 * SHAPE.kv_heads * SHAPE.head_size * 4
+    kv_row = shape.key_bytes
     q_row, home_row = SHAPE.heads * SHAPE.head_size * 4, SHAPE.heads * (SHAPE.head_size + 1) * 4
     pairs = [(q, k) for q in range(plan.ranks) for k in range(plan.ranks) if q != k]
     looks = [(q, k) for q, k in pairs if plan.sees(q, k)]

@@ -69,15 +69,18 @@ def test_a_share_agrees_with_exact_attention_at_its_positions(
 
 
 @pytest.mark.parametrize("variant", [PassKV, PassQ, GatherKV])
-@pytest.mark.parametrize(("ranks", "window"), [(2, None), (3, 20)])
+@pytest.mark.parametrize(("ranks", "window", "planes"), [(2, None, 2), (3, 20, 2), (2, None, 1)])
 def test_every_rank_has_what_one_rank_would_have(
     launched: list[str],
     device: torch.device,
     variant: Callable[[Wire], RingAttention],
     ranks: int,
     window: int | None,
+    planes: int,
 ) -> None:
-    shape = AttentionShape(heads=4, kv_heads=2, head_size=8, element_bytes=4, window=window)
+    shape = AttentionShape(
+        heads=4, kv_heads=planes, head_size=8, element_bytes=4, window=window, planes=planes
+    )
     made = MadePass(shape, [(0, 37), (25, 20), (3, 1)], ranks, seed=3, scatter=False)
 
     def run(comm: LoopbackComm) -> torch.Tensor:
