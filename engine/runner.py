@@ -411,7 +411,9 @@ class ModelRunner:
         on_layer: OnLayer | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> Pass:
-        batch, prompts = split(inputs.batch, self.config.latent)
+        # How many of a prompt's tokens are new decides: not where that must not matter.
+        latent = None if self.deterministic else self.config.latent
+        batch, prompts = split(inputs.batch, latent)
 
         def attend(layer: int, qkv_TNH: Tensor) -> Tensor:
             return self._attend(qkv_TNH, self.cache.runs[layer], batch, self._num_heads)

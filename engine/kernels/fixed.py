@@ -17,13 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels.experts import ProductExperts
-from engine.kernels.rows import NormWeight, Routes, TorchRows
+from engine.kernels.rows import NormWeight, Routes, RowFunctions, TorchRows
 
 # Rows of a tile: those that the others are compared with first, and from few to many.
 _COMPARED = 16
 _TILES = (1, 2, 4, 8, 16, 32, 64, 128)
 # Elements below which torch's elementwise functions never share out work to threads.
 _ALONE = 1 << 15
+# Elements that fill whole registers, of any size and unrolled as torch does.
+_REGISTERS = 64
 _FOUND: dict[tuple[object, ...], tuple[int, ...]] = {}
 _LINE = 64  # bytes: BLAS may choose a kernel by how its operands are aligned
 
@@ -125,11 +127,7 @@ class FixedRows(TorchRows):
         """See `RowKernels`."""
         weights_TK, experts_TK = logits_TE.softmax(-1).topk(top_k, dim=-1)
         if normalise:
-            first_T, *more = weights_TK.unbind(-1)
-            sum_T = first_T.clone()
-            for weight_T in more:
-                sum_T += weight_T
-            weights_TK /= sum_T[:, None]
+            weights_TK /= _add_up(weights_TK)[:, None]
         return weights_TK, experts_TK
 
 
@@ -158,3 +156,22 @@ def _length(x: Tensor, norm: NormWeight) -> Tensor:
     both = torch.stack((length, norm.floor.expand_as(length)), dim=-1)
     found: Tensor = torch.linalg.vector_norm(both, dim=-1)
     return found
+
+
+def _add_up(x: Tensor) -> Tensor:
+    first, *more = x.unbind(-1)
+    total = first.clone()
+    for each in more:
+        total += each
+    return total
+
+
+def _sigmoid(x_TE: Tensor) -> Tensor:
+    """Return it of rows that begin at the same place of a register."""
+    size = x_TE.shape[1]
+    padded_TE = F.pad(x_TE, (0, -size % _REGISTERS))
+    rows = max(1, (_ALONE - 1) // padded_TE.shape[1])
+    return torch.cat([part.sigmoid() for part in torch.split(padded_TE, rows)])[:, :size]
+
+
+FIXED = RowFunctions(_sigmoid, _add_up)

@@ -3,6 +3,9 @@
 Sequence by sequence: all heads look at the same cells, so that the heads of one token already make
 a matrix product; blocks that lie side by side are a view of the cache. Legend: as
 engine.kernels.gpu.latent; Q query rows of one sequence, L its cells.
+
+Deterministic attention is in copies of cells that begin where every other one does, and a prompt's
+in slices at fixed positions, as engine.kernels.attention_fixed has it.
 """
 
 import numpy as np
@@ -11,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import Batch, PrefillSpan
-from engine.errors import UnsupportedError
 from engine.kernels import attention_native, latent_prompts
 from engine.kernels.attention_native import Piece
 from engine.kernels.latent_prompts import LatentWeights
@@ -19,16 +21,19 @@ from engine.kernels.latent_prompts import LatentWeights
 # Scores that a slice of queries may have in all: 32 MiB in bf16.
 _SLICE_SCORES = 1 << 24
 _PART_BYTES = 64 << 20  # of keys and values that are made at a time
+_FIXED_ROWS = 512  # of a slice at a fixed position: those of all heads of its tokens
 
 
 class LatentAttention:
     """See `AttentionKernel`; queries are scaled, and what is returned are mixed latents."""
 
     def __init__(self, latent: int, *, deterministic: bool = False) -> None:
-        """`latent` elements of a cell are the value too."""
-        if deterministic:
-            raise UnsupportedError("no deterministic kernels for attention over latents yet")
+        """`latent` elements of a cell are the value too.
+
+        What a token gets depends on its sequence alone with `deterministic`.
+        """
         self._latent = latent
+        self._is_fixed = deterministic
 
     def __call__(self, qkv_TNX: Tensor, cache_runs: Tensor, batch: Batch, num_heads: int) -> Tensor:
         tokens, _, size = qkv_TNX.shape
@@ -37,12 +42,14 @@ class LatentAttention:
         rows = batch.decode
         for row, (length, table) in enumerate(zip(rows.lengths, rows.tables, strict=True)):
             part = slice(row, row + 1)
-            cells_LX = _cells(cache_runs, table, size)[:length]
-            self._attend(q_TNX[part], cells_LX, out_TNC[part])
+            cells_LX = _cells(cache_runs, table, size, copied=self._is_fixed)[:length]
+            q_1NX = q_TNX[part].clone() if self._is_fixed else q_TNX[part]
+            self._attend(q_1NX, cells_LX, out_TNC[part])
+        attend = self._attend_fixed if self._is_fixed else self._attend
         for span in batch.prefill:
             part = slice(span.begin, span.end)
             cells_LX = _cells(cache_runs, span.table, size)[: span.start + span.end - span.begin]
-            self._attend(q_TNX[part], cells_LX, out_TNC[part])
+            attend(q_TNX[part], cells_LX, out_TNC[part])
         return out_TNC.flatten(1)
 
     def _attend(self, q_QNX: Tensor, cells_LX: Tensor, out_QNC: Tensor) -> None:
@@ -60,6 +67,27 @@ class LatentAttention:
                 diagonal += square[:, None]
             mixed = scores.softmax(-1) @ seen_LX[:, : self._latent]
             out_QNC[begin:end] = mixed.view(end - begin, heads, -1)
+
+    def _attend_fixed(self, q_QNX: Tensor, cells_LX: Tensor, out_QNC: Tensor) -> None:
+        """As `_attend`, whatever of the sequence was computed before."""
+        queries, heads, size = q_QNX.shape
+        each = max(1, _FIXED_ROWS // heads)
+        start = len(cells_LX) - queries
+        first, after = start // each * each, -(-len(cells_LX) // each) * each
+        padded_QNX = q_QNX.new_zeros(after - first, heads, size)
+        padded_QNX[start - first : start - first + queries] = q_QNX
+        padded_LX = cells_LX.new_zeros(after, size)
+        padded_LX[: len(cells_LX)] = cells_LX
+        future = cells_LX.new_full((each, each), -torch.inf).triu_(1)[:, None]
+        mixed_QNC = q_QNX.new_empty(after - first, heads, self._latent)
+        for begin in range(first, after, each):
+            part = slice(begin - first, begin - first + each)
+            seen_LX = padded_LX[: begin + each]
+            scores = padded_QNX[part].flatten(0, 1) @ seen_LX.T
+            scores.view(each, heads, -1)[..., begin:] += future
+            mixed = scores.softmax(-1) @ seen_LX[:, : self._latent]
+            mixed_QNC[part] = mixed.view(each, heads, -1)
+        out_QNC.copy_(mixed_QNC[start - first : start - first + queries])
 
 
 def attend_prompt(
@@ -98,10 +126,12 @@ def _attend_slices(q_QNK: Tensor, both_LXK: Tensor) -> Tensor:
     return out_QNK
 
 
-def _cells(cache_runs: Tensor, table: NDArray[np.int64], size: int) -> Tensor:
-    """Return the cells of blocks, [L, X]."""
+def _cells(
+    cache_runs: Tensor, table: NDArray[np.int64], size: int, *, copied: bool = False
+) -> Tensor:
+    """Return the cells of blocks, [L, X]; where they lie if they can be had there, and may."""
     first, count = int(table[0]), len(table)
-    if (np.diff(table) == 1).all():
+    if not copied and (np.diff(table) == 1).all():
         blocks = cache_runs[first : first + count]
     else:
         blocks = cache_runs.index_select(0, torch.from_numpy(table))

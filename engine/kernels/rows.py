@@ -7,6 +7,7 @@ Legend: T tokens, D hidden size, M query and key heads, X = 2G cells of a token,
 E experts, K experts of a token, P = T * K pairs, I inner size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,6 +116,22 @@ class RowKernels(Protocol):
         Waits for nothing on the device.
         """
         ...
+
+
+@dataclass(frozen=True)
+class RowFunctions:
+    """What torch does to fp32 scores where more than a softmax is asked for; see Gate.
+
+    Attributes:
+        sigmoid: Of each element.
+        add_up: The last dimension.
+    """
+
+    sigmoid: Callable[[Tensor], Tensor]
+    add_up: Callable[[Tensor], Tensor]
+
+
+USUAL = RowFunctions(torch.sigmoid, lambda x: x.sum(-1))
 
 
 class TorchRows:

@@ -11,7 +11,8 @@ from torch import Tensor
 from engine.config import MoeConfig
 from engine.config_deepseek import Gate
 from engine.kernels import Product, router_kernel
-from engine.kernels.rows import Routes
+from engine.kernels.fixed import FIXED
+from engine.kernels.rows import USUAL, Routes, RowFunctions
 from engine.kernels.step import RouterWeights
 from engine.layers.layer import Placement
 from engine.weights import WeightSlot
@@ -29,6 +30,7 @@ class ExpertRouter:
         self._gate = moe.gate
         # Small, and it decides discretely: fp32 whatever the model's dtype.
         self._weight_ED = torch.empty(moe.num_experts, hidden, device=placement.device)
+        self._functions = FIXED if placement.deterministic else USUAL
         self._bias_E: Tensor | None = None
         if moe.gate is not None and moe.gate.biased:
             self._bias_E = torch.empty(moe.num_experts, device=placement.device)
@@ -67,27 +69,32 @@ class ExpertRouter:
         logits_TE = self._scores(x_TD)
         if self._gate is None:
             return self._rows.choose(logits_TE, *self._how)
-        return choose(logits_TE, self._bias_E, *self._how, self._gate)
+        return choose(logits_TE, self._bias_E, *self._how, self._gate, self._functions)
 
 
 def choose(
-    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, normalise: bool, gate: Gate
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    top_k: int,
+    normalise: bool,
+    gate: Gate,
+    functions: RowFunctions = USUAL,
 ) -> tuple[Tensor, Tensor]:
     """Return the weights [T, K] and the experts [T, K] of fp32 scores; see Gate.
 
     With `normalise` a token's weights sum to the gate's scale.
     """
-    scores_TE = logits_TE.sigmoid() if gate.sigmoid else logits_TE.softmax(-1)
+    scores_TE = functions.sigmoid(logits_TE) if gate.sigmoid else logits_TE.softmax(-1)
     ranked_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if gate.groups > 1:
         tokens, experts = ranked_TE.shape
         ranked_TQE = ranked_TE.view(tokens, gate.groups, experts // gate.groups)
-        best_TQ = ranked_TQE.topk(gate.best_of_group, dim=-1).values.sum(-1)
+        best_TQ = functions.add_up(ranked_TQE.topk(gate.best_of_group, dim=-1).values)
         chosen = best_TQ.topk(gate.chosen_groups, dim=-1).indices
         out_TQ = torch.ones_like(best_TQ, dtype=torch.bool).scatter_(1, chosen, False)
         ranked_TE = ranked_TQE.masked_fill(out_TQ[:, :, None], -torch.inf).flatten(1)
     experts_TK = ranked_TE.topk(top_k, dim=-1).indices
     weights_TK = scores_TE.gather(1, experts_TK)
     if normalise:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + _LEAST)
+        weights_TK = weights_TK / (functions.add_up(weights_TK)[:, None] + _LEAST)
     return weights_TK * gate.scale, experts_TK

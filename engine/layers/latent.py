@@ -10,7 +10,8 @@ size of what is not, X = C + R elements of a cell, V size of a head's value, S r
 prompt, K = E + R elements of a query.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from engine.batch import PrefillSpan
 from engine.config import ModelConfig
 from engine.config_deepseek import LatentConfig
+from engine.kernels import ProductKernel, product_kernel
 from engine.kernels.latent_prompts import LatentWeights
 from engine.kernels.rows import NormWeight
 from engine.kernels.step import AttentionWeights
@@ -59,6 +61,10 @@ class LatentAttention:
         per_head = sizes.plain_size + sizes.value_size
         self._loading_OC: Tensor | None = placement.empty(self._num_heads * per_head, sizes.rank)
         self._weights: LatentWeights
+        self._heads_of: Callable[[LatentWeights], _Heads | _HeadsApart] = _Heads
+        if placement.deterministic:
+            self._heads_of = partial(_HeadsApart, product_kernel(device, deterministic=True))
+        self._made: _Heads | _HeadsApart
         self._out = RowLinear(
             f"{name}.o_proj", config.num_heads * sizes.value_size, hidden, placement
         )
@@ -98,6 +104,7 @@ class LatentAttention:
             both_NOC[:, sizes.plain_size :].transpose(1, 2).contiguous(),
             sizes.scale,
         )
+        self._made = self._heads_of(self._weights)
         self._loading_OC = None
         self._out.prepare()
 
@@ -157,19 +164,55 @@ class LatentAttention:
     def _take_in(self, queries: tuple[Tensor, Tensor], into_SNX: Tensor) -> None:
         """Have queries take in the matrix that makes keys."""
         plain_SNE, turned_SNR = queries
-        rank, keys_NEC, scale = self._sizes.rank, self._weights.keys_NEC, self._weights.scale
+        rank = self._sizes.rank
         into_SNX[:, :, rank:] = turned_SNR
-        out_NSC = into_SNX.new_empty(len(keys_NEC), len(plain_SNE), rank)
-        plain_NSE = plain_SNE.transpose(0, 1)
-        # The scale before the product is rounded, not after.
-        torch.baddbmm(out_NSC, plain_NSE, keys_NEC, beta=0, alpha=scale, out=out_NSC)
-        into_SNX[:, :, :rank] = out_NSC.transpose(0, 1)
+        self._made.take_in(plain_SNE, into_SNX[:, :, :rank])
 
     def _values(self, mixed_SI: Tensor) -> Tensor:
         """Return each head's value of its mixed latent, [S, N, V]."""
-        mixed_SNC = mixed_SI.view(len(mixed_SI), self._num_heads, self._sizes.rank)
+        return self._made.values(mixed_SI.view(len(mixed_SI), self._num_heads, self._sizes.rank))
+
+
+class _Heads:
+    """What the matrices of all heads make of their rows, in a product for all."""
+
+    def __init__(self, weights: LatentWeights) -> None:
+        self._weights = weights
+
+    def take_in(self, plain_SNE: Tensor, into_SNC: Tensor) -> None:
+        """Write what queries have taken the keys' matrix in."""
+        keys_NEC = self._weights.keys_NEC
+        out_NSC = plain_SNE.new_empty(len(keys_NEC), len(plain_SNE), keys_NEC.shape[2])
+        plain_NSE, scale = plain_SNE.transpose(0, 1), self._weights.scale
+        # The scale before the product is rounded, not after.
+        torch.baddbmm(out_NSC, plain_NSE, keys_NEC, beta=0, alpha=scale, out=out_NSC)
+        into_SNC.copy_(out_NSC.transpose(0, 1))
+
+    def values(self, mixed_SNC: Tensor) -> Tensor:
+        """Return the values of mixed latents, [S, N, V]."""
         values_NSV = torch.bmm(mixed_SNC.transpose(0, 1), self._weights.values_NCV)
         return values_NSV.transpose(0, 1).contiguous()
+
+
+class _HeadsApart:
+    """As `_Heads`, with products that give a row the same whatever other rows there are."""
+
+    def __init__(self, product: ProductKernel, weights: LatentWeights) -> None:
+        self._keys, self._values = (
+            [product(weight_IO.T.contiguous()) for weight_IO in of_heads]
+            for of_heads in (weights.keys_NEC, weights.values_NCV)
+        )
+        self._scale = weights.scale
+
+    def take_in(self, plain_SNE: Tensor, into_SNC: Tensor) -> None:
+        """See `_Heads`."""
+        for head, product in enumerate(self._keys):
+            into_SNC[:, head] = product(plain_SNE[:, head]).mul_(self._scale)
+
+    def values(self, mixed_SNC: Tensor) -> Tensor:
+        """See `_Heads`."""
+        rows = [product(mixed_SNC[:, head]) for head, product in enumerate(self._values)]
+        return torch.stack(rows, dim=1)
 
 
 class _Queries:

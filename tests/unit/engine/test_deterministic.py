@@ -17,7 +17,7 @@ from engine.errors import UnsupportedError
 from engine.parallel import Layout
 from engine.runner import Chunk, ModelRunner
 from engine.sampling import Sampled, SamplingParams, SequenceState, sample, sample_apart
-from tests.unit.engine.checkpoints import ARCHITECTURES, make_checkpoint
+from tests.unit.engine.checkpoints import ARCHITECTURES, DEEPSEEK_V2, DEEPSEEK_V3, make_checkpoint
 from tests.unit.engine.dispatch.loopback import LoopbackExperts, Meeting
 
 BLOCK = 16
@@ -29,16 +29,17 @@ BATCHES = 200
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, DEEPSEEK_V2, DEEPSEEK_V3])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Sizes that fill no panel and no register, so that the last elements are computed apart.
+    heads: dict[str, Any] = {"head_dim": 48} if request.param in ARCHITECTURES else {}
     return make_checkpoint(
         tmp_path_factory.mktemp("model"),
         request.param,
         hidden_size=80,
         intermediate_size=104,
         vocab_size=131,
-        head_dim=48,
+        **heads,
     )
 
 

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from engine.batch import Chunk, make_batch
 from engine.config import load_config
 from engine.config_deepseek import Gate, LatentConfig
-from engine.errors import UnsupportedError, WeightError
+from engine.errors import WeightError
 from engine.kernels import latent_cpu, latent_prompts
 from engine.kernels.gpu import latent_torch
 from engine.kernels.latent_prompts import LatentWeights
 from engine.kvcache import KVCache
 from engine.layers.expert_router import choose
 from engine.parallel import Layout
-from engine.runner import ModelRunner
 from tests.unit.engine.checkpoints import DEEPSEEK_V3, make_checkpoint
 from tests.unit.engine.conftest import MakeRunner
 
@@ -168,19 +167,6 @@ def test_experts_are_chosen_group_by_group(
         found = experts_TK[token].tolist()
         assert set(found) == chosen
         assert weights_TK[token].tolist() == pytest.approx([weights[e] for e in found], rel=1e-5)
-
-
-def test_what_is_to_be_deterministic_is_refused(folder: Path) -> None:
-    with pytest.raises(UnsupportedError, match="no deterministic kernels for attention over lat"):
-        ModelRunner(
-            folder=folder,
-            config=load_config(folder),
-            dtype=torch.float32,
-            device=CPU,
-            num_blocks=4,
-            block_size=8,
-            deterministic=True,
-        )
 
 
 def test_layers_that_predict_further_tokens_are_left_in_the_file_and_others_refused(
