@@ -158,9 +158,9 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """Return which version of the code this is."""
+    """Return which version of the code this is; TWINPOOL_COMMIT says it of a copy without git's."""
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip() or os.environ.get("TWINPOOL_COMMIT") or "unknown"

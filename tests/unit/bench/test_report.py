@@ -53,6 +53,10 @@ def test_a_file_says_by_which_command_and_on_what(
     asked.write_text("#!/bin/sh\necho 'NVIDIA H200, 580.159.04'\n")
     asked.chmod(asked.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nexit 128\n")
+    git.chmod(git.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("TWINPOOL_COMMIT", "1234abc")
     monkeypatch.setattr("sys.argv", ["/any/bench/kernels.py", "--rows", "a b"])
     report._gpus.cache_clear()
     try:
@@ -61,5 +65,6 @@ def test_a_file_says_by_which_command_and_on_what(
     finally:
         report._gpus.cache_clear()
     written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["commit"] == "1234abc"
     assert written["command"] == "kernels.py --rows 'a b'"
     assert written["machine"].endswith("driver 580.159.04")
