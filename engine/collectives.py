@@ -3,11 +3,16 @@
 Nobody waits longer than the group's own time-out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Torch before 2.13 has it by its older name alone, which is deprecated since.
+_name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_all_gather: Callable[..., Any] = getattr(dist, _name)
 
 
 class GroupCollectives:
@@ -53,7 +58,7 @@ class GroupCollectives:
             return x
         part = -(-rows // self._size)
         found = x.new_empty(part * self._size, *x.shape[1:])
-        dist.all_gather_single(found, _padded(x, part), group=self._group)
+        _all_gather(found, _padded(x, part), group=self._group)
         return found[:rows]
 
 
@@ -82,7 +87,7 @@ class GroupExperts:
     def all_gather(self, x: Tensor) -> Tensor:
         """See ExpertGroup."""
         found = x.new_empty(len(x) * self.size, *x.shape[1:])
-        dist.all_gather_single(found, x.contiguous(), group=self._group)
+        _all_gather(found, x.contiguous(), group=self._group)
         return found
 
     def all_reduce(self, x: Tensor) -> Tensor:
