@@ -108,5 +108,7 @@ def test_more_answers_than_would_fit_whole_run_at_once_once_their_length_is_know
     with tight.client() as client:
         requests = client.status().requests
     assert requests.overcommitted >= len(asked)
-    assert requests.outgrown >= 3
+    # The first of the long ones: a later one may have to hand its room back in the very moment it
+    # needs more, and is then booked whole.
+    assert requests.outgrown >= 1
     tight.wait_idle()
