@@ -24,18 +24,18 @@ ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60.0
 
 # Below those that the kernel gives to connections, so that none of them takes a port between its
-# choice here and the start of the process that it is for.
-_PORT_RANGE = (20_000, 32_000)
-_PORTS = random.SystemRandom()
+# choice here and the start of the process that it is for. In any order, for another run of tests
+# may be under way; each once, for what it was chosen for listens there only later.
+_PORTS = iter(random.SystemRandom().sample(range(20_000, 32_000), 12_000))
 
 
 def free_port() -> int:
-    """A port that nothing listens on now, and that no connection is given by chance later."""
-    while True:
-        port = _PORTS.randrange(*_PORT_RANGE)
+    """A port that nothing listens on now, and that nobody else is given later."""
+    for port in _PORTS:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    raise AssertionError("all ports were given away")
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
