@@ -21,7 +21,8 @@ from router.group import ModelGroup, build_group
 from router.server import Router
 from service.errors import ServiceError
 from service.status import from_rpc_error
-from tests.unit.router.fakes import ASSETS, EOF, FakeDecode, FakeInstance, FakePrefill
+from tests.unit.router.fakes import EOF, FakeDecode, FakeInstance, FakePrefill
+from tests.unit.router.served import ASSETS
 
 
 class System:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from router.answer import Answer
 from router.request import AnswerPart, Finish, Stop, Tokens
-from tests.unit.router.fakes import END, TOKENIZER
+from tests.unit.router.served import END, TOKENIZER
 
 
 def answer(*strings: str, minimum: int = 0, prompt: str = "say ") -> Answer:

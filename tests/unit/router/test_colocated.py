@@ -15,7 +15,7 @@ from router.queue import Waiting
 from router.views import AskEach, Capacity, InstanceKey, Need, Pace, Placement
 from service.errors import Refused, Unavailable
 from service.step_fit import StepSpeed
-from tests.unit.router.fakes import TOKENIZER
+from tests.unit.router.served import TOKENIZER
 from tests.unit.router.system import System, collect, error_of, running, text_of, until
 
 A, B = (InstanceKey(name, 1) for name in "ab")

@@ -15,7 +15,7 @@ from service.errors import (
     Unavailable,
     WorkFailed,
 )
-from tests.unit.router.fakes import model
+from tests.unit.router.served import model
 from tests.unit.router.system import collect, error_of, pair, running, text_of, until
 from tests.unit.router.test_membership import instance
 

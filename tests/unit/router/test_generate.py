@@ -6,7 +6,8 @@ import pytest
 from twinpool.v1 import inference_pb2
 
 from service.errors import Unavailable
-from tests.unit.router.fakes import END, LENGTH, STOP, TOKENIZER
+from tests.unit.router.fakes import LENGTH, STOP
+from tests.unit.router.served import END, TOKENIZER
 from tests.unit.router.system import collect, error_of, pair, running, text_of, until
 
 

@@ -15,7 +15,7 @@ from router.groups import Groups
 from router.membership import Instance
 from router.metrics.models import ModelMetrics
 from service.errors import Incompatible, InvalidRequest, NotFound, Unavailable
-from tests.unit.router.fakes import model
+from tests.unit.router.served import model
 from tests.unit.router.test_membership import instance
 
 MakeGroups = Callable[..., Groups]

@@ -6,7 +6,8 @@ from contextlib import asynccontextmanager
 import pytest
 from twinpool.v1 import worker_pb2
 
-from tests.unit.router.fakes import STOP, TOKENIZER, FakeDecode
+from tests.unit.router.fakes import STOP, FakeDecode
+from tests.unit.router.served import TOKENIZER
 from tests.unit.router.system import System, collect, running, text_of, until
 
 ANSWER = "hello world"

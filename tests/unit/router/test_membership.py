@@ -9,7 +9,7 @@ from router.hello import instance_from_wire
 from router.ledger import InstanceKey
 from router.membership import Instance, Members, Role
 from service.errors import Incompatible, InvalidRequest
-from tests.unit.router.fakes import layout, model
+from tests.unit.router.served import layout, model
 
 
 def hello(**changes: Any) -> worker_pb2.InstanceHello:

@@ -12,7 +12,8 @@ from twinpool.v1 import inference_pb2, worker_pb2
 
 from router.ledger import InstanceKey
 from service.errors import InvalidRequest, Refused, Unavailable
-from tests.unit.router.fakes import FakeDecode, FakePrefill, model
+from tests.unit.router.fakes import FakeDecode, FakePrefill
+from tests.unit.router.served import model
 from tests.unit.router.system import System, collect, error_of, running, text_of, until
 from tests.unit.router.test_prefix_routing import BLOCK, SEED, Told, keys_of, news
 

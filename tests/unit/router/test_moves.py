@@ -10,7 +10,8 @@ import pytest
 from twinpool.v1 import inference_pb2, worker_pb2
 
 from service.errors import DeadlineExceeded, Unavailable, WorkFailed
-from tests.unit.router.fakes import TOKENIZER, FakeDecode, FakePrefill
+from tests.unit.router.fakes import FakeDecode, FakePrefill
+from tests.unit.router.served import TOKENIZER
 from tests.unit.router.system import System, collect, error_of, running, text_of, until
 
 PROMPT = TOKENIZER.encode("say hello")

@@ -9,7 +9,8 @@ from twinpool.v1 import worker_pb2
 from router.ledger import InstanceKey
 from router.membership import Role
 from service.prefix_keys import PrefixKeys, prefix_salt, short_key
-from tests.unit.router.fakes import TOKENIZER, FakeDecode, FakePrefill
+from tests.unit.router.fakes import FakeDecode, FakePrefill
+from tests.unit.router.served import TOKENIZER
 from tests.unit.router.system import System, collect, running, until
 from tests.unit.router.test_prefix_index import holder as an_instance
 from tests.unit.router.test_prefix_index import received

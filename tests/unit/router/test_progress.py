@@ -5,7 +5,7 @@ from dataclasses import replace
 from router.ledger import InstanceKey
 from router.progress import TRY_BITS, Progress
 from router.request import Sampling, Stats, Stop, Tokens, ValidRequest
-from tests.unit.router.fakes import TOKENIZER
+from tests.unit.router.served import TOKENIZER
 
 REQUEST = ValidRequest(
     prompt_token_ids=(1, 2, 3),

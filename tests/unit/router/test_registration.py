@@ -11,7 +11,8 @@ from router.assets import AssetsReceiver, TokenizerStore
 from router.membership import Role
 from service.errors import Incompatible, InvalidRequest, NotFound, Unavailable
 from service.registration import RegistrationRefused
-from tests.unit.router.fakes import ASSETS, EOF, FakeDecode, FakePrefill, byte_level_assets, model
+from tests.unit.router.fakes import EOF, FakeDecode, FakePrefill
+from tests.unit.router.served import ASSETS, byte_level_assets, model
 from tests.unit.router.system import System, collect, error_of, pair, running, text_of, until
 
 

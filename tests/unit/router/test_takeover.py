@@ -13,7 +13,8 @@ from twinpool.v1 import inference_pb2
 from service.errors import Incompatible, InvalidRequest, Refused, ServiceError
 from service.security.settings import Security
 from service.security.tokens import WorkerToken
-from tests.unit.router.fakes import TOKENIZER, FakeDecode, FakePrefill
+from tests.unit.router.fakes import FakeDecode, FakePrefill
+from tests.unit.router.served import TOKENIZER
 from tests.unit.router.system import System, collect, error_of, pair, running, text_of, until
 
 ID = "00000000abcdef00"
